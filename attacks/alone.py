@@ -1,4 +1,4 @@
-"""One attack job at a time on the same files: two would write into each other's parts and pages."""
+"""One attack job at a time on the same signals file: two jobs would overwrite each other's partial results."""
 
 from __future__ import annotations
 
@@ -12,15 +12,18 @@ from privtrain.files.private import locked_file, make_private_directory
 
 @contextlib.contextmanager
 def alone(signals_path: pathlib.Path, *, is_writer: bool = False) -> Iterator[None]:
-    """Lock signals and all that is computed from them; shadows of a run have signals of their own.
+    """Hold the lock of one signals file, ``.<name>.lock`` beside it, while the block runs.
+
+    A job that scores a shadow model writes a signals file of its own, so it holds another lock.
 
     Args:
-        signals_path: the signals.
-        is_writer: whether their directory is to be made; without it there is nothing to hold where there is none.
+        signals_path: the file of per-token scores that the job writes or reads.
+        is_writer: whether the job writes that file. A writer makes the file's directory; a reader that finds no
+            directory goes on without a lock, and then reports by itself that nothing was scored.
 
     Raises:
-        RunBusy: if another process holds them.
-        UnsafePath: if their directory, or the lock, is not this user's alone.
+        RunBusy: if another process holds the lock.
+        UnsafePath: if the directory, or the lock, is not this user's alone.
     """
     if not is_writer and not os.path.lexists(signals_path.parent):
         yield

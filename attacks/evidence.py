@@ -1,4 +1,4 @@
-"""What the attack job believes of a run, and the checks that come before."""
+"""What the attack job reads of a finished run, each only after a check that the run still stands by it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ from privtrain.run.statement import PrivacyStatement
 
 
 def verified_statement(run: pathlib.Path) -> PrivacyStatement:
-    """Return the privacy statement of a finished run, once the run stands by it: every cap follows from it.
+    """Return the privacy statement of a finished run, after checking it against everything that the run released.
+
+    What the report allows an attack to show (the cap) follows from this statement.
 
     Raises:
         AttackInputError: if the run is not finished.
@@ -32,10 +34,10 @@ def verified_statement(run: pathlib.Path) -> PrivacyStatement:
 
 
 def check_release(run: RunDirectory) -> None:
-    """Check that every released file is what the release record holds, and that the statement follows from its plan.
+    """Check that every released file is what the release record says, and that the statement follows from its plan.
 
-    The record is ``release.json`` and the ledger's last record; whether the ledger's chain leads there is for
-    ``privtrain verify``.
+    The release record is ``release.json`` with the ledger's last record. ``privtrain verify`` checks the rest of the
+    ledger; this does not.
 
     Raises:
         AttackInputError: naming every file and field that does not hold, in one line.
@@ -57,6 +59,10 @@ def check_release(run: RunDirectory) -> None:
 def check_base(run: RunDirectory, digests: Mapping[str, str]) -> None:
     """Check that a base model is the one that the run was trained from.
 
+    Args:
+        run: a finished run.
+        digests: file name to SHA-256 of the base model that is here now.
+
     Raises:
         AttackInputError: naming the files that differ.
     """
@@ -72,7 +78,13 @@ def check_base(run: RunDirectory, digests: Mapping[str, str]) -> None:
 
 
 def check_target(run: RunDirectory, scored: Mapping[str, Any], path: pathlib.Path, remedy: str) -> None:
-    """Check that something was computed on the target that the run has now.
+    """Check that a file was computed on the statement and the released model that the run has now.
+
+    Args:
+        run: the attacked run.
+        scored: digests that the file's record holds, under ``statement`` and ``released``.
+        path: of the file, for the error message.
+        remedy: what the error tells the user to do.
 
     Raises:
         AttackInputError: naming what differs.
@@ -86,10 +98,12 @@ def check_target(run: RunDirectory, scored: Mapping[str, Any], path: pathlib.Pat
 def read_config(run: RunDirectory) -> Config:
     """Return the resolved configuration of a run, which must be the one that it published.
 
+    The published one differs only in paths, of which it keeps the file names.
+
     Raises:
-        AttackInputError: if it is another one, or none.
+        AttackInputError: if the two disagree, or the resolved one is no valid configuration.
     """
-    reading.read_bytes(run.resolved_config)  # no link, no pipe
+    reading.read_bytes(run.resolved_config)  # refuses a link or a pipe, which load_config would follow
     try:
         config = load_config(run.resolved_config)
     except ConfigError as error:

@@ -40,7 +40,8 @@ def read_statement(run: pathlib.Path) -> PrivacyStatement:
         raise AttackInputError(f"{path} is not a privacy statement ({faults}); expected {SCHEMA!r}") from error
     if statement.schema_ != SCHEMA:
         raise AttackInputError(f"{path} has schema {statement.schema_!r}; expected {SCHEMA!r}")
-    # After a new generation within an epoch fewer steps are released than planned; whole epochs are accounted.
+    # A resumed run that could not replay its last steps went on with a new secret. It releases fewer steps than planned
+    # and is finished all the same: then whole epochs are accounted.
     if max(statement.steps_released, statement.steps_accounted or 0) < statement.num_steps:
         raise AttackInputError(
             f"{run} released {statement.steps_released} of {statement.num_steps} steps: expected a finished run; "
@@ -53,7 +54,7 @@ def held_out_perplexity(run: pathlib.Path) -> tuple[float, float] | None:
     """Return the held-out perplexity before and after training, if the run released it.
 
     Returns:
-        The first and the last finite value in ``metrics.jsonl``, or None if fewer than two rows carry one.
+        (first, last) value in ``metrics.jsonl``, or None if fewer than two rows carry one.
 
     Raises:
         DamagedFile: if a line is not JSON, or holds something else than a number.

@@ -65,6 +65,7 @@ def _list_of(kind: pa.DataType) -> pa.DataType:
     return pa.list_(pa.field("item", kind, nullable=False))
 
 
+# Columns that hold one value a token -> (type in the file, type in memory).
 _TOKEN_COLUMNS: Mapping[str, tuple[pa.DataType, Any]] = {
     "target_logp": (pa.float32(), np.float32),
     "base_logp": (pa.float32(), np.float32),
@@ -175,12 +176,16 @@ class DocumentSignals:
         if not self.user or not self.document:
             raise ValueError("a document without a name or an owner")
         for name, (_, dtype) in _TOKEN_COLUMNS.items():
-            # Rows are built from tensors, lists and file slices alike.
+            # Convert here, once: rows are built from tensors, lists and slices of a file.
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, np.asarray(getattr(self, name), dtype=dtype))
         shapes = {name: getattr(self, name).shape for name in _TOKEN_COLUMNS if getattr(self, name) is not None}
         if self.target_logp.ndim != 1 or not self.num_tokens or len(set(shapes.values())) != 1:
             raise ValueError("expected two lists of the same tokens, at least one, and as many of everything else")
+        self._check_values()
+
+    def _check_values(self) -> None:
+        """Raise ValueError unless log-probabilities are at most 0, and all numbers finite where they must be."""
         for name, logp in (("target_logp", self.target_logp), ("base_logp", self.base_logp)):
             if not np.isfinite(logp).all() or logp.max() > _MAX_LOGP:
                 raise ValueError(
@@ -231,11 +236,19 @@ def write_signals(path: pathlib.Path, rows: Iterable[DocumentSignals]) -> None:
 def join_signals(
     target: pathlib.Path, parts: Sequence[pathlib.Path], digests: Sequence[str]
 ) -> list[tuple[str, str, str, str]]:
-    """Join parts into one file, a part in memory at a time; return user, document, kind and side of every document.
+    """Join parts into one file, a part in memory at a time.
+
+    Args:
+        target: the signals file to write.
+        parts: signals files, each of some of the documents.
+        digests: SHA-256 that each part must have.
+
+    Returns:
+        (user, document, kind, side) of every document, in the order of the parts.
 
     Raises:
-        DamagedFile: if a part is missing or another one.
-        AttackInputError: if a document stands in two of them.
+        DamagedFile: if a part is missing or has another digest.
+        AttackInputError: if a document is in two parts, or a user on both sides.
     """
     checked = _Checker()
     keys = []
@@ -259,14 +272,14 @@ def join_signals(
 def iterate_signals(path: pathlib.Path) -> Iterator[DocumentSignals]:
     """Read and check the signals in the file's order, some hundred documents in memory at a time.
 
-    Whether they are those that the run's scoring wrote is not for the file to say; see :mod:`attacks.reporting.record`.
+    This checks the form only. Whether the run's own scoring wrote the file is for :mod:`attacks.reporting.record`.
 
     Yields:
         One entry per document.
 
     Raises:
         AttackInputError: if the file is missing.
-        DamagedFile: if it is of another schema, or holds rows that cannot be scored.
+        DamagedFile: if the file has another schema, or holds rows that cannot be used.
     """
     if not path.exists():
         raise AttackInputError(
@@ -280,7 +293,13 @@ _REMEDY = "run next: attacks score RUN"
 
 
 def rows_of(file: BinaryIO, path: pathlib.Path, remedy: str = _REMEDY) -> Iterator[DocumentSignals]:
-    """Read and check the signals of a file that is open already; see :func:`iterate_signals`."""
+    """Yield the signals of a file that is open already, checked; see :func:`iterate_signals`.
+
+    Args:
+        file: positioned at its start.
+        path: of the file, for error messages.
+        remedy: what an error tells the user to do.
+    """
     checked = _Checker()
     try:
         with pq.ParquetFile(file) as table:
@@ -313,7 +332,10 @@ def to_table(rows: Sequence[DocumentSignals]) -> pa.Table:
 
 
 def _list_array(parts: Sequence[npt.NDArray[Any] | None], kind: pa.DataType, dtype: type) -> pa.Array:
-    """Join the documents' values into one arrow list column without a Python object per token."""
+    """Return one arrow column with a list of token values for each document; None becomes a null.
+
+    No Python object is made per token: a list column is all values in a row and the offsets where lists begin.
+    """
     sizes = [0 if part is None else part.size for part in parts]
     offsets = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
     if offsets[-1] > np.iinfo(np.int32).max:
@@ -326,13 +348,23 @@ def _list_array(parts: Sequence[npt.NDArray[Any] | None], kind: pa.DataType, dty
 
 
 def _rows(batch: pa.RecordBatch, path: pathlib.Path, num_before: int, remedy: str) -> Iterator[DocumentSignals]:
-    """Yield the rows of a batch as :class:`DocumentSignals`; raise at the first invalid row."""
+    """Yield the rows of a batch as :class:`DocumentSignals`.
+
+    Args:
+        batch: some rows of the file.
+        path: of the file, for error messages.
+        num_before: rows of the file before this batch, so that an error can number the row.
+        remedy: what an error tells the user to do.
+
+    Raises:
+        DamagedFile: at the first invalid row.
+    """
     batch.validate(full=True)  # offsets that point outside of the values
     scalars = {name: batch.column(name).to_pylist() for name in _SCALAR_COLUMNS}
     variants = batch.column("variants").to_pylist()
     tokens = {}
     for name in _TOKEN_COLUMNS:
-        column = batch.column(name)
+        column = batch.column(name)  # a list of values a row: all values, and the offsets where each row begins
         offsets = column.offsets.to_numpy()
         values = column.values.to_numpy(zero_copy_only=False)
         is_valid = column.is_valid().to_pylist()
@@ -355,7 +387,10 @@ def _rows(batch: pa.RecordBatch, path: pathlib.Path, num_before: int, remedy: st
 
 
 class _Checker:
-    """Refuses a file in which a document counts twice or a user is both member and non-member."""
+    """Refuses a file in which a document counts twice or a user is both member and non-member.
+
+    ``add`` takes each row as it passes; ``finish`` raises once all have passed.
+    """
 
     def __init__(self) -> None:
         self.num_rows = 0
@@ -368,7 +403,7 @@ class _Checker:
         self._users[row.side].add(row.user)
 
     def finish(self) -> None:
-        """Raise if a document occurred twice, or a user on both sides."""
+        """Raise ValueError if a document occurred twice, or a user on both sides."""
         num_repeated = self.num_rows - len(self._documents)
         if num_repeated:
             raise ValueError(f"{num_repeated} documents occur more than once")
@@ -379,7 +414,10 @@ class _Checker:
 
 @contextlib.contextmanager
 def _atomic_writer(path: pathlib.Path) -> Iterator[pq.ParquetWriter]:
-    """Yield a writer whose file takes its place once it is whole and on disk."""
+    """Yield a writer of a temporary file, which replaces ``path`` once it is whole and on disk.
+
+    If the block raises, the temporary file is removed and ``path`` stays as it was.
+    """
     make_private_directory(path.parent)
     temporary = temporary_of(path)
     try:

@@ -1,5 +1,10 @@
 """From a run's signals to its attack results: numpy, scipy and scikit-learn, seconds, the same bytes for the same seed.
 
+Signals are per-token log-probabilities of documents under the attacked model ("target") and under the model that
+fine-tuning started from ("base"); see :mod:`attacks.signals`. Users whom a coin let into training are held in, the
+others held out; every attack is judged by how well it tells the two sides apart. Documents are of two kinds: "fresh"
+ones, which nobody trained on, and "training" ones, which training could use.
+
 Public results go to ``report/attacks.json``; anything about one user stays in ``secret/attack/per_user.parquet``. Both
 are sealed under the run's key; the results also name the target that they are of, which anybody can compare.
 """
@@ -80,6 +85,7 @@ def analyse_run(run: pathlib.Path, *, seed: int = 0, audit_delta: float | None =
 
 
 def _analyse(run: pathlib.Path, seed: int, audit_delta: float | None) -> dict[str, Any]:
+    """Do what :func:`analyse_run` says; the caller holds the lock of the signals."""
     statement = evidence.verified_statement(run)
     directory = RunDirectory(run)
     scoring = read_scoring(directory)
@@ -95,21 +101,23 @@ def _analyse(run: pathlib.Path, seed: int, audit_delta: float | None) -> dict[st
                 f"{run / signals.SIGNALS_PATH} has {count['num_units']} {side} users: expected at least "
                 f"{MIN_USERS_PER_SIDE} on each side; hold out more users and run next: attacks score {run}"
             )
-    # Of both sides: what a unit could have put into training must not depend on its coin.
+    # The most records of any user of either side: what a user could have put into training must not depend on the coin.
     cap = verdict.Cap.of(statement, int(scored.num_records.max()))
     families = blind.blind_baseline(scored, seed)
     confounded_by = _confounded_by(families)
 
     references = read_references(directory, scoring)
     models = _under_shadows(scored, references)
-    evaluated, not_run = {}, _not_run(scored)
-    declared, *others = _of_enough_users(_statistics(scored, models, not_run), not_run)
+    not_run = _not_run(scored)
+    candidates = _statistics(scored, models, not_run)
+    declared, *others = _of_enough_users(candidates, not_run)  # the headline, declared before any run, comes first
     # Bonferroni: among all statistics but the declared one, a false accusation is as rare as in one.
     strict = 1.0 - (1.0 - statistics.CONFIDENCE_LEVEL) / max(len(others), 1)
-    for statistic in (declared, *others):
-        level = statistics.CONFIDENCE_LEVEL if statistic is declared else strict
-        evaluated[statistic.name] = results.evaluate(statistic, cap, seed, confounded_by, level)
-        if statistic is not declared and (statistic.unit, statistic.documents) == ("user", signals.FRESH):
+    evaluated = {declared.name: results.evaluate(declared, cap, seed, confounded_by, statistics.CONFIDENCE_LEVEL)}
+    for statistic in others:
+        evaluated[statistic.name] = results.evaluate(statistic, cap, seed, confounded_by, strict)
+        has_users_of_headline = statistic.unit == "user" and statistic.documents == signals.FRESH
+        if has_users_of_headline:
             evaluated[statistic.name]["less_headline"] = results.compare(statistic, declared)
     num_p_values = results.correct_for_multiplicity(evaluated, user_inference.HEADLINE)
     headline = evaluated[user_inference.HEADLINE]
@@ -160,9 +168,14 @@ def _analyse(run: pathlib.Path, seed: int, audit_delta: float | None) -> dict[st
 
 
 def _achieved(headline: dict[str, Any], findings: list[auditing.Finding]) -> list[str]:
-    """Return what the attack can tell that chance does not explain, whatever is claimed: one sentence each.
+    """Return one sentence for each thing that the attack found out and chance does not explain, whatever was claimed.
 
-    By the declared tests alone: the headline's interval and the audit, whose errors are .025 and .05.
+    Only the tests that were declared beforehand count: the headline's interval (wrong with probability .025) and the
+    audit (.05).
+
+    Args:
+        headline: the evaluated headline statistic; ``bootstrap.interval`` is that of its AUROC.
+        findings: the audit's, one for each source of coins.
     """
     sentences = auditing.achieved(findings)
     lower = headline["bootstrap"]["interval"][0]
@@ -174,7 +187,7 @@ def _achieved(headline: dict[str, Any], findings: list[auditing.Finding]) -> lis
 
 
 def _counts(scored: Scored, side: str) -> dict[str, int]:
-    """Return what stands behind one side of the headline."""
+    """Return how many users, fresh documents and tokens of one side (held in or held out) the headline rests on."""
     table = scored.documents[signals.FRESH]
     chosen = scored.is_held_in[table.owner] == (side == signals.HELD_IN)
     return {
@@ -185,7 +198,18 @@ def _counts(scored: Scored, side: str) -> dict[str, int]:
 
 
 def _under_shadows(scored: Scored, references: list[Scoring]) -> Mapping[str, UnderOtherModels | None]:
-    """Return the documents of each kind under the attacked model and its shadows; None where there are none."""
+    """Return, for each kind of document, its scores under the attacked model and under the shadow models.
+
+    Args:
+        scored: the run's own documents.
+        references: the signals of the same documents under each shadow model.
+
+    Returns:
+        Kind to scores; None for a kind without documents, and for all kinds without shadow models.
+
+    Raises:
+        AttackInputError: if a shadow model was not scored on a document of the run.
+    """
     try:
         return {
             kind: features.under_other_models(table, scored, references) for kind, table in scored.documents.items()
@@ -199,12 +223,18 @@ def _under_shadows(scored: Scored, references: list[Scoring]) -> Mapping[str, Un
 def _statistics(
     scored: Scored, models: Mapping[str, UnderOtherModels | None], not_run: list[dict[str, str]]
 ) -> Iterator[Statistic]:
-    """Yield every statistic, the headline first."""
+    """Yield every statistic, the headline first.
+
+    Args:
+        scored: users and documents.
+        models: kind of document to its scores under shadow models.
+        not_run: gets an entry for each attack that lacks shadow models.
+    """
     fresh, training = scored.documents[signals.FRESH], scored.documents[signals.TRAINING]
     for name, definition in user_inference.DEFINITIONS.items():
         yield _of_users(scored, fresh, name, definition, fresh.scores[name], is_detailed=True)
     headline = fresh.scores[user_inference.HEADLINE]
-    for aggregation in list(AGGREGATIONS)[1:]:
+    for aggregation in list(AGGREGATIONS)[1:]:  # the first is the mean, which is the headline itself
         definition = f"{aggregation} over a user's documents of their mean log p_target - log p_base per token"
         yield _of_users(scored, fresh, f"token_mean_{aggregation}", definition, headline, aggregation=aggregation)
     for attack in registry.ATTACKS.values():
@@ -219,7 +249,10 @@ def _statistics(
 
 
 def _of_enough_users(candidates: Iterable[Statistic], not_run: list[dict[str, str]]) -> Iterator[Statistic]:
-    """Pass on the statistics that have users on both sides; not everybody has documents of every kind."""
+    """Yield the statistics with enough users on both sides; add the others to ``not_run``, with the reason.
+
+    Not every user has documents of every kind.
+    """
     for statistic in candidates:
         num_in, num_out = statistic.num_users
         if min(num_in, num_out) >= MIN_USERS_PER_SIDE:
@@ -239,19 +272,27 @@ def _of_shadows(
     models: UnderOtherModels | None,
     not_run: list[dict[str, str]],
 ) -> Iterator[Statistic]:
-    """Yield the attacks that need the same documents under other models."""
+    """Yield the attacks that compare the attacked model with its shadow models, on documents of one kind.
+
+    Args:
+        scored: the users.
+        table: the documents of that kind.
+        kind: ``"fresh"`` or ``"training"``.
+        models: the documents under the shadow models; None without any.
+        not_run: gets an entry for each attack that has too few shadow models.
+    """
     suffix = "" if kind == signals.FRESH else "_training"
-    lifted = None if models is None else shadow_models.by_user(models, table.owner, len(scored.users))
+    users_and_known = None if models is None else shadow_models.by_user(models, table.owner, len(scored.users))
     for attack in registry.reference_attacks():
         lacking = shadow_models.lacking(attack, models)
         if lacking:
             not_run.append({"attack": f"{attack.name}{suffix}", "documents": kind, "reason": lacking})
             continue
-        assert models is not None
-        assert lifted is not None
-        of_users, known = lifted
-        values = np.full(len(scored.users), np.nan)
-        values[known] = attack.score(of_users)
+        assert models is not None, "without models every attack lacks them"
+        assert users_and_known is not None
+        of_users, has_documents = users_and_known
+        values = np.full(len(scored.users), np.nan)  # NaN: no document, so no score
+        values[has_documents] = attack.score(of_users)
         yield _split(scored, f"{attack.name}{suffix}", attack.definition, kind, values)
         if kind == signals.TRAINING:
             yield _records(scored, table, f"{attack.name}_records", attack.definition, attack.score(models))
@@ -260,7 +301,7 @@ def _of_shadows(
 def _of_training(
     scored: Scored, table: DocumentTable, name: str, definition: str, scores: FloatArray
 ) -> Iterator[Statistic]:
-    """Record membership: of records, and lifted to users."""
+    """Yield an attack on training documents twice: a score a user, and a score a record."""
     yield _of_users(scored, table, f"{name}_training", definition, scores, kind=signals.TRAINING)
     yield _records(scored, table, f"{name}_records", definition, scores)
 
@@ -276,7 +317,18 @@ def _of_users(
     kind: str = signals.FRESH,
     is_detailed: bool = False,
 ) -> Statistic:
-    """Return the users' statistic that their documents' scores lift to."""
+    """Return the statistic with one value a user: the aggregate of the scores of the user's documents.
+
+    Args:
+        scored: the users.
+        table: the documents that were scored.
+        name: of the statistic in the report.
+        definition: one line for the report.
+        scores: [documents].
+        aggregation: a key of ``AGGREGATIONS``.
+        kind: of the documents, ``"fresh"`` or ``"training"``.
+        is_detailed: whether the report shows its curve and histogram.
+    """
     values = lift(scores, table.owner, len(scored.users), aggregation)
     return _split(scored, name, definition, kind, values, is_detailed=is_detailed)
 
@@ -284,25 +336,28 @@ def _of_users(
 def _split(
     scored: Scored, name: str, definition: str, kind: str, values: FloatArray, *, is_detailed: bool = False
 ) -> Statistic:
-    """Return a statistic by side, without users that have no value (NaN)."""
+    """Return the statistic of users from their values, [users]; users without a value (NaN) are left out."""
     known = ~np.isnan(values)
     sides = (values[known & scored.is_held_in], values[known & ~scored.is_held_in])
     return Statistic(name, definition, kind, "user", *sides, is_detailed=is_detailed)
 
 
 def _records(scored: Scored, table: DocumentTable, name: str, definition: str, scores: FloatArray) -> Statistic:
+    """Return the statistic with one value a record: ``scores`` of the training documents in ``table``."""
     is_in = scored.is_held_in[table.owner]
     owners = (table.owner[is_in], table.owner[~is_in])
     return Statistic(name, definition, signals.TRAINING, "record", scores[is_in], scores[~is_in], owners)
 
 
 def _not_run(scored: Scored) -> list[dict[str, str]]:
-    """Return the attacks whose signals are not there, and how to get them."""
+    """Return the attacks whose signals are not there, each with the reason and the option that would write them."""
     reasons = []
     for kind, table in scored.documents.items():
         for name, need in sorted(table.missing.items()):
-            option = need.partition(".")[2].split("_")[0]
-            how = f"; score with --variants {'neighbours:N' if option == 'neighbour' else option}" if option else ""
+            how = ""
+            variant = need.partition(".")[2].split("_")[0]  # "variants.neighbour_0" -> "neighbour"
+            if variant:
+                how = f"; score with --variants {'neighbours:N' if variant == 'neighbour' else variant}"
             reasons.append({"attack": name, "documents": kind, "reason": f"the signals lack {need}{how}"})
         if not table.keys:
             reasons.append({"attack": "all", "documents": kind, "reason": "no such documents were scored"})
@@ -310,7 +365,11 @@ def _not_run(scored: Scored) -> list[dict[str, str]]:
 
 
 def _cap_facts(cap: verdict.Cap, num_held_out: int) -> dict[str, object]:
-    """Return the cap for the whole population, for this many held-out users, and of the whole curve."""
+    """Return what the report says of the cap: the largest AUROC that the run's guarantee allows an attack.
+
+    ``auroc`` is the cap over a whole population; ``auroc_of_sample`` is a little higher, since the threshold comes from
+    ``num_held_out`` users; ``curve`` holds both for the whole privacy curve; ``auroc_used`` is the least one.
+    """
     curve = None
     if cap.curve is not None:
         sample = statistics.auroc_cap(cap.curve, num_held_out)
@@ -326,7 +385,7 @@ def _cap_facts(cap: verdict.Cap, num_held_out: int) -> dict[str, object]:
 
 
 def _confounded_by(families: dict[str, blind.BlindResult]) -> str:
-    """Return the sentence that overrules every verdict; empty if the baseline found nothing."""
+    """Return why no verdict can be trusted: the sides differ even without a model. Empty if they do not."""
     guilty = [f"{name} (AUROC {result.auroc:.3f})" for name, result in families.items() if result.separates]
     if not guilty:
         return ""
@@ -343,13 +402,13 @@ def _blind_facts(result: blind.BlindResult) -> dict[str, Any]:
 
 
 def _user_values(scored: Scored) -> dict[str, FloatArray]:
-    """Return the user-inference statistics of each user."""
+    """Return each user-inference statistic by name, [users]; NaN for users without fresh documents."""
     fresh = scored.documents[signals.FRESH]
     return {name: lift(fresh.scores[name], fresh.owner, len(scored.users)) for name in user_inference.DEFINITIONS}
 
 
 def _user_inference_facts(scored: Scored, users: dict[str, FloatArray], seed: int) -> dict[str, Any]:
-    """Return what the headline depends on, and whom it accuses."""
+    """Return how the headline's AUROC varies with what users have, and how many users it accuses."""
     fresh, values = scored.documents[signals.FRESH], users[user_inference.HEADLINE]
     known = ~np.isnan(values)
     p_values = statistics.rank_p_values(values[known & scored.is_held_in], values[known & ~scored.is_held_in])
@@ -364,7 +423,12 @@ def _user_inference_facts(scored: Scored, users: dict[str, FloatArray], seed: in
 
 
 def _users_accused(p_values: FloatArray, num_held_out: int) -> dict[str, Any]:
-    """Return how many held-in users stand out from the held-out ones, and whether any could be accused for sure."""
+    """Return how many held-in users score significantly above the held-out ones, and how many must for any to count.
+
+    Args:
+        p_values: one for each held-in user: the rank of their score among the held-out users' scores.
+        num_held_out: held-out users with a score; it limits how small a p-value can be.
+    """
     return {
         "significance": _SIGNIFICANCE,
         "num_held_in": int(p_values.size),
@@ -380,8 +444,8 @@ def _write_per_user(run: RunDirectory, scoring: Scoring, scored: Scored, users: 
     """Write a row per user that the attack scored: each statistic with its rank, and the p-values of held-in users.
 
     Args:
-        run: where to.
-        scoring: the signals' seal, which the file is bound to.
+        run: whose ``secret/attack/per_user.parquet`` is written.
+        scoring: the record of the signals; its seal goes into the file's own record.
         scored: the users, and their documents that nobody trained on.
         users: statistic -> [users] value, NaN where the attacker holds no document of the user.
     """
@@ -402,7 +466,7 @@ def _write_per_user(run: RunDirectory, scoring: Scoring, scored: Scored, users: 
     for name, values in users.items():
         known = values[has_value]
         columns[name] = known
-        columns[f"{name}_rank"] = scipy.stats.rankdata(-known, "max").astype(np.int64)
+        columns[f"{name}_rank"] = scipy.stats.rankdata(-known, "max").astype(np.int64)  # 1: the most member-like user
         p_values = statistics.rank_p_values(known[is_in], known[~is_in])
         for label, of_held_in in (("p_value", p_values), ("p_fdr", statistics.false_discovery_rate(p_values))):
             column = np.full(is_in.size, np.nan)

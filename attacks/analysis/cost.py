@@ -8,6 +8,7 @@ from typing import Any
 from attacks.rundir import released_values
 from privtrain.run.statement import PrivacyStatement
 
+# (metric, label, how the values of all steps become one, factor to the label's unit)
 _METRICS = (
     ("perf/step_seconds", "seconds of all steps", sum, 1.0),
     ("perf/flops_per_token", "operations of a token, in millions", max, 1e-6),
@@ -16,7 +17,7 @@ _METRICS = (
 
 
 def panel(run: pathlib.Path, statement: PrivacyStatement, seed: int) -> dict[str, Any] | None:  # noqa: ARG001
-    """Return time, memory and operations from ``metrics.jsonl``; None if none was released."""
+    """Return the report panel of time, memory and operations, from ``metrics.jsonl``; None if none was released."""
     rows = []
     for name, label, combine, factor in _METRICS:
         values = released_values(run, name)

@@ -25,19 +25,20 @@ def by_num_documents(scored: Scored, table: DocumentTable, scores: FloatArray, s
     Only users with that many documents take part, each with that many drawn at random. ``auroc_with_one`` is of the
     same users with one document each, since users with many may differ from the others in more than their number.
     """
+    # All documents grouped by owner, in random order within each owner; ``rank`` is a document's place among them.
     rng = np.random.default_rng(seed)
     shuffled = rng.permutation(len(scores))
     shuffled = shuffled[np.argsort(table.owner[shuffled], kind="stable")]
-    starts = np.searchsorted(table.owner[shuffled], table.owner[shuffled], side="left")
-    rank = np.arange(len(scores)) - starts
-    held = np.bincount(table.owner, minlength=len(scored.users))
+    owners = table.owner[shuffled]
+    rank = np.arange(len(scores)) - np.searchsorted(owners, owners, side="left")
+    num_held = np.bincount(table.owner, minlength=len(scored.users))[owners]
     points, count = [], 1
     while True:
-        chosen = shuffled[(rank < count) & (held[table.owner[shuffled]] >= count)]
+        chosen = shuffled[(rank < count) & (num_held >= count)]
         point = _point(lift(scores[chosen], table.owner[chosen], len(scored.users)), scored.is_held_in)
         if point is None:
             return points
-        first = shuffled[(rank < 1) & (held[table.owner[shuffled]] >= count)]
+        first = shuffled[(rank < 1) & (num_held >= count)]
         alone = _point(lift(scores[first], table.owner[first], len(scored.users)), scored.is_held_in)
         assert alone is not None, "the same users"
         points.append({"num_documents": count, **point, "auroc_with_one": alone["auroc"]})
@@ -48,21 +49,22 @@ def by_bucket(values: FloatArray, statistic: FloatArray, is_held_in: BoolArray) 
     """Return AUROC within each quarter of the users by ``values``, so that only users alike in it are compared.
 
     Args:
-        values: [users] what they are alike in.
-        statistic: [users].
+        values: [users] what the users of a quarter are alike in; NaN where not known.
+        statistic: [users] the attack's score; NaN where there is none.
         is_held_in: [users].
 
     Returns:
-        One entry per quarter with at least ``MIN_USERS`` users a side; its ends are rounded.
+        One entry per quarter with at least ``MIN_USERS`` users a side: its ends (rounded), AUROC, interval and counts.
     """
     known = ~np.isnan(values) & ~np.isnan(statistic)
     if not known.any() or np.ptp(values[known]) == 0.0:
         return []
     edges = np.unique(np.quantile(values[known], np.linspace(0.0, 1.0, _NUM_BUCKETS + 1)))
-    places = np.clip(np.searchsorted(edges, values, side="right") - 1, 0, len(edges) - 2)
+    # The largest value lies on the last edge and belongs to the last quarter, hence the clip.
+    quarter = np.clip(np.searchsorted(edges, values, side="right") - 1, 0, len(edges) - 2)
     quarters = []
     for number in range(len(edges) - 1):
-        inside = known & (places == number)
+        inside = known & (quarter == number)
         point = _point(np.where(inside, statistic, np.nan), is_held_in)
         if point is not None:
             ends = [_two_digits(float(edges[number])), _two_digits(float(edges[number + 1]))]
@@ -71,15 +73,16 @@ def by_bucket(values: FloatArray, statistic: FloatArray, is_held_in: BoolArray) 
 
 
 def shares(scored: Scored) -> FloatArray:
-    """Return each user's text over all that was trained on, as if the user had taken part."""
+    """Return each user's bytes of text over the bytes of all held-in users; held-out users are counted alike."""
     total = scored.num_bytes[scored.is_held_in].sum()
     return scored.num_bytes / max(float(total), 1.0)
 
 
 def distinctness(scored: Scored) -> FloatArray:
-    """Return KL divergence in nats of each user's token frequencies from everybody else's, smoothed.
+    """Return, for each user, the KL divergence of their token frequencies from everybody else's (smoothed), in nats.
 
-    The quantity that proposition 1 of Kandpal et al. 2023 bounds the statistic with, for a model of single tokens.
+    For a model of single tokens, proposition 1 of Kandpal et al. 2023 bounds the user-inference statistic with it.
+    NaN for users without tokens, and for all without token ids.
     """
     if scored.tokens is None:
         return np.full(len(scored.users), np.nan)
@@ -98,16 +101,20 @@ def distinctness(scored: Scored) -> FloatArray:
 
 
 def most_exposed(scored: Scored, statistic: FloatArray, share: float = 0.01) -> dict[str, Any]:
-    """Return how many of the most exposed users were trained on, and how many would be by chance.
+    """Return how many of the users with the highest scores were trained on, and how many would be by chance.
 
-    Users who tie for the last places share them, so that no order of names decides.
+    Args:
+        scored: the users.
+        statistic: [users] the attack's score; NaN where there is none.
+        share: of the users that count as most exposed. Users who tie for its last places share them, so a count of
+            users need not be whole.
     """
     known = np.flatnonzero(~np.isnan(statistic))
     count = max(1, math.ceil(share * known.size))
     last = np.sort(statistic[known])[-count]
     above, tied = known[statistic[known] > last], known[statistic[known] == last]
     top = np.concatenate([above, tied])
-    places = count - above.size
+    places = count - above.size  # for the tied users
     return {
         "share": share,
         "num_users": count,

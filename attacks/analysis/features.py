@@ -26,12 +26,12 @@ class DocumentTable:
     """The documents of one kind, sorted by side, user and document.
 
     Attributes:
-        owner: [documents] place of the owner in the user table.
-        keys: (user, document) of each.
+        owner: [documents] index of the document's owner in ``Scored.users``.
+        keys: (user, document) names of each document.
         num_tokens: [documents].
         mean_logp: [documents] mean log-probability per token under the attacked model.
-        scores: attack or statistic to [documents] scores.
-        missing: attack to the signal that it lacks.
+        scores: name of an attack or statistic to [documents] scores.
+        missing: name of an attack that could not run to the field of the signals that it lacks.
     """
 
     owner: IntArray
@@ -44,16 +44,16 @@ class DocumentTable:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Scored:
-    """What the analysis works on.
+    """Users and documents as arrays, with every attack's score of every document: what the analysis works on.
 
     Attributes:
-        users: pseudonyms, sorted by side and name.
+        users: pseudonyms, sorted by side ("held_in" first) and name.
         is_held_in: [users].
         num_records: [users] records that training could use.
         num_bytes: [users] bytes of text in them.
-        documents: kind to its documents.
+        documents: kind (``"fresh"`` or ``"training"``) to its documents.
         tokens: [users, vocabulary] counts of tokens in the user's fresh documents; None without token ids.
-        traits: name to [users] what a fresh document of the user looks like to someone without any model.
+        traits: name to [users] what can be seen of the user's fresh documents without any model, such as their length.
         languages: [users] the commonest language of the user's fresh documents.
     """
 
@@ -79,15 +79,18 @@ def collect(
     """Score every document by every attack that its signals suffice for.
 
     Args:
-        rows: the signals; canaries among them are skipped: their own panels judge them.
+        rows: the signals; only fresh and training documents are read, since canaries have panels of their own.
         attacks: those that score one document at a time.
-        watch: shown every row, for panels of their own.
+        watch: called with every row that is read.
+
+    Raises:
+        AttackInputError: if an attack gives a document no finite score.
     """
     attacks = list(attacks)
-    kept: dict[str, list[_Summary]] = collections.defaultdict(list)
-    counts: dict[tuple[str, str], collections.Counter[int]] = {}
-    facts: dict[tuple[str, str], tuple[int, int]] = {}
-    missing: dict[str, dict[str, str]] = collections.defaultdict(dict)
+    kept: dict[str, list[_Summary]] = collections.defaultdict(list)  # by kind
+    counts: dict[tuple[str, str], collections.Counter[int]] = {}  # (side, user) to counts of token ids
+    facts: dict[tuple[str, str], tuple[int, int]] = {}  # (side, user) to numbers of records and bytes
+    missing: dict[str, dict[str, str]] = collections.defaultdict(dict)  # kind to attack to the field that it lacks
     for row in rows:
         if row.kind not in (FRESH, TRAINING):
             continue
@@ -96,6 +99,7 @@ def collect(
         facts[user] = (row.user_num_records, row.user_num_bytes)
         scores = user_inference.document_log_ratios(row)
         for attack in attacks:
+            # An attack that lacked a signal of one document stays out for all documents of the kind.
             lacking = missing[row.kind].get(attack.name) or attack.missing(row)
             if lacking is None:
                 scores[attack.name] = attack.score(row)
@@ -107,9 +111,7 @@ def collect(
             counts.setdefault(user, collections.Counter()).update(row.token_ids.tolist())
     order = sorted(facts)
     place = {user: number for number, user in enumerate(order)}
-    tables = {}
-    for kind in (FRESH, TRAINING):
-        tables[kind] = _table(kept[kind], place, missing[kind])
+    tables = {kind: _table(kept[kind], place, missing[kind]) for kind in (FRESH, TRAINING)}
     traits, languages = _traits(kept[FRESH], place)
     return Scored(
         users=[user for _, user in order],
@@ -144,7 +146,7 @@ def under_other_models(table: DocumentTable, scored: Scored, references: Iterabl
     Raises:
         KeyError: if a shadow lacks a document.
     """
-    columns, inside = [], []
+    columns, inside = [], []  # one entry a shadow: the documents' means, and whether it trained on their owners
     for reference in references:
         means, sides = {}, {}
         for row in reference.rows():
@@ -195,7 +197,7 @@ def _table(kept: list[_Summary], place: Mapping[tuple[str, str], int], missing: 
 def _matrix(
     counts: Mapping[tuple[str, str], collections.Counter[int]], order: list[tuple[str, str]]
 ) -> scipy.sparse.csr_matrix:
-    """Return counts by user, with a column for each token that occurs."""
+    """Return token counts, [users in order, tokens that occur in ascending order of their ids]."""
     columns = {token: number for number, token in enumerate(sorted(set().union(*counts.values())))}
     cells = [
         (row, columns[token], count)
@@ -207,7 +209,16 @@ def _matrix(
 
 
 def _traits(kept: list[_Summary], place: Mapping[tuple[str, str], int]) -> tuple[Mapping[str, FloatArray], list[str]]:
-    """Return length, compressibility, date and language of each user's fresh documents."""
+    """Return what each user's fresh documents look like without any model.
+
+    Args:
+        kept: fresh documents.
+        place: (side, user) to the user's index.
+
+    Returns:
+        Trait to [users] means over documents, and the commonest language of each user. A user without documents has
+        sizes of 0, a date of NaN and the language ``"unknown"``.
+    """
     by_user: dict[int, list[_Summary]] = collections.defaultdict(list)
     for item in kept:
         by_user[place[item.user]].append(item)
@@ -218,11 +229,10 @@ def _traits(kept: list[_Summary], place: Mapping[tuple[str, str], int]) -> tuple
         items = by_user.get(number, [])
         dates = [item.date for item in items if item.date is not None]
         columns["num_documents"].append(len(items))
+        ratios = [item.zlib_bytes / max(item.num_bytes, 1) for item in items]
         columns["mean_tokens"].append(float(np.mean([item.num_tokens for item in items] or [0.0])))
         columns["mean_bytes"].append(float(np.mean([item.num_bytes for item in items] or [0.0])))
-        columns["compression"].append(
-            float(np.mean([item.zlib_bytes / max(item.num_bytes, 1) for item in items] or [0.0]))
-        )
+        columns["compression"].append(float(np.mean(ratios or [0.0])))
         if has_dates:
             columns["date"].append(float(np.mean(dates)) if dates else np.nan)
         votes = collections.Counter(item.language or "unknown" for item in items)

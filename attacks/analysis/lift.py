@@ -26,10 +26,21 @@ AGGREGATIONS: Mapping[str, Callable[[FloatArray], float]] = {
 
 
 def lift(scores: FloatArray, owner: npt.NDArray[np.int64], num_users: int, aggregation: str = "mean") -> FloatArray:
-    """Return one number per user, [users]; NaN for a user without documents."""
+    """Aggregate the scores of each user's documents to one number per user.
+
+    Args:
+        scores: [documents].
+        owner: [documents] index of the document's user; ascending.
+        num_users: in all.
+        aggregation: a key of ``AGGREGATIONS``.
+
+    Returns:
+        [users]; NaN for a user without documents.
+    """
     assert (np.diff(owner) >= 0).all(), "documents must be sorted by owner"
     lifted = np.full(num_users, np.nan)
     users, starts = np.unique(owner, return_index=True)
+    # What stands before the first user's start is empty, so the first part is dropped.
     for user, values in zip(users, np.split(scores, starts)[1:], strict=True):
         lifted[user] = AGGREGATIONS[aggregation](values)
     return lifted

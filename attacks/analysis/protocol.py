@@ -1,7 +1,7 @@
 """What an attack is: a number per document (or per unit, given other models), and what it must be given.
 
-An attack never sees a side and never touches a model: it reads signals. Which way is "more member-like" is fixed here,
-before any data is seen: higher.
+An attack never sees who was trained on and never runs a model: it reads signals, per-token log-probabilities of each
+document. A higher score means more member-like; this is fixed before any data is seen.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ class DocumentAttack:
     needs: tuple[str, ...] = ()
 
     def missing(self, row: DocumentSignals) -> str | None:
-        """Return the first needed field that the row lacks."""
+        """Return the first entry of ``needs`` that the row lacks; None if it lacks none."""
         for need in self.needs:
-            field, _, key = need.partition(".")
+            field, _, key = need.partition(".")  # "variants.lowercase": the key "lowercase" of the field "variants"
             value = getattr(row, field)
             if value is None or (key and key not in value):
                 return need

@@ -37,12 +37,12 @@ PANELS: dict[str, Panel] = {
     "canaries": canary_panel.panel,
     "extraction": extraction_panel.panel,
 }
-"""Evaluations that are no score per unit: (run, statement, seed) to public facts, or None where the run lacks what they
-need. ``attacks.json`` holds them under ``panels``."""
+"""Evaluations that are not one score per unit, such as exposure of canaries. Each maps (run, statement, seed) to a
+panel of the report, or to None where the run lacks what it needs. ``attacks.json`` holds them under ``panels``."""
 
 
 def register(attack: Attack) -> None:
-    """Add an attack; every later analysis runs it.
+    """Add an attack under its name; every later analysis runs it.
 
     Raises:
         ValueError: if the name is taken.

@@ -1,4 +1,7 @@
-"""Everything that is said about one statistic of the two sides."""
+"""Everything that is said about one statistic: how well its scores separate held-in from held-out units.
+
+Held-in users were trained on, held-out users were not; a higher score is more member-like.
+"""
 
 from __future__ import annotations
 
@@ -21,16 +24,16 @@ _MAX_BINS = 30
 
 @dataclasses.dataclass(frozen=True)
 class Statistic:
-    """One number per unit, ready to be judged.
+    """One score per unit (user or record) by one attack.
 
     Attributes:
         name: unique in the report.
-        definition: one line.
-        documents: ``"fresh"`` or ``"training"``: whose likelihood was read.
+        definition: one line for the report.
+        documents: ``"fresh"`` or ``"training"``: which documents' likelihood was read.
         unit: ``"user"`` or ``"record"``.
-        held_in: scores.
-        held_out: scores.
-        owners: owners of the held-in and held-out units, where the unit is the record.
+        held_in: [held-in units] scores.
+        held_out: [held-out units] scores.
+        owners: user numbers of the held-in and of the held-out records; None where the unit is the user.
         is_detailed: whether it gets a curve and a histogram, and the full number of resamples.
     """
 
@@ -63,17 +66,27 @@ def evaluate(
     confounded_by: str,
     verdict_level: float = statistics.CONFIDENCE_LEVEL,
 ) -> dict[str, Any]:
-    """Return points, intervals, operating points and the verdict."""
+    """Return what the report says of one statistic: AUROC, intervals, p-value, operating points and the verdict.
+
+    Args:
+        statistic: scores of both sides.
+        cap: what the run's guarantee allows.
+        seed: of the bootstrap.
+        confounded_by: how the sides differ without any model; empty if they do not.
+        verdict_level: confidence level of the verdict alone, higher where many statistics are judged. Reported
+            intervals keep the usual level.
+    """
     held_in, held_out = statistic.held_in, statistic.held_out
     num_resamples = statistics.NUM_RESAMPLES if statistic.is_detailed else _NUM_SECONDARY_RESAMPLES
     bootstrap = statistics.bootstrap_interval(
         held_in, held_out, owners=statistic.owners, seed=seed, num_resamples=num_resamples
     )
     area = statistics.auroc(held_in, held_out)
+    # The verdict reads the lower end alone: the bootstrap's, extended to the verdict's level, with that level's floors.
     judged = dataclasses.replace(bootstrap, lower=bootstrap.lower_at(verdict_level, area))
     judged = judged.no_narrower_than(statistics.perfect_separation(*statistic.num_users, verdict_level))
     p_value = statistics.auroc_p_value(held_in, held_out, statistic.owners)
-    if p_value > (1.0 - verdict_level) / 2.0:  # the exact test at that level, as in the interval's own
+    if p_value > (1.0 - verdict_level) / 2.0:  # the test does not exclude an AUROC of 1/2, so the interval must hold it
         judged = dataclasses.replace(judged, lower=min(judged.lower, 0.5))
     outcome, reason = verdict.judge(
         cap,
@@ -104,7 +117,7 @@ def evaluate(
         "tpr_at_fpr": operating_points(statistic, cap, seed),
     }
     if statistic.owners is None:
-        # It takes the units as independent; records of one user are not.
+        # DeLong's interval takes the units as independent; records of one user are not.
         delong = statistics.delong_interval(held_in, held_out)
         variance = statistics.delong_variance(held_in, held_out)
         facts["delong"] = {"interval": [delong.lower, delong.upper], "method": "logit", "variance": variance}
@@ -134,7 +147,7 @@ def correct_for_multiplicity(results: dict[str, dict[str, Any]], headline: str) 
 
 
 def _warnings(bootstrap: statistics.Interval, *, is_constant: bool) -> list[str]:
-    """Return what a reader must know before the number."""
+    """Return sentences that a reader must know before the AUROC."""
     warnings = []
     if is_constant:
         warnings.append("All users have the same value: was the base model scored against itself?")
@@ -147,9 +160,9 @@ def _warnings(bootstrap: statistics.Interval, *, is_constant: bool) -> list[str]
 
 
 def operating_points(statistic: Statistic, cap: verdict.Cap, seed: int) -> list[dict[str, object]]:
-    """Return the table of true positive rates.
+    """Return the true positive rate at each false positive rate of ``TARGET_FPRS``, with interval and cap.
 
-    Records of one user rise and fall together, so of records one of each user counts, drawn at random.
+    Records of one user rise and fall together, so of records only one of each user counts, drawn at random.
     """
     sides = [statistic.held_in, statistic.held_out]
     if statistic.owners is not None:
@@ -177,13 +190,15 @@ def operating_points(statistic: Statistic, cap: verdict.Cap, seed: int) -> list[
 
 
 def _one_of_each(scores: FloatArray, owners: np.ndarray, rng: np.random.Generator) -> FloatArray:
-    """Return one score of each owner, each of theirs as likely as any other."""
+    """Return one score of each owner, drawn at random from the owner's scores."""
     order = rng.permutation(scores.size)
-    return scores[order[np.unique(owners[order], return_index=True)[1]]]
+    _, first_of_owner = np.unique(owners[order], return_index=True)
+    return scores[order[first_of_owner]]
 
 
 def _roc(held_in: FloatArray, held_out: FloatArray, cap: verdict.Cap) -> dict[str, object]:
-    """Return the corners of the curve, and on a thinned grid of false positive counts its band and the cap."""
+    """Return the corners of the ROC, and on a thinned grid of false positive counts its confidence band and the cap."""
+    # Counts 0, 1, 2, … up to all, evenly spaced in logarithms: small false positive rates matter most.
     exponents = np.linspace(0.0, 1.0, _MAX_BAND_POINTS)
     num_allowed = np.unique(np.concatenate([[0], np.round(held_out.size**exponents)])).astype(int)
     allowed = num_allowed[num_allowed < held_out.size].tolist()
@@ -204,10 +219,11 @@ def _roc(held_in: FloatArray, held_out: FloatArray, cap: verdict.Cap) -> dict[st
 def histogram(held_in: FloatArray, held_out: FloatArray) -> dict[str, object]:
     """Return counts of users by value, the two sides on common bins."""
     values = np.concatenate([held_in, held_out])
-    # Round edges: the outer ones would otherwise be the exact values of two users.
-    coarse = max(float(np.ptp(values)) / _MAX_BINS, 1e-9)
-    power = 10.0 ** math.floor(math.log10(coarse))
-    width = power * next(step for step in (1.0, 2.0, 5.0, 10.0) if step * power >= coarse * (1.0 - 1e-9))
+    # A width of 1, 2 or 5 times a power of ten, and edges at its multiples: otherwise the outer edges would be the
+    # exact values of two users.
+    least_width = max(float(np.ptp(values)) / _MAX_BINS, 1e-9)
+    power = 10.0 ** math.floor(math.log10(least_width))
+    width = power * next(step for step in (1.0, 2.0, 5.0, 10.0) if step * power >= least_width * (1.0 - 1e-9))
     first, last = math.floor(values.min() / width), math.floor(values.max() / width) + 1
     edges = np.arange(first, last + 1) * width
     return {

@@ -1,10 +1,11 @@
-"""Sensitive against other tokens (Das et al. 2025, arXiv 2502.13313): who remembers what, and at which cost.
+"""Memorisation of sensitive tokens against other tokens (Das et al. 2025, arXiv 2502.13313).
 
-A model that learned a domain finds all its texts likelier; one that memorised finds the *sensitive tokens* of its
-*training* records likelier than those of others. So the panel gives the negative log-likelihood of sensitive and of
-other tokens, on train and on test, under the base and under the tuned model, and the difference in differences with an
-interval over users. Averages are over tokens. Both splits are read by one rule, the records that training could use, so
-that without any leak users are exchangeable between them.
+Sensitive tokens are those in a labelled span, such as a name or a telephone number. A model that learned a domain finds
+all its texts likelier; one that memorised finds the *sensitive tokens* of its *training* records likelier than those of
+others. So the panel gives the negative log-likelihood of sensitive and of other tokens, on train and on test, under the
+base and under the tuned model, and the difference in differences with an interval over users. Averages are over tokens.
+Both splits are read by one rule, the records that training could use, so that without any leak users are exchangeable
+between them.
 """
 
 from __future__ import annotations
@@ -31,15 +32,21 @@ _QUANTILES = {"p01": 0.01, "p10": 0.10, "p50": 0.50}
 
 @dataclasses.dataclass
 class _User:
-    """Sums of one user: a row for sensitive and for other tokens: count, NLL tuned, NLL base."""
+    """Sums over one user's tokens.
+
+    Attributes:
+        sums: [2, 3]; row 0 of sensitive tokens, row 1 of others; columns: count, NLL under the tuned model, NLL under
+            the base (negative log-likelihoods in nats).
+    """
 
     sums: FloatArray = dataclasses.field(default_factory=lambda: np.zeros((2, 3)))
 
 
 class SensitivePanel:
-    """Gathers what the panel needs from rows as they pass."""
+    """Gathers what the panel needs from the signals, one document at a time; ``facts`` then makes the panel."""
 
     def __init__(self) -> None:
+        # Split ("train" or "test") to pseudonym to sums; (split, model) to the losses of all sensitive tokens.
         self._users: dict[str, dict[str, _User]] = {split: collections.defaultdict(_User) for split in SPLITS}
         self._losses: dict[tuple[str, str], list[FloatArray]] = collections.defaultdict(list)
 
@@ -77,21 +84,30 @@ class SensitivePanel:
 
 
 def _stack(users: dict[str, _User]) -> FloatArray:
-    """Return [users, tokens, sums], users in order of their names."""
+    """Return the users' sums as [users, 2 kinds of tokens, 3 sums], users in order of their names."""
     return np.array([users[name].sums for name in sorted(users)]).reshape(len(users), 2, 3)
 
 
 def _gain(sums: FloatArray) -> FloatArray:
-    """Return how much tuning lowered the loss, in nats per token: [..., tokens]; NaN where there are none."""
+    """Return how much tuning lowered the loss, in nats per token: [..., 2 kinds of tokens]; NaN without such tokens."""
     with np.errstate(invalid="ignore"):
         return (sums[..., 2] - sums[..., 1]) / sums[..., 0]
 
 
 def _differences(train: FloatArray, test: FloatArray) -> dict[str, Any]:
-    """Train less test of what tuning gained: on sensitive tokens, on others, and the one over the other."""
+    """Return the panel's three differences with their intervals, and the method of the intervals.
+
+    The first two are what tuning gained (nats per token) on train less what it gained on test, of sensitive tokens and
+    of others. The third is the first less the second: memorisation of sensitive tokens beyond that of others.
+
+    Args:
+        train: [users, 2, 3] sums of held-in users.
+        test: [users, 2, 3] sums of held-out users.
+    """
     points = _gaps(train.sum(axis=0), test.sum(axis=0))
     lower, upper = _student(points, train, test)
     tail = (1.0 - statistics.CONFIDENCE_LEVEL) / 2.0
+    # With few users Student's interval alone may exclude 0 too often: then the permutation test must reject as well.
     excludes = (lower > 0.0) | (upper < 0.0)
     if excludes.any() and min(_num_effective(train).min(), _num_effective(test).min()) < MIN_NORMAL_USERS:
         above, below = _permuted(points, train, test)
@@ -109,13 +125,16 @@ def _differences(train: FloatArray, test: FloatArray) -> dict[str, Any]:
 
 
 def _gaps(train: FloatArray, test: FloatArray) -> FloatArray:
-    """Return the three differences from sums of users, [..., tokens, sums]; NaN without such tokens."""
+    """Return the three differences, [..., 3], from sums over a split's users, [..., 2, 3]; NaN without such tokens."""
     gap = _gain(train) - _gain(test)
     return np.stack([gap[..., 0], gap[..., 1], gap[..., 0] - gap[..., 1]], axis=-1)
 
 
 def _num_effective(sums: FloatArray) -> FloatArray:
-    """Return Kish's number of users of each difference: one user may own most of the tokens."""
+    """Return the effective number of users (Kish) behind each difference: it is small if one user owns most tokens.
+
+    The third difference uses both kinds of tokens and gets the smaller number.
+    """
     counts = sums[..., 0]
     with np.errstate(invalid="ignore", divide="ignore"):
         num_users = counts.sum(axis=0) ** 2 / (counts**2).sum(axis=0)
@@ -132,6 +151,7 @@ def _student(points: FloatArray, train: FloatArray, test: FloatArray) -> tuple[F
         counts = sums[..., 0]
         with np.errstate(invalid="ignore", divide="ignore"):
             errors = (sums[..., 2] - sums[..., 1] - _gain(sums.sum(axis=0)) * counts) / counts.sum(axis=0)
+        # What each user adds to the error of the mean gain per token, a ratio of sums, for the three differences.
         parts = np.stack([errors[:, 0], errors[:, 1], errors[:, 0] - errors[:, 1]], axis=1)
         variances.append((parts**2).sum(axis=0) * len(sums) / (len(sums) - 1.0))
         freedoms.append(np.maximum(_num_effective(sums) - 1.0, 1.0))
@@ -144,14 +164,18 @@ def _student(points: FloatArray, train: FloatArray, test: FloatArray) -> tuple[F
 
 
 def _permuted(points: FloatArray, train: FloatArray, test: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """Return one-sided p-values of each difference, for more and for less: without any leak users may change splits."""
+    """Return one-sided p-values of each difference, [3]: that it is above what chance gives, and that it is below.
+
+    Without any leak users are exchangeable between the splits, so each choice of users as "train" is equally likely.
+    """
     pooled = np.concatenate([train, test])
     choices, is_every = user_choices(len(pooled), min(len(train), len(test)))
     parts = np.array_split(choices, 1 + choices.size // _MAX_CHOSEN)
     chosen = np.concatenate([pooled[part].sum(axis=1) for part in parts])
     rest = pooled.sum(axis=0) - chosen
     drawn = _gaps(chosen, rest) if len(train) <= len(test) else _gaps(rest, chosen)
-    # A choice without such tokens says nothing; it counts for the null.
+    # A choice without such tokens is NaN, says nothing, and counts as extreme: hence "not less", which NaN satisfies.
     as_high, as_low = ((~(sign * drawn < sign * points - 1e-12)).sum(axis=0) for sign in (1.0, -1.0))
-    more = 0 if is_every else 1
-    return (more + as_high) / (more + len(drawn)), (more + as_low) / (more + len(drawn))
+    observed = 0 if is_every else 1  # among drawn choices the observed one counts as one more
+    num_choices = observed + len(drawn)
+    return (observed + as_high) / num_choices, (observed + as_low) / num_choices

@@ -1,8 +1,9 @@
 """Users and records under shadow models, and which score of them an audit reads.
 
-An audit may read any score that does not depend on the coins of the attacked run. Which score is strongest the shadows
-tell: each stands in for the attacked model once, with the others as its shadows, and its own coins are known. They came
-from its own key, so a choice by them says nothing of the attacked run's coins and costs no error.
+A shadow model is trained like the attacked one, on users that another secret key chose; so it is known whom it was
+trained on. An audit may read any score that does not depend on the coins of the attacked run, that is on whom it was
+trained on. The shadows tell which score is strongest: each stands in for the attacked model once, with the others as
+its shadows. Their coins are independent of the attacked run's, so the choice costs no error.
 """
 
 from __future__ import annotations
@@ -28,10 +29,11 @@ class Chosen:
     """The score that an audit reads.
 
     Attributes:
-        name: of the attack.
-        values: [users] scores under the attacked model.
-        shadow_auroc: how well it tells who a shadow was trained on, the mean over shadows; None without a choice.
-        compared: names that it was chosen among.
+        name: of the score.
+        values: [users] the score under the attacked model.
+        shadow_auroc: AUROC of the score where shadows stand in for the attacked model, the mean over shadows; None
+            where there was no choice.
+        compared: names of the scores that it was chosen among.
     """
 
     name: str
@@ -49,15 +51,16 @@ class Chosen:
 
 
 def by_user(models: UnderOtherModels, owner: np.ndarray, num_users: int) -> tuple[UnderOtherModels, BoolArray]:
-    """Lift documents to the users that have any.
+    """Average documents over their users, under every model.
 
     Args:
         models: documents, sorted by owner.
-        owner: [documents] user of each.
+        owner: [documents] index of the document's user.
         num_users: in all.
 
     Returns:
-        The users under the same models, and [all users] whether each is among them.
+        The users that have documents, in ascending order, as units of the same models; and [all users] whether each
+        has documents.
     """
     users, starts = np.unique(owner, return_index=True)
     target = lift(models.target, owner, num_users)[users]
@@ -68,7 +71,7 @@ def by_user(models: UnderOtherModels, owner: np.ndarray, num_users: int) -> tupl
 
 
 def lacking(attack: ReferenceAttack, models: UnderOtherModels | None) -> str:
-    """Return what an attack needs of shadows and has not; empty if nothing."""
+    """Return why an attack cannot run, in words: it has too few shadow models. Empty if it can."""
     if models is None:
         return "needs shadow models; see attacks shadows --help"
     fewest_in, fewest_out = int(models.is_in.sum(axis=1).min()), int((~models.is_in).sum(axis=1).min())
@@ -89,21 +92,28 @@ def strongest(models: UnderOtherModels, base: FloatArray, attacks: Iterable[Refe
         attacks: candidates beside the gain over the base; those that need more shadows are skipped.
     """
     stand_ins = [_without(models, number) for number in range(models.shadows.shape[1])]
-    candidates: dict[str, Score] = {GAIN: lambda found: found.target - base}
-    candidates |= {a.name: a.score for a in attacks if not any(lacking(a, found) for found, _ in stand_ins)}
+    candidates: dict[str, Score] = {GAIN: lambda shown: shown.target - base}
+    for attack in attacks:
+        can_run = not any(lacking(attack, shown) for shown, _ in stand_ins)
+        if can_run:
+            candidates[attack.name] = attack.score
     aurocs = {name: _mean_auroc(score, stand_ins) for name, score in candidates.items()}
     best = max(aurocs, key=lambda name: aurocs[name])
     return Chosen(best, candidates[best](models), aurocs[best], tuple(candidates))
 
 
 def _without(models: UnderOtherModels, number: int) -> tuple[UnderOtherModels, BoolArray]:
-    """Return the users with one shadow in the place of the attacked model, and whom it was trained on."""
+    """Return the users with shadow ``number`` as the attacked model, and [users] whether that shadow saw them.
+
+    The other shadows stay shadows, and the attacked model is left out.
+    """
     others = np.arange(models.shadows.shape[1]) != number
     stand_in = UnderOtherModels(models.shadows[:, number], models.shadows[:, others], models.is_in[:, others])
     return stand_in, models.is_in[:, number]
 
 
 def _mean_auroc(score: Score, stand_ins: Iterable[tuple[UnderOtherModels, BoolArray]]) -> float:
+    """Return the mean AUROC of a score over stand-ins that saw some users and not others; 1/2 if there is none."""
     aurocs = []
     for models, is_in in stand_ins:
         values = score(models)

@@ -1,4 +1,8 @@
-"""What an attack's result says about the run's claim: one rule, stated once, applied to every statistic."""
+"""What an attack's result says about the run's claim: one rule, stated once, applied to every statistic.
+
+A claim is the privacy guarantee that the run's statement makes. It caps how well any attack can separate held-in users
+(trained on) from held-out ones. A result above the cap falsifies the claim.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +25,10 @@ ATTACKED_UNIT = "user"
 """User inference accuses users; a guarantee in another unit does not answer it."""
 
 _VACUOUS_AUROC = 0.999
-# Small epsilons decide the middle of the ROC, and with it the area.
+"""A cap above this excludes no attack that could be seen."""
+
+# Epsilons at which the privacy curve is tabulated, as shares of the largest; the small ones decide the middle of the
+# ROC, and with it the area.
 _CURVE_SHARES = (0.0, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
 # Random allocation: two seconds a point at this grid width, minutes at a finer one; certified at any.
 _ALLOCATION_SHARES = (1 / 8, 1 / 4, 1 / 2, 1.0)
@@ -29,7 +36,7 @@ _ALLOCATION_GRID = 0.2
 
 
 class Verdict(enum.StrEnum):
-    """What the result says about the claim, and about nothing else."""
+    """What a result says about the claim; :func:`judge` has the rule for each."""
 
     FALSIFIED = "falsified"
     CONSISTENT = "consistent"
@@ -40,11 +47,11 @@ class Verdict(enum.StrEnum):
 
 @dataclasses.dataclass(frozen=True)
 class Cap:
-    """What the run's guarantee allows, in the attack's own unit.
+    """What the run's guarantee allows an attack on users.
 
     Attributes:
-        bound: its (epsilon, delta), or None if the run gives none for this unit.
-        reason: why there is no bound or why the bound is vacuous; empty if it bites.
+        bound: the guarantee for a user, (epsilon, delta), or None if the run gives none for users.
+        reason: why there is no bound or why the bound is vacuous; empty if it limits what an attack can show.
         curve: the whole trade-off curve of the same mechanism, where it can be had; tighter than one pair.
         conversion: how a guarantee for records became one for users; empty where none was needed.
     """
@@ -56,18 +63,20 @@ class Cap:
 
     @classmethod
     def of(cls, statement: PrivacyStatement, records_per_user: int = 0) -> Cap:
-        """Read the cap off the privacy statement; nobody types it.
+        """Return the cap that follows from a privacy statement.
 
         Args:
             statement: of the attacked run.
-            records_per_user: the most training records of one user, for a guarantee per record; 0 if unknown.
+            records_per_user: the most training records of one user, counted in the data; read only if the guarantee is
+                per record; 0 if unknown.
         """
         if math.isinf(statement.effective_epsilon):
             return cls(statistics.DpBound(math.inf, statement.delta), "the run is not private, so it caps nothing")
         bound = statistics.DpBound(statement.effective_epsilon, statement.delta)
         if statement.unit == ATTACKED_UNIT:
             return cls(bound, "", curve=_curve(statement))
-        # The guarantee protects a record, so a user's is that of k records: the bound stated, or the count if less.
+        # The guarantee protects a record, so a user's is that of k records. k is the stated limit of records per user
+        # (0: none stated) or the number counted in the data, whichever is less.
         stated = statement.contribution_bound
         stated_bound = 0 if stated is None else stated.records_per_user_in_training_set or 0
         if stated is not None and stated.selection == "random_chunk":
@@ -77,7 +86,7 @@ class Cap:
 
     @classmethod
     def _of_records(cls, unit: str, bound: statistics.DpBound, records_per_user: int) -> Cap:
-        """Return the cap by group privacy over k records of a user (0: unknown, so none).
+        """Return the cap by group privacy over the k = ``records_per_user`` records of a user (0: unknown, so no cap).
 
         It is (k ε, δ (e^kε - 1) / (e^ε - 1)), never (k ε, k δ).
         """
@@ -103,7 +112,12 @@ class Cap:
         return min((statistics.auroc_cap(bound, num_held_out) for bound in self._bounds), default=None)
 
     def tpr(self, num_false_positives_allowed: int, num_held_out: int) -> float | None:
-        """Return the cap on the sample's expected true positive rate, likewise."""
+        """Return the cap on the sample's expected true positive rate, the lower of pair and curve; None without any.
+
+        Args:
+            num_false_positives_allowed: held-out users that may score above the threshold.
+            num_held_out: held-out users.
+        """
         caps = (statistics.tpr_cap(bound, num_false_positives_allowed, num_held_out) for bound in self._bounds)
         return min(caps, default=None)
 
@@ -113,7 +127,7 @@ class Cap:
 
 
 def epsilon_at(statement: PrivacyStatement, delta: float) -> float | None:
-    """Return what the statement's mechanism certifies for users at another delta; None where nothing can be.
+    """Return the epsilon that the stated mechanism certifies for users at another delta; None where none can be.
 
     Args:
         statement: of the run.
@@ -129,7 +143,7 @@ def epsilon_at(statement: PrivacyStatement, delta: float) -> float | None:
     import accountants
 
     asked = relation_of(statement.neighboring_relation)
-    for name in _accountants(scheme, num_records):
+    for name in _accountants(scheme, num_records):  # the first that can resolve the event answers
         try:
             answer = accountants.epsilon(event, delta, accountant=name, relation=asked)
             return accountants.certified_upper(answer, asked)
@@ -149,7 +163,10 @@ def _curve(statement: PrivacyStatement) -> statistics.CurveBound | None:
 
 
 def _mechanism(statement: PrivacyStatement) -> tuple[Scheme, float, int, int] | None:
-    """Return scheme, noise multiplier, steps and records a unit; None if the statement lacks what accounting needs."""
+    """Return (sampling scheme, noise multiplier, steps, sampled records of a unit) as the accountants need them.
+
+    None if the statement lacks one, or its mechanism is not the Gaussian one.
+    """
     noise_multiplier, num_steps = statement.mechanism.noise_multiplier, _charged_steps(statement)
     num_records = statement.sampled_records_per_unit
     if statement.tuning is not None:
@@ -171,7 +188,16 @@ def _charged_steps(statement: PrivacyStatement) -> int:
 def _tabulate(
     scheme: Scheme, relation: str, noise_multiplier: float, num_steps: int, largest_epsilon: float, num_records: int = 1
 ) -> statistics.CurveBound | None:
-    """Return certified points of the curve, or None where no accountant can resolve the event."""
+    """Return certified points of the mechanism's privacy curve; None where no accountant can resolve the event.
+
+    Args:
+        scheme: how units are sampled for a step.
+        relation: the neighbouring relation, as the statement spells it.
+        noise_multiplier: noise over the clipping norm.
+        num_steps: steps that are charged.
+        largest_epsilon: up to which epsilon the curve is tabulated.
+        num_records: records of a unit that are sampled apart.
+    """
     event = _event(scheme, relation, noise_multiplier, num_steps, num_records)
     if event is None:
         return None
@@ -187,14 +213,20 @@ def _tabulate(
 
 
 def _accountants(scheme: Scheme, num_records: int) -> list[str]:
-    """Return the accountants to ask, in order; of several records, pld takes many seconds where tilted takes none."""
+    """Return the scheme's accountants in the order to ask them.
+
+    For users of several records ``tilted`` comes first: ``pld`` takes many seconds where ``tilted`` takes none.
+    """
     return sorted(scheme.accountants, key=lambda name: num_records > 1 and name != "tilted")
 
 
 def _event(
     scheme: Scheme, relation: str, noise_multiplier: float, num_steps: int, num_records: int
 ) -> dp_accounting.DpEvent | None:
-    """Return the event of ``num_records`` records of a user; None where no accounting of several is known."""
+    """Return the mechanism as an event for accountants, as it treats a unit of ``num_records`` records.
+
+    None for several records where no accounting of them is known.
+    """
     if num_records == 1:
         return scheme.event_of_steps(noise_multiplier, num_steps)
     if isinstance(scheme, Poisson) and relation == "add_or_remove_one":
@@ -262,7 +294,7 @@ def judge(
 
 
 def combine(headline: tuple[Verdict, str], audits: Sequence[tuple[Verdict, str]]) -> tuple[Verdict, str]:
-    """Return the run's verdict, the headline's unless an audit falsifies, with its reason.
+    """Return the run's verdict with its reason: the headline's, unless an audit falsifies the claim.
 
     Where the split is confounded, the audit of the split's users says so itself; that of canaries is not concerned.
     A true claim is called falsified with probability at most .025 by the headline and .05 by all audits together.

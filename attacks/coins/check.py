@@ -1,4 +1,8 @@
-"""Check that the signals use the train/held-out split that the run committed to."""
+"""Check that the signals use the train/held-out split that the run committed to.
+
+The split manifest (``secret/``) says who is held in (trained on), who is held out, which records the attacker holds and
+which canaries were planted. Signals name users by the attack's own pseudonyms, which follow from a key of the run.
+"""
 
 from __future__ import annotations
 
@@ -20,11 +24,13 @@ from privtrain.privacy.secret import SecretKey
 def check_documents(scoring: Scoring) -> int:
     """Raise unless the signals hold exactly the documents of the sealed split, each on its side.
 
-    The attacker's documents and the canaries are derived from the split again. Training records are named only in the
-    data, so their number per user is checked; which they are is checked against the sealed record, as are references.
+    The attacker's documents and the canaries are derived from the split again and compared one by one. Which training
+    records were scored does not follow from the split, so only their number per user is compared with it. The digest in
+    the sealed record of the scoring covers which they are, and which references of canaries.
 
     Returns:
-        How many of the scored training records of held-in users no step could draw, because selection left them out.
+        How many scored training records of held-in users were never trained on, since the selection of records left
+        them out.
 
     Raises:
         AttackInputError: if the coins were replaced, or the signals are of other coins or other documents.
@@ -47,32 +53,40 @@ def check_documents(scoring: Scoring) -> int:
             f"{scoring.path} does not hold the documents that {run.manifest} says, on its sides: "
             f"{'; '.join(filter(None, wrong))}; it was altered or belongs to other coins; {scoring.remedy}"
         )
-    left_out = read_used(run)["left_out"]
-    unused = {(attack_pseudonym(key, user), str(index)) for user, places in left_out.items() for index in places}
+    left_out = read_used(run)["left_out"]  # user -> indices of records
+    unused = {(attack_pseudonym(key, user), str(index)) for user, indices in left_out.items() for index in indices}
     return sum(item.kind == TRAINING and (item.user, item.document) in unused for item in scored)
 
 
 def _side(manifest: Mapping[str, Any]) -> collections.defaultdict[str, str]:
+    """Return user to side; whoever the manifest does not list as held in is held out."""
     sides = collections.defaultdict(lambda: HELD_OUT)
     sides.update(dict.fromkeys(manifest["held_in"], HELD_IN))
     return sides
 
 
 def _expected(manifest: Mapping[str, Any], key: SecretKey) -> list[DocumentKey]:
-    """Return the attacker's documents and the planted ones."""
+    """Return the fresh documents of natural users and the canaries' documents, as the signals must name them."""
     sides, canaries = _side(manifest), canaries_of(manifest)
     planted = {canary.user for canary in canaries}
-    places = [(user, FRESH, index) for user, fresh in manifest["attacker"].items() for index in fresh]
-    places = [place for place in places if place[0] not in planted]
-    for canary in filter(lambda canary: canary.is_text, canaries):
-        indices = [0] if canary.is_invented else manifest["attacker"].get(canary.user, [])
-        places += [(canary.user, CANARY, index) for index in indices]
-    names = {user: attack_pseudonym(key, user) for user, _, _ in places}
-    return [DocumentKey(names[user], str(index), kind, sides[user]) for user, kind, index in places]
+    expected = []  # (user, kind, index of the record)
+    for user, fresh in manifest["attacker"].items():
+        if user not in planted:
+            expected += [(user, FRESH, index) for index in fresh]
+    for canary in canaries:
+        if canary.is_text:
+            # All records of an invented user are one text, scored once; of a changed user the fresh records are scored.
+            indices = [0] if canary.is_invented else manifest["attacker"].get(canary.user, [])
+            expected += [(canary.user, CANARY, index) for index in indices]
+    names = {user: attack_pseudonym(key, user) for user, _, _ in expected}
+    return [DocumentKey(names[user], str(index), kind, sides[user]) for user, kind, index in expected]
 
 
 def _wrong_references(manifest: Mapping[str, Any], key: SecretKey, scored: list[DocumentKey]) -> str:
-    """Return what is wrong with the references: of somebody who is no canary, or not on its canary's side."""
+    """Return what is wrong with the canaries' references, in words: an owner that is no canary, or another side.
+
+    References are secrets that were not planted; each belongs to its canary, or to a pool that canaries share.
+    """
     sides, canaries = _side(manifest), canaries_of(manifest)
     owners = {attack_pseudonym(key, canary.user): sides[canary.user] for canary in canaries if canary.kind == TEMPLATE}
     if any(canary.has_shared_references for canary in canaries):
@@ -82,7 +96,14 @@ def _wrong_references(manifest: Mapping[str, Any], key: SecretKey, scored: list[
 
 
 def _num_usable(manifest: Mapping[str, Any], key: SecretKey, users: list[str], usable: list[int]) -> dict[str, int]:
-    """Return, by pseudonym of every attacked natural user, the number of records that training could use."""
+    """Return pseudonym to number of records that training could use, of every attacked user who is no canary.
+
+    Args:
+        manifest: of the split.
+        key: of the attack's pseudonyms.
+        users: pseudonym in each row of the signals.
+        usable: the number that the same row states for its user.
+    """
     planted = {canary.user for canary in canaries_of(manifest)}
     natural = {attack_pseudonym(key, user) for user in manifest["attacker"] if user not in planted}
     return {user: count for user, count in zip(users, usable, strict=True) if user in natural}

@@ -1,8 +1,9 @@
 """Flip all coins before training: who is held out, what the attacker holds, which secrets are planted. Sealed.
 
-Coins that are flipped afterwards prove nothing: somebody has seen the model by then. This makes the run directory and
-its root key, and writes what follows from them to ``secret/prepared.json``; training draws the same coins from the same
-key and refuses to begin if the file says anything else.
+A coin is a random choice that follows from the run's root key, such as whether a user is trained on. Coins that are
+flipped afterwards prove nothing: somebody has seen the model by then. This makes the run directory and its root key,
+and writes what follows from them to ``secret/prepared.json``; training draws the same coins from the same key and
+refuses to begin if the file says anything else.
 """
 
 from __future__ import annotations
@@ -62,14 +63,14 @@ def prepare(config_path: pathlib.Path, overrides: Sequence[str] = (), *, spans_c
 
     Args:
         config_path: the configuration that training will get.
-        overrides: dotted assignments.
-        spans_column: column of labelled [start, end] spans of sensitive text; sealed with the coins, so that they
-            cannot be chosen after looking at the model.
+        overrides: assignments to its keys, such as ``"canaries.num_users=200"``.
+        spans_column: column of labelled [start, end] spans of sensitive text; the spans are sealed with the coins, so
+            that nobody can choose them after looking at the model.
 
     Raises:
         ConfigError: as training would.
         PlanMismatch: if the run was prepared with other data, another configuration or other coins.
-        AttackInputError: if training has begun in the directory, or the spans are none.
+        AttackInputError: if training has begun in the directory, or a cell of the column holds no spans.
     """
     config = load_checked(config_path, overrides)
     if spans_column and config.data.format != "text":
@@ -105,7 +106,10 @@ def prepare(config_path: pathlib.Path, overrides: Sequence[str] = (), *, spans_c
 
 
 def _has_begun(run: RunDirectory) -> bool:
-    """Return whether training came to its first session; a start that failed before leaves a log of one record."""
+    """Return whether training began its first session here.
+
+    A start that failed before that leaves a ledger of one record, which does not count.
+    """
     if run.manifest.exists():
         return True
     if run.ledger.exists():
@@ -125,19 +129,29 @@ def _without_opted_out(config: Config, corpus: Corpus) -> Corpus:
 
 
 def _check_sealed(run: RunDirectory, config: Config, everybody: Corpus, allowed: Corpus, key: SecretKey) -> None:
-    """Check that the sealed coins are those of this command, but for people who opted out since.
+    """Check that the sealed coins are those of this command, except for people who opted out since.
+
+    Args:
+        run: with ``secret/prepared.json``.
+        config: of this command.
+        everybody: all users of the data.
+        allowed: the users who have not opted out by now.
+        key: the run's root key, which all coins follow from.
 
     Raises:
-        PlanMismatch: if they are not.
+        PlanMismatch: if the coins differ.
     """
     sealed = read_sealed(run.prepared)
     known = {*sealed["held_in"], *sealed["held_out"]}
+    # Neither sealed nor allowed now: these users had opted out when the coins were sealed already.
     gone = [user for user in everybody.records if user not in known and user not in allowed.records]
-    then = without_users(everybody, gone)
-    check_prepared(run.prepared, draw_split(config, then, _tokenizer(config), key).manifest(then))
+    corpus_then = without_users(everybody, gone)
+    split_then = draw_split(config, corpus_then, _tokenizer(config), key)
+    check_prepared(run.prepared, split_then.manifest(corpus_then))
 
 
 def _tokenizer(config: Config) -> Any:
+    """Return the model's tokenizer if drawing the canaries needs it, else None."""
     if not needs_tokenizer(config):
         return None
     from privtrain.models.load import load_tokenizer
@@ -146,13 +160,18 @@ def _tokenizer(config: Config) -> Any:
 
 
 def _coins_of_spans(run: RunDirectory) -> str | None:
-    """Return the seal of the coins that sealed spans belong to; None without spans."""
+    """Return the digest of the split manifest that the sealed spans were written for; None without sealed spans."""
     path = run.root / SPANS_PATH
     return read_sealed_file(run, path, schema=SPANS_SCHEMA)["manifest_sha256"] if path.is_file() else None
 
 
 def _spans(manifest: dict[str, Any], spans_of_record: dict[tuple[str, int], list[tuple[int, int]]]) -> dict[str, Any]:
-    """Return spans by user and record, tied to the coins."""
+    """Return the content of the file of spans: user to record index (as text) to spans, with the manifest's digest.
+
+    Args:
+        manifest: the split that the spans are sealed with.
+        spans_of_record: (user, record index) to [start, end) spans in characters.
+    """
     by_user: dict[str, dict[str, list[list[int]]]] = {}
     for (user, index), spans in sorted(spans_of_record.items()):
         by_user.setdefault(user, {})[str(index)] = [list(span) for span in spans]
@@ -160,6 +179,7 @@ def _spans(manifest: dict[str, Any], spans_of_record: dict[tuple[str, int], list
 
 
 def _public(run: RunDirectory, corpus: Corpus, split: Split, commitment: str, num_labelled: int) -> Prepared:
+    """Return the counts that do not depend on how the coins fell."""
     return Prepared(
         run=run.root,
         num_users=len(corpus.records),

@@ -20,7 +20,12 @@ _SERIES_COLORS = (HELD_IN_COLOR, HELD_OUT_COLOR, CAP_COLOR, "#7a5c99", MUTED)
 
 
 def roc_figure(result: Mapping[str, Any], claim: str | None) -> str:
-    """Return the ROC on log-log axes with its band, the chance line and what the claim allows."""
+    """Return the ROC on log-log axes with its confidence band, the line of guessing and what the claim allows.
+
+    Args:
+        result: an entry of ``results`` in ``attacks.json`` that has a ``roc``.
+        claim: the guarantee in words, for the legend; None if it allows everything.
+    """
     roc, counts = result["roc"], result["tpr_at_fpr"][0]
     num_held_in, num_held_out = counts["num_held_in"], counts["num_held_out"]
     # Log axes have no zero: the left and the lower edge stand for it, half a user below the first count.
@@ -59,7 +64,7 @@ def roc_figure(result: Mapping[str, Any], claim: str | None) -> str:
 
 
 def histogram_figure(result: Mapping[str, Any], axis_label: str) -> str:
-    """Return how the statistic is distributed over the users of the two sides."""
+    """Return the histogram of a statistic over held-in and over held-out users; ``result`` has a ``histogram``."""
     histogram = result["histogram"]
     with figure_style():
         figure, axes = new_figure()
@@ -76,7 +81,14 @@ def histogram_figure(result: Mapping[str, Any], axis_label: str) -> str:
 
 
 def dependence_figure(points: Sequence[Mapping[str, Any]], labels: Sequence[str], axis_label: str, name: str) -> str:
-    """Return AUROC with its intervals at several places."""
+    """Return the AUROC with its interval in each of several groups of users, one beside the other.
+
+    Args:
+        points: a group each, with ``auroc`` and ``interval``.
+        labels: of the groups.
+        axis_label: what the groups differ in.
+        name: of the figure, for ids within the page.
+    """
     with figure_style():
         figure, axes = new_figure(height=3.2)
         places = list(range(len(points)))
@@ -94,7 +106,10 @@ def dependence_figure(points: Sequence[Mapping[str, Any]], labels: Sequence[str]
 
 
 def sensitive_figure(cells: Sequence[Mapping[str, Any]]) -> str:
-    """Return negative log-likelihood by kind of token, split and model."""
+    """Return bars of the mean negative log-likelihood: groups by kind of token and split, a bar for each model.
+
+    ``cells`` are those of the panel of sensitive tokens, with ``tokens``, ``split``, ``model`` and ``nll``.
+    """
     with figure_style():
         figure, axes = new_figure(height=3.4)
         groups = list(dict.fromkeys((cell["tokens"], cell["split"]) for cell in cells))
@@ -110,7 +125,7 @@ def sensitive_figure(cells: Sequence[Mapping[str, Any]]) -> str:
 def _bars(
     axes: Axes, places: Sequence[float], heights: Sequence[float | None], *, width: float, color: str, label: str
 ) -> None:
-    """Draw bars; what was not measured says so, where a bar of height 0 would be a claim."""
+    """Draw bars; a height of None is labelled "none", since a bar of height 0 would claim a measurement."""
     known = [0.0 if height is None else height for height in heights]
     axes.bar(places, known, width=width, color=color, alpha=0.75, label=label)
     for place, height in zip(places, heights, strict=True):
@@ -125,7 +140,7 @@ def panel_figure(figure_facts: Mapping[str, Any], name: str) -> str:
         figure, axes = new_figure(height=3.4)
         for number, (item, color) in enumerate(zip(series, itertools.cycle(_SERIES_COLORS), strict=False)):
             if figure_facts["kind"] == "bar":
-                width = 0.76 / len(series)
+                width = 0.76 / len(series)  # of 1 between groups, so that groups stay apart
                 places = [place + width * (number - (len(series) - 1) / 2.0) for place in range(len(item["x"]))]
                 _bars(axes, places, item["y"], width=0.94 * width, color=color, label=item["label"])
             else:
@@ -140,7 +155,13 @@ def panel_figure(figure_facts: Mapping[str, Any], name: str) -> str:
 
 
 def _mark_zero(axis: Axis, edge: float, first: float) -> None:
-    """Label the edge of a logarithmic axis of rates 0, and powers of ten from the first count on."""
+    """Label the edge of a logarithmic axis of rates as 0, and powers of ten in per cent from there on.
+
+    Args:
+        axis: the axis.
+        edge: its lower end, which stands for 0.
+        first: the smallest rate above 0 that a count of users can give.
+    """
     powers = [10.0**power for power in range(math.floor(math.log10(first)), 1) if 10.0**power >= 1.5 * edge]
     axis.set_major_locator(FixedLocator([edge, *powers]))
     axis.set_major_formatter(FixedFormatter(["0", *(f"{100 * power:g} %" for power in powers)]))

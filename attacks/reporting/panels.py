@@ -1,4 +1,4 @@
-"""What an evaluation that is no score per unit hands to the report: a table with words, perhaps a figure and a verdict.
+"""Report panels: results that are not one score per user, as a table with words, perhaps a figure and a verdict.
 
 A panel is a plain mapping, so that ``attacks.json`` holds it as it is:
 
@@ -7,8 +7,7 @@ A panel is a plain mapping, so that ``attacks.json`` holds it as it is:
 * ``rows``: flat mappings; values are text, numbers, booleans or None, and a key may be missing.
 * ``notes``: sentences. Optional.
 * ``figure``: optional; ``kind`` is ``line`` or ``bar``, with ``x_label``, ``y_label``, ``caption`` and ``series``, each
-with
-  ``label``, ``x`` and ``y`` (bars: ``x`` are the names of the groups, the same for every series).
+  with ``label``, ``x`` and ``y`` (bars: ``x`` are the names of the groups, the same for every series).
 * ``verdict``, ``verdict_reason``: optional; one of :class:`attacks.analysis.verdict.Verdict`. The policy file heeds it.
 
 Public: nothing about a single user may stand in a panel.
@@ -25,7 +24,7 @@ _NONE = "–"  # noqa: RUF001
 
 
 def check(name: str, panel: Mapping[str, Any]) -> None:
-    """Refuse a panel that the report could not show: our own mistake, found where it was made.
+    """Refuse a panel that the report could not show, which is a mistake in the code that made it.
 
     Raises:
         ValueError: naming the panel and what it lacks.
@@ -51,7 +50,7 @@ def columns(panel: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def cell(value: object) -> str:
-    """Return a value as a reader wants it: no needless digits, nothing for None."""
+    """Return a value as the text of a table cell: four significant digits, "yes" or "no", a dash for None."""
     if value is None:
         return _NONE
     if isinstance(value, bool):
@@ -74,7 +73,7 @@ def scientific(value: float) -> str:
 
 
 def table(panel: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """Return the rows as text, with their headings."""
+    """Return ``headings`` and ``rows`` of the panel as text, one cell a column."""
     keys = columns(panel)
     return {
         "headings": [label for _, label in keys],

@@ -30,12 +30,12 @@ class Policy(pydantic.BaseModel):
     statistics: Literal["headline", "all"] = "headline"
 
     def violations(self, attacks: Mapping[str, Any]) -> list[str]:
-        """Return what the results of ``attacks analyse`` break, one sentence each."""
+        """Return one sentence for each rule of this policy that the results in ``attacks.json`` break."""
         names = [attacks["headline"]] if self.statistics == "headline" else list(attacks["results"])
         broken = []
         for name in names:
             result = attacks["results"][name]
-            # Of the level at which the statistic is judged: many at once need wider intervals.
+            # Not the reported interval's lower end: where many statistics are judged at once, each needs a wider one.
             lower = result["verdict_lower"]
             if result["verdict"] in set(self.fail_on_verdicts):
                 broken.append(f"{name}: verdict {result['verdict']}")
@@ -57,7 +57,8 @@ def read_policy(path: pathlib.Path) -> Policy:
     expected = f"expected a YAML file with the keys {', '.join(Policy.model_fields)}"
     try:
         tree = reading.read_yaml(path, remedy=expected, max_bytes=1 << 20, follow_links=True)
-        return Policy.model_validate_json(json.dumps(tree, default=str), strict=True)  # a number is a number
+        # Strict, so that "0.6" is no number; through JSON, in which a strict model still takes a string as a verdict.
+        return Policy.model_validate_json(json.dumps(tree, default=str), strict=True)
     except pydantic.ValidationError as error:
         faults = "; ".join(
             f"{'.'.join(map(str, fault['loc'])) or 'policy'}: {fault['msg']}" for fault in error.errors()

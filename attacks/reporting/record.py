@@ -1,7 +1,9 @@
-"""The record of a scoring: a sealed file beside the signals that says of which target, plan and settings they are.
+"""The record of a scoring: a sealed file beside the signals that says which target, documents and settings they are of.
 
-The record holds the signals' size and SHA-256, so its seal covers both. It is written last: signals without a record
-that fits are not there. Whoever reads signals of a run reads them through here.
+Signals are the per-token log-probabilities that ``attacks score`` writes (``signals.parquet``); the record lies beside
+them (``signals.json``). "Sealed" is authenticated by a key of the run. The record holds the signals' size and SHA-256,
+so its seal covers both. It is written last: signals without a record that fits are not there. Whoever reads signals of
+a run reads them through here.
 """
 
 from __future__ import annotations
@@ -31,16 +33,23 @@ PART_SCHEMA_NAME = "privtrain/scoring-part/2"
 
 @dataclasses.dataclass(frozen=True)
 class Scoring:
-    """Signals that are known to be those that the run's scoring wrote."""
+    """A signals file with its record, whose seal was checked; the file is compared with it whenever it is read.
+
+    Attributes:
+        run: whose key seals the record.
+        path: of the signals.
+        facts: content of the record.
+        remedy: what an error about damaged signals tells the user to do.
+    """
 
     run: RunDirectory
     path: pathlib.Path
-    facts: Mapping[str, Any]  # the record's content
-    remedy: str  # what to do about damaged signals
+    facts: Mapping[str, Any]
+    remedy: str
 
     @property
     def seal(self) -> str:
-        """The record's seal, which binds everything of it and of the signals."""
+        """The record's seal: it changes with anything in the record or in the signals."""
         return self.facts[SEAL]
 
     def rows(self) -> Iterator[DocumentSignals]:
@@ -53,7 +62,7 @@ class Scoring:
             yield from rows_of(file, self.path, self.remedy)
 
     def columns(self, names: Sequence[str], kind: str | None = None) -> pa.Table:
-        """Return some columns of all rows, or of those of one kind; see :meth:`rows`."""
+        """Return some columns of all rows, or of the rows of one kind of document; raises as :meth:`rows`."""
         filters = None if kind is None else [("kind", "==", kind)]
         with self._opened() as file:
             try:
@@ -68,7 +77,7 @@ class Scoring:
 
     @contextlib.contextmanager
     def _opened(self) -> Iterator[BinaryIO]:
-        """Open the signals, compared with the record by size and digest first."""
+        """Yield the open signals file once its size and digest are found to be those of the record."""
         with reading.opened(self.path, remedy=self.remedy) as file:
             # First its size: hashing a file that was made huge takes hours.
             is_whole = os.fstat(file.fileno()).st_size == self.facts["signals_num_bytes"]
@@ -88,7 +97,14 @@ def record_path(signals_path: pathlib.Path) -> pathlib.Path:
 def write_scoring(
     run: RunDirectory, path: pathlib.Path, facts: Mapping[str, Any], *, schema: str = SCHEMA_NAME
 ) -> None:
-    """Seal signals that have just been written."""
+    """Write the sealed record of a signals file that has just been written.
+
+    Args:
+        run: whose key seals it.
+        path: the signals.
+        facts: what the record says of them; their size and SHA-256 are added.
+        schema: name of the record's format.
+    """
     with reading.opened(path) as file:
         written = {"signals_sha256": sha256_of(file, path), "signals_num_bytes": os.fstat(file.fileno()).st_size}
     write_sealed(run, record_path(path), {"schema": schema, **facts, **written})
@@ -101,9 +117,9 @@ def read_scoring(
 
     Args:
         run: the attacked run.
-        path: the signals; the run's own without.
-        schema: of the record.
-        remedy: what an error ends with.
+        path: the signals; those of the run's own model if None.
+        schema: name of the format that the record must have.
+        remedy: what an error tells the user to do.
 
     Raises:
         AttackInputError: if there are no signals.
@@ -118,14 +134,18 @@ def read_scoring(
 
 
 def read_references(run: RunDirectory, own: Scoring) -> list[Scoring]:
-    """Return the same documents under shadow models, each comparable with the run's own scoring.
+    """Return the scorings of the same documents under shadow models, each comparable with the run's own.
+
+    Args:
+        run: the attacked run.
+        own: the scoring under its own model.
 
     Raises:
         DamagedFile: if one is not as it was sealed.
-        AttackInputError: if one is of another base model, tokenizer or precision, or no model of its own.
+        AttackInputError: if one is of another base model, tokenizer or precision, or of a model that is there already.
     """
     scorings: list[Scoring] = []
-    models = {_weights_of(own): own.path}
+    models = {_weights_of(own): own.path}  # digest of weights -> signals under them
     folder = run.root / REFERENCES_PATH
     names = sorted({path.stem for path in folder.glob("shadow-*") if path.suffix in (".parquet", ".json")})
     for name in names:

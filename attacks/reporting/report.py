@@ -1,7 +1,7 @@
 """The attack report: one self-contained page, the same facts as JSON and Markdown, and a summary for the terminal.
 
-Shows public files only (``privacy.json``, ``metrics.jsonl``, ``report/attacks.json``), so it cannot leak what it
-never sees; of ``secret/`` it needs the key, with which it checks the seal of the results and seals the report.
+It reads public files only (``privacy.json``, ``metrics.jsonl``, ``report/attacks.json``), so it cannot leak what it
+never sees. Of ``secret/`` it needs the key, with which it checks the seal of the results and seals the report.
 """
 
 from __future__ import annotations
@@ -66,6 +66,7 @@ def write_report(run: pathlib.Path) -> pathlib.Path:
 
 
 def _write_report(run: pathlib.Path) -> pathlib.Path:
+    """Do what :func:`write_report` says; the caller holds the lock of the signals."""
     statement, attacks = _read(run)
     make_public_directory(run / "report")
     perplexity = rundir.held_out_perplexity(run)
@@ -111,16 +112,16 @@ def _write_report(run: pathlib.Path) -> pathlib.Path:
 
 
 def read_results(run: pathlib.Path) -> Mapping[str, Any]:
-    """Return the results that the report is about.
+    """Return the content of ``report/attacks.json``, once it is found to belong to the run as it is now.
 
     Raises:
-        AttackInputError: if the run is not finished or not analysed.
+        AttackInputError: if the run is not finished or not analysed, or the results are of another plan or target.
     """
     return _read(run)[1]
 
 
 def _identity(run: pathlib.Path, statement: rundir.PrivacyStatement, attacks: Mapping[str, Any]) -> dict[str, str]:
-    """Return which run this page is about: what a file copy of it needs to be found again by."""
+    """Return heading to text of the page's table that identifies the run: names, digests, dates and software."""
     directory = RunDirectory(run)
     identity = {"Run": run.resolve().name}
     if directory.config.exists():
@@ -139,7 +140,7 @@ def _identity(run: pathlib.Path, statement: rundir.PrivacyStatement, attacks: Ma
 
 
 def _shown_panels(attacks: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the panels that have something to show, ready for the templates."""
+    """Return the panels that are not None, with their cells as text, an id within the page, and their figure as SVG."""
     shown = []
     for name, panel in attacks["panels"].items():
         if panel is None:
@@ -152,7 +153,11 @@ def _shown_panels(attacks: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _dependence_figures(curves: Mapping[str, Any]) -> list[dict[str, str]]:
-    """Return one figure for each thing that the headline was split by, where there was enough to split."""
+    """Return ``svg``, ``title`` and ``counts`` for each thing that users were grouped by, if it has two groups or more.
+
+    Args:
+        curves: key of ``_DEPENDENCES`` to the groups, each with its AUROC, interval and numbers of users.
+    """
     figure_list = []
     for key, title in _DEPENDENCES.items():
         points = curves[key]
@@ -169,7 +174,7 @@ def _dependence_figures(curves: Mapping[str, Any]) -> list[dict[str, str]]:
 
 
 def summary_table(run: pathlib.Path) -> rich.table.Table:
-    """Return the run as a table of two columns: ten rows and one for each panel.
+    """Return the run's main figures for the terminal, as a table of names and values.
 
     Raises:
         AttackInputError: if the run is not finished or not analysed.
@@ -209,9 +214,9 @@ def format_epsilon(epsilon: float | None) -> str:
         return "∞"
     # The product may round up past a whole number: 7.99 * 1000 = 7990.000000000001 is still 7.990.
     scaled = epsilon * 1000.0
-    return (
-        f"{(round(scaled) if math.isclose(scaled, round(scaled), rel_tol=1e-12) else math.ceil(scaled)) / 1000.0:.3f}"
-    )
+    is_whole = math.isclose(scaled, round(scaled), rel_tol=1e-12)
+    thousandths = round(scaled) if is_whole else math.ceil(scaled)
+    return f"{thousandths / 1000.0:.3f}"
 
 
 def grouped(count: int | None) -> str:
@@ -220,7 +225,12 @@ def grouped(count: int | None) -> str:
 
 
 def _read(run: pathlib.Path) -> tuple[rundir.PrivacyStatement, Mapping[str, Any]]:
-    """Return the statement and the attack results, which must be the run's own and belong together."""
+    """Return the privacy statement and the attack results, which must be the run's own and belong together.
+
+    Raises:
+        AttackInputError: if the run is not finished or not analysed, or the results are of another plan, split, target
+            or scoring than the run has now.
+    """
     statement = evidence.verified_statement(run)
     path = run / analyse.ATTACKS_PATH
     if not os.path.lexists(path):
@@ -240,7 +250,7 @@ def _read(run: pathlib.Path) -> tuple[rundir.PrivacyStatement, Mapping[str, Any]
     if attacks["split_commitment"] != statement.split_commitment:
         raise AttackInputError(f"{path} was computed on other coins than the privacy statement commits to; {remedy}")
     evidence.check_target(directory, attacks["target"], path, remedy)
-    # Gone after `privtrain ledger shred`, and then the results stand alone.
+    # `privtrain ledger shred` deletes the signals and their record, and then the results stand alone.
     is_scored = record.record_path(run / SIGNALS_PATH).exists()
     if is_scored and record.read_scoring(directory).seal != attacks["scoring"]["seal"]:
         raise AttackInputError(f"{path} was computed from other signals than the run has now; {remedy}")
@@ -248,7 +258,7 @@ def _read(run: pathlib.Path) -> tuple[rundir.PrivacyStatement, Mapping[str, Any]
 
 
 def _claim(statement: rundir.PrivacyStatement, attacks: Mapping[str, Any]) -> str | None:
-    """Return the guarantee in words, where it caps the attack."""
+    """Return the guarantee as text, such as "ε = 2.000, δ = 1e-5"; None if it does not limit the attack."""
     if attacks["cap"]["reason"]:
         return None
     equals = "\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}"
@@ -256,7 +266,7 @@ def _claim(statement: rundir.PrivacyStatement, attacks: Mapping[str, Any]) -> st
 
 
 def _cap_text(cap: Mapping[str, Any]) -> str:
-    """Return the cap for a table cell."""
+    """Return the largest AUROC that the guarantee allows, as a table cell; ``cap`` is that of ``attacks.json``."""
     if cap["reason"]:
         return f"none: {cap['reason']}"
     curve = "" if cap["curve"] is None else f"; {cap['curve']['auroc_of_sample']:.4f} by the whole privacy curve"

@@ -49,7 +49,13 @@ def table_rows(attacks: Mapping[str, Any]) -> list[list[Any]]:
 
 
 def log_report(run: pathlib.Path, attacks: Mapping[str, Any], *, project: str) -> None:
-    """Log headline, table and artifact of a written report, and nothing of ``secret/``."""
+    """Log a written report to Weights & Biases: headline, table of statistics and public files; nothing of ``secret/``.
+
+    Args:
+        run: with the report's files.
+        attacks: content of its ``attacks.json``.
+        project: of Weights & Biases.
+    """
     settings = careful_settings()
     import wandb
 

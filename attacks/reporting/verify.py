@@ -22,7 +22,12 @@ from privtrain.run.sealing import read_sealed_file
 
 @dataclasses.dataclass(frozen=True)
 class Checked:
-    """What holds, and what could not be checked here, each a sentence."""
+    """What a verification found, as sentences for the terminal.
+
+    Attributes:
+        holds: what was checked and is right.
+        not_checked: what could not be checked, and why.
+    """
 
     holds: list[str]
     not_checked: list[str]
@@ -30,6 +35,9 @@ class Checked:
 
 def verify_report(root: pathlib.Path) -> Checked:
     """Check ``report/`` against itself, the released files beside it and, where ``secret/`` is there, its seals.
+
+    Args:
+        root: a run directory, or a copy of what was published of one.
 
     Raises:
         DamagedFile: if a file is missing, damaged or not as it was sealed.
@@ -73,6 +81,7 @@ def verify_report(root: pathlib.Path) -> Checked:
 
 
 def _mapping(facts: dict[str, Any], name: str, path: pathlib.Path) -> dict[str, Any]:
+    """Return a field that must be a mapping; without the run's key nothing vouches for the form of the file."""
     value = facts.get(name)
     if not isinstance(value, dict):
         raise DamagedFile(path, f"lacks what a report holds ({name})")
@@ -80,7 +89,7 @@ def _mapping(facts: dict[str, Any], name: str, path: pathlib.Path) -> dict[str, 
 
 
 def _check_nothing_else(directory: pathlib.Path) -> None:
-    """Refuse any other file: whoever opens a page there takes it for the report's."""
+    """Raise if ``report/`` holds any file beside the four of a report: a reader would take it for a part of that."""
     if directory.is_symlink():
         raise AttackInputError(f"{directory} is a link; check the directory that it leads to")
     known = {path.name for path in (analyse.ATTACKS_PATH, report.REPORT_PATH, report.INDEX_PATH, report.MARKDOWN_PATH)}
@@ -91,11 +100,22 @@ def _check_nothing_else(directory: pathlib.Path) -> None:
 
 
 def _read(run: RunDirectory, path: pathlib.Path, schema: str, *, has_key: bool) -> dict[str, Any]:
+    """Return the content of a JSON file with this schema; its seal is checked where the run's key is at hand."""
     return read_sealed_file(run, path, schema=schema) if has_key else reading.read_json(path, schema=schema)
 
 
 def _check_target(run: RunDirectory, target: dict[str, Any], holds: list[str], not_checked: list[str]) -> None:
-    """Compare statement and released files, as far as they are there, with the digests in the results."""
+    """Compare statement and released files, as far as they are there, with the digests in the results.
+
+    Args:
+        run: where the files are.
+        target: digests that the results hold, under ``statement`` and ``released``.
+        holds: gets a sentence for each thing that holds.
+        not_checked: gets a sentence for each thing that is not there.
+
+    Raises:
+        AttackInputError: if one differs.
+    """
     if run.privacy.exists():
         if file_sha256(run.privacy) != target.get("statement"):
             raise AttackInputError(f"{run.privacy} is not the statement that the report is about")

@@ -34,11 +34,11 @@ def plan_canaries(
     root_key: SecretKey,
     num_references: int,
 ) -> list[Document]:
-    """Return the documents of canaries and of their references.
+    """Return the documents of planted canaries and of the references that their secrets are ranked among.
 
     Args:
-        manifest: of the attacked run.
-        section: how its canaries were drawn.
+        manifest: the split of the attacked run; it lists its canaries.
+        section: the run's ``canaries`` configuration, which says how they were drawn.
         tokenizer: the model's.
         root_key: the run's.
         num_references: secrets that a canary is compared with; fewer where there are no more.
@@ -46,7 +46,7 @@ def plan_canaries(
     canaries = [canary for canary in canaries_of(manifest) if canary.is_text]
     documents: list[Document] = []
     for canary in canaries:
-        # A changed user's own fresh records; an invented user has only the one text.
+        # Of a real user whose records were changed the fresh records are scored; an invented user has only one text.
         indices = [0] if canary.is_invented else manifest["attacker"].get(canary.user, [])
         documents += [Document(canary.user, index, CANARY, canary.records[index]) for index in indices]
         if canary.kind == TEMPLATE:
@@ -68,7 +68,7 @@ def _references(user: str, texts: list[str]) -> list[Document]:
 
 
 def _other_digits(canary: Canary, section: CanariesSection, root_key: SecretKey, count: int) -> list[str]:
-    """Return other secrets of the same form, all there are if they are few."""
+    """Return ``count`` different secrets of the same number of digits, not the canary's own; all if there are fewer."""
     size = 10**section.num_digits
     if size - 1 <= count:
         return [text for number in range(size) if (text := digits_of(number, section.num_digits)) != canary.secret]

@@ -23,6 +23,7 @@ from privtrain.errors import DamagedFile
 from privtrain.files import reading
 
 Extras = Mapping[tuple[str, int], Mapping[str, Any]]
+"""(user, record index) to the values of further columns by name."""
 
 
 def read_columns(
@@ -32,18 +33,22 @@ def read_columns(
     digests: Sequence[str] | None,
     wanted: Iterable[tuple[str, int]] | None = None,
 ) -> Extras:
-    """Return the values of further columns by (user, record index): the index that the record has in the corpus.
+    """Return the values of columns that the trainer does not read, by (user, index of the record in the corpus).
 
-    Rows are read one after the other by the rules of the corpus, so memory grows with the records that are wanted and
-    with nothing else; of a user's equal rows, where ``data.deduplicate`` drops them, the first one's values count.
+    Rows are read one after the other and numbered by the rules of the corpus, so memory grows with the wanted records
+    alone. Of a user's equal rows, where ``data.deduplicate`` drops them, the first one's values count.
 
     Args:
         data: where the rows are; files only.
         corpus: what the trainer read of them, in memory or on disk.
-        names: columns.
-        digests: SHA-256 that each file must have, in reading order; the corpus' own digest says nothing of columns that
+        names: columns to read.
+        digests: SHA-256 that each file must have, in reading order. The corpus' own digest does not cover columns that
             the trainer does not read.
-        wanted: (user, record index) pairs; all of the corpus' without.
+        wanted: (user, record index) pairs; all records of the corpus if None.
+
+    Returns:
+        For each record the values by column, and under ``offset`` how many characters the trainer stripped at the front
+        of the text.
 
     Raises:
         AttackInputError: if the source is no file, a column is missing, or the rows are not the corpus' rows.
@@ -64,7 +69,8 @@ def read_columns(
             continue
         counter = counters.setdefault(owner, _RecordCounter(data.deduplicate == "within_user"))
         index = counter.next_index(content)
-        if index is None or (chosen is not None and (owner, index) not in chosen):
+        is_wanted = index is not None and (chosen is None or (owner, index) in chosen)
+        if index is None or not is_wanted:
             continue
         known = corpus.records.get(owner, ())
         if index >= len(known) or known[index] != content:
@@ -106,14 +112,14 @@ class _RecordCounter:
 
 
 def spans_of(value: object, offset: int) -> list[tuple[int, int]]:
-    """Return labelled spans, given as [start, end] pairs or objects with ``start`` and ``end``, in a list or its JSON.
+    """Return the labelled spans of a cell as (start, end) positions in the stripped text.
 
     Args:
-        value: a cell of the column.
-        offset: characters that the trainer stripped at the front.
+        value: a list of [start, end] pairs or of objects with ``start`` and ``end``, or such a list as JSON text.
+        offset: characters that the trainer stripped at the front of the text.
 
     Raises:
-        AttackInputError: if it is something else.
+        AttackInputError: if the cell is something else.
     """
     try:
         items = json.loads(value) if isinstance(value, str) and value.strip() else (value or [])
@@ -141,7 +147,7 @@ def days_of(value: object) -> float | None:
 
 
 def _rows(source: FilesSource, digests: Sequence[str]) -> Iterator[Mapping[str, Any]]:
-    """Yield whole rows; the trainer's rules for damage hold for the columns that it does not read, too."""
+    """Yield the rows of all files with all columns; a damaged row is an error, as it is for the trainer."""
     files = source_files(source)
     if len(files) != len(digests):
         raise AttackInputError(_CHANGED)
@@ -156,7 +162,7 @@ def _rows(source: FilesSource, digests: Sequence[str]) -> Iterator[Mapping[str, 
 
 
 def _rows_of(file: pathlib.Path, digest: str) -> Iterator[Mapping[str, Any]]:
-    """Yield the rows of one file; raise unless it has the digest that was sealed."""
+    """Yield the rows of one file (parquet, CSV or JSON lines); raise unless it has the digest that was sealed."""
     with reading.opened(file, follow_links=True) as content:
         # Hashed through the handle that is read: no other file can take its place in between.
         if reading.sha256_of(content, file) != digest:

@@ -1,7 +1,8 @@
 """Which documents are scored, in which order, and what is known of each before any model sees it.
 
-Two kinds, drawn by the same rule on both sides: the attacker's fresh documents, which the sealed manifest names, and
-some of the records that training could use. Only users who have fresh documents are scored at all.
+The manifest is the sealed split: it lists who is held in (trained on) and held out, and which records of whom the
+attacker holds. Two kinds of documents are drawn by the same rule on both sides: the attacker's fresh documents, which
+nobody trained on, and some of the records that training could use. Only users who have fresh documents are scored.
 """
 
 from __future__ import annotations
@@ -43,16 +44,23 @@ DOCUMENTS_PER_PART = 128
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-    """A document that is to be scored; what is not in the corpus brings its text along."""
+    """A document that is to be scored.
+
+    Attributes:
+        user: its owner.
+        index: of the record among the owner's.
+        kind: one of ``attacks.signals.KINDS``.
+        text: its text if it is not in the corpus, such as a canary; None of a record of the corpus.
+    """
 
     user: str
-    index: int  # of the user's record
-    kind: str  # of attacks.signals.KINDS
+    index: int
+    kind: str
     text: str | None = None
 
     @property
     def name(self) -> str:
-        """Its name in the signals, unique among its user's."""
+        """Its name in the signals, unique among its user's; a control has the index of a training record as well."""
         return f"{self.index}-{self.kind}" if self.kind == CONTROL_PREFIX else str(self.index)
 
     def text_in(self, corpus: Corpus) -> str:
@@ -61,10 +69,11 @@ class Document:
 
 
 def read_manifest(run: RunDirectory) -> dict[str, Any]:
-    """Return the sealed coins of a run.
+    """Return the sealed split of a run: who was held in, what the attacker holds, which canaries were planted.
 
     Raises:
-        AttackInputError: if they are missing or were altered, or are not those that its privacy statement commits to.
+        AttackInputError: if the manifest is missing or was altered, or is not the one that the privacy statement
+            commits to.
     """
     statement = verified_statement(run.root)
     if not os.path.lexists(run.manifest):
@@ -87,10 +96,10 @@ def read_manifest(run: RunDirectory) -> dict[str, Any]:
 
 
 def read_used(run: RunDirectory) -> dict[str, Any]:
-    """Return what training says that it used of the coins.
+    """Return training's own record of what it used: records left out by selection, and draws of each canary.
 
     Raises:
-        DamagedFile: if it is missing, or not as training sealed it.
+        DamagedFile: if the record is missing, or not as training sealed it.
     """
     return read_sealed_file(run, run.used, schema=USED_SCHEMA, remedy="restore it")
 
@@ -157,7 +166,7 @@ def plan_documents(
         if user in canaries:  # judged apart from natural users
             continue
         documents += [Document(user, index, FRESH) for index in fresh]
-        usable = sorted(set(range(len(corpus.records[user]))) - set(fresh), key=lambda index: _order(user, index))
+        usable = sorted(set(range(len(corpus.records[user]))) - set(fresh), key=lambda index: _shuffle_key(user, index))
         for kind in (TRAINING, CONTROL_PREFIX) if with_controls else (TRAINING,):
             documents += [Document(user, index, kind) for index in usable[:num_training_records]]
     if not documents:
@@ -173,20 +182,20 @@ def in_order(documents: Iterable[Document], corpus: Corpus) -> list[Document]:
 
 
 def in_parts(documents: Sequence[Document]) -> list[list[Document]]:
-    """Return parts of neighbours in length; the cut depends on nothing but the documents."""
-    return [
-        list(documents[start : start + DOCUMENTS_PER_PART]) for start in range(0, len(documents), DOCUMENTS_PER_PART)
-    ]
+    """Cut the documents into parts, in their order; the cut does not depend on the number of ranks."""
+    starts = range(0, len(documents), DOCUMENTS_PER_PART)
+    return [list(documents[start : start + DOCUMENTS_PER_PART]) for start in starts]
 
 
 def compose_batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
     """Group sequences of similar length; no batch exceeds ``batch_tokens`` with padding, unless it is one sequence.
 
     Yields:
-        Places in ``lengths``, longest first.
+        Batches as indices into ``lengths``, longest sequence first.
     """
     batch: list[int] = []
     for place in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        # The first sequence of a batch is its longest, and all others are padded to it.
         if batch and lengths[batch[0]] * (len(batch) + 1) > batch_tokens:
             yield batch
             batch = []
@@ -196,9 +205,10 @@ def compose_batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[
 
 
 def tokens_of(texts: Sequence[str], encoder: Encoder) -> list[npt.NDArray[np.int64]]:
-    """Return token ids of each record, as training encodes it; every token is scored, also those only conditioned on.
+    """Return token ids of each text, as training encodes it; prompt tokens, which training only conditions on, too.
 
-    A record with ids that the model does not embed teaches it nothing. Begin and end mark stand for it on both sides.
+    A text with ids that the model does not embed cannot be trained on; the begin and the end mark stand in its place,
+    for held-in and held-out users alike.
     """
     blank = np.asarray(encoder.marks, dtype=np.int64)
     return [record.tokens if len(record) > 1 else blank for record in encoder.encode(texts).records]
@@ -229,13 +239,16 @@ def sensitive_tokens(
 
 
 def text_facts(text: str) -> dict[str, int]:
-    """Return sizes that attacks compare a likelihood with."""
+    """Return the size of a text in UTF-8 bytes and after compression by zlib."""
     encoded = text.encode("utf-8", errors="surrogatepass")
     return {"num_bytes": len(encoded), "zlib_bytes": len(zlib.compress(encoded))}
 
 
 def user_facts(manifest: Mapping[str, Any], corpus: Corpus, user: str) -> dict[str, int]:
-    """Return how much of a user training could use; the same rule on both sides, and nothing of nobody."""
+    """Return how many records, and how many bytes of text, of a user training could use: all but the attacker's.
+
+    The rule is the same for held-in and held-out users; it gives zeros for a user who is not in the corpus.
+    """
     fresh = set(manifest["attacker"].get(user, ()))
     texts = [text for index, text in enumerate(corpus.records.get(user, ())) if index not in fresh]
     return {
@@ -244,6 +257,6 @@ def user_facts(manifest: Mapping[str, Any], corpus: Corpus, user: str) -> dict[s
     }
 
 
-def _order(user: str, index: int) -> bytes:
-    """Return a public shuffle: which records are scored must not depend on the side."""
+def _shuffle_key(user: str, index: int) -> bytes:
+    """Return a key to sort records by, in random but public order: it must not depend on the user's side."""
     return hashlib.sha256(f"{user}\x1f{index}".encode("utf-8", errors="surrogatepass")).digest()

@@ -90,12 +90,28 @@ class ScoreOptions:
 class Job:
     """Everything but the models: which documents, how they become tokens, where the signals go.
 
+    Documents are scored in parts, each written and sealed as it is finished, so that a killed job can go on.
+
     Attributes:
         run: whose model is asked.
         attacked: whose documents are scored; another run where ``run`` is its shadow.
-        digests: of the target; see :mod:`attacks.scoring.target`.
+        model: the base model.
+        digests: of the target: statement, released files, base model; see :mod:`attacks.scoring.target`.
+        manifest: the split of ``attacked``.
+        sides: user to ``"held_in"`` or ``"held_out"``, in the split of ``run``.
+        corpus: records of ``attacked``, canaries included.
+        extras: values of columns that the trainer does not read.
+        tokenizer: the model's.
+        encoder: texts to tokens, as training does.
+        max_length: tokens of a document at most.
+        options: what was asked for.
+        documents: all documents, longest first.
+        key: of the attack's pseudonyms.
+        prefix: tokens that the variant ``recall`` puts before each document; None without it.
+        sealed_spans: user to record index (as text) to [start, end) spans of sensitive text; None without any.
+        signals_path: the file to write.
         fingerprint: digest of everything that a score depends on; parts of another one are not taken over.
-        facts: what the record says beside the documents.
+        facts: what the record of the scoring says beside the documents.
     """
 
     run: RunDirectory
@@ -120,23 +136,28 @@ class Job:
 
     @property
     def parts(self) -> pathlib.Path:
-        """Where finished parts wait; another job's parts have another name."""
+        """Directory of finished parts; a job with another fingerprint has another one."""
         return self.signals_path.parent / f"parts-{self.signals_path.stem}-{self.fingerprint[:12]}"
 
     def part(self, number: int) -> pathlib.Path:
-        """Return one finished part."""
+        """Return the path of one finished part."""
         return self.parts / f"part-{number:06d}.parquet"
 
     def keys(self, documents: Sequence[Document]) -> list[DocumentKey]:
-        """Return what documents are called in the signals."""
+        """Return what the signals call these documents: pseudonym, name, kind and side."""
         return planned.keys_of(documents, self.sides, self.key)
 
     def part_facts(self, documents: Sequence[Document]) -> dict[str, Any]:
-        """Return what the record of a part must say."""
+        """Return what the record of a finished part says, if it is of this job and these documents."""
         return {"fingerprint": self.fingerprint, "planned": planned.facts_of(self.keys(documents))}
 
     def sealed_part(self, number: int, documents: Sequence[Document]) -> str | None:
-        """Return SHA-256 of a part that is there and sealed as one of this job; None of anything else."""
+        """Return the SHA-256 of a finished part of this job; None if it is missing, damaged or another job's.
+
+        Args:
+            number: of the part.
+            documents: that it must hold.
+        """
         path = self.part(number)
         try:
             scoring = read_scoring(self.attacked, path, schema=PART_SCHEMA_NAME)
@@ -149,7 +170,7 @@ class Job:
         return scoring.facts["signals_sha256"]
 
     def why_not_done(self) -> str:
-        """Return why the signals that are there do not do; empty if they are of this job."""
+        """Return why the job must still be done, in words; empty if this job's signals are there already."""
         if not self.signals_path.exists() and not record_path(self.signals_path).exists():
             return "there is none"
         try:
@@ -172,7 +193,20 @@ def prepare_job(
     signals_path: pathlib.Path,
     precision: str,
 ) -> Job:
-    """Read everything that is needed besides the models."""
+    """Read everything that a scoring needs besides the models.
+
+    Args:
+        run: whose model is asked.
+        attacked: whose documents are scored; the same run, unless ``run`` is a shadow of it.
+        config: of ``run``.
+        options: what is scored.
+        signals_path: the file to write.
+        precision: ``"fp32"`` or ``"bf16"``, of the forward passes.
+
+    Raises:
+        AttackInputError: if manifest, data or base model are not those that the run was trained with, or an option does
+            not fit the data.
+    """
     digests = {**targets.digests_of(run, config.model), "precision": precision}
     evidence.check_base(run, digests["base"])
     own = planning.read_manifest(run)
@@ -201,6 +235,7 @@ def prepare_job(
     digests_of_files = read_sources(attacked) if options.columns else ()
     extras = read_columns(data, natural, options.columns, digests_of_files, _records_of(documents))
     sealed_spans = planning.read_spans(attacked, manifest) if options.spans_column is None else None
+    # Whatever a score depends on: a finished part counts only for a job with the same fingerprint.
     settings = {
         "schemas": [SCHEMA_NAME, PSEUDONYM_PURPOSE],
         "coins": [own["sha256"], manifest["sha256"]],
@@ -254,5 +289,5 @@ _SOFTWARE = ("torch", "transformers", "tokenizers", "peft")
 
 
 def _records_of(documents: Sequence[Document]) -> set[tuple[str, int]]:
-    """Return the documents that are records of the data as they stand there."""
+    """Return (user, record index) of the documents that are records of the data; canaries bring their own text."""
     return {(document.user, document.index) for document in documents if document.text is None}

@@ -21,7 +21,10 @@ ALL = "all"
 
 
 class Recall(TypedDict):
-    """How much of one kind of span a labeller found; of all kinds also how much of what it found was meant."""
+    """How much of one kind of span (such as a telephone number) a labeller found.
+
+    Only the row of all kinds has ``precision``: the share of the characters found that lie in a span.
+    """
 
     kind: str
     num_spans: int
@@ -45,6 +48,10 @@ def invented_messages(count: int = NUM_MESSAGES) -> list[CustomerRecord]:
 
 def measure(find: Callable[[str], Sequence[Span]], records: Iterable[CustomerRecord]) -> list[Recall]:
     """Return the recall of a labeller, for each kind of span and over all.
+
+    Args:
+        find: text to (start, end) spans of personal data.
+        records: texts with the spans that they truly hold.
 
     Returns:
         A row a kind: how many spans and characters there are, the share of the characters that was found, and the
@@ -86,14 +93,14 @@ def measure_presidio() -> LabellerFacts:
 
 
 def sentence(facts: LabellerFacts) -> str:
-    """Return the recall in a line, the kinds that are missed first."""
+    """Return the recall as a line of text; the kinds of spans that are missed most come first."""
     *kinds, total = facts["rows"]
     listed = ", ".join(f"{row['kind']} {row['recall']:.0%}" for row in sorted(kinds, key=lambda row: row["recall"]))
     return f"found {total['recall']:.0%} of the sensitive characters of {NUM_MESSAGES} invented messages ({listed})"
 
 
 def panel(run: pathlib.Path, statement: PrivacyStatement, seed: int) -> dict[str, Any] | None:  # noqa: ARG001
-    """Return the recall of the labeller that a run was scored with; None if spans were labelled or there are none."""
+    """Return the report panel on the automatic labeller; None if the run was scored without one."""
     facts = read_scoring(RunDirectory(run)).facts.get("labeller")
     if facts is None:
         return None

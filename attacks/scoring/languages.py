@@ -22,9 +22,10 @@ for _language, _words in _COMMON_WORDS.items():
 
 def guess_language(text: str) -> str:
     """Return the language whose commonest words occur most, such as ``"en"``; else the script, or ``"unknown"``."""
-    votes = collections.Counter(
-        language for word in text.lower().split() for language in _LANGUAGES_OF.get(word.strip(".,;:!?\"'()"), ())
-    )
+    votes: collections.Counter[str] = collections.Counter()
+    for word in text.lower().split():
+        votes.update(_LANGUAGES_OF.get(word.strip(".,;:!?\"'()"), ()))
+    # A letter's Unicode name begins with its script, such as "LATIN SMALL LETTER A".
     scripts = collections.Counter(unicodedata.name(c, "UNKNOWN").split()[0].lower() for c in text if c.isalpha())
     script = max(scripts, key=lambda name: (scripts[name], name), default="unknown")
     if script != "latin" or not votes:

@@ -50,16 +50,18 @@ class NeuralScorer:
         self._scheme = scheme
 
     def score(self, sequences: Sequence[npt.NDArray[np.int64]]) -> list[TokenSignals]:
-        """Return signals of each sequence's tokens after its first: one forward pass."""
+        """Return the signals of each sequence's tokens after its first, from one forward pass over all sequences."""
         labels = torch.from_numpy(np.concatenate([tokens[1:] for tokens in sequences])).to(self._device)
         signals = []
         for start, block in self._blocks(sequences):
             chosen = labels[start : start + len(block)]
             sampled = () if self._scheme is None else (sampled_logp(block, chosen, self._scheme),)
             signals.append((*_signals_of(block, chosen), *sampled))
+        # Blocks run over all sequences in a row: join each kind of signal, then cut it where sequences end.
         joined = [torch.cat(column).cpu().numpy() for column in zip(*signals, strict=True)]
         ends = np.cumsum([len(tokens) - 1 for tokens in sequences])[:-1]
-        return [TokenSignals(*row) for row in zip(*(np.split(column, ends) for column in joined), strict=True)]
+        by_sequence = zip(*(np.split(column, ends) for column in joined), strict=True)
+        return [TokenSignals(*columns) for columns in by_sequence]
 
     def likeliest(self, sequences: Sequence[npt.NDArray[np.int64]], count: int) -> list[npt.NDArray[np.int64]]:
         """Return [len - 1, count] per sequence: the most likely tokens at each position after the first."""
@@ -75,11 +77,14 @@ class NeuralScorer:
             ids[row, : len(tokens)] = tokens
         autocast = torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self._is_bf16)
         with torch.inference_mode(), autocast, self._context():
-            # Prompt tuning puts its virtual tokens before the row's own.
+            # Prompt tuning puts virtual tokens before the row's own: only the last ``width`` logits are the row's.
             return self._model(input_ids=torch.from_numpy(ids).to(self._device)).logits[:, -width:]
 
     def _blocks(self, sequences: Sequence[npt.NDArray[np.int64]]) -> Iterator[tuple[int, torch.Tensor]]:
-        """Yield fp32 logits of predicted tokens, document after document, some tokens at a time, without padding."""
+        """Yield (first token, fp32 logits [tokens, vocabulary]) in blocks of a few tokens.
+
+        Tokens are counted over all sequences in a row, without padding; each sequence has len - 1 predicted tokens.
+        """
         with torch.inference_mode():
             logits = self.logits(sequences)
             width = logits.shape[1]
@@ -104,8 +109,9 @@ def sampled_logp(logits: torch.Tensor, labels: torch.Tensor, scheme: SamplingSch
     if scheme.top_k == 0 and scheme.top_p == 1.0:
         return (label_logits - (logits / scheme.temperature).logsumexp(dim=-1, keepdim=True))[:, 0]
     size = scheme.top_k or logits.shape[-1]
-    kept = logits.topk(min(size, logits.shape[-1]), dim=-1).values / scheme.temperature
+    kept = logits.topk(min(size, logits.shape[-1]), dim=-1).values / scheme.temperature  # in descending order
     if scheme.top_p < 1.0:
+        # Drop a token if those before it hold the share top_p already.
         shares = kept.softmax(dim=-1)
         kept = kept.masked_fill(shares.cumsum(dim=-1) - shares >= scheme.top_p, -math.inf)
     lowest = kept.masked_fill(kept == -math.inf, math.inf).min(dim=-1, keepdim=True).values
@@ -114,7 +120,12 @@ def sampled_logp(logits: torch.Tensor, labels: torch.Tensor, scheme: SamplingSch
 
 
 def _signals_of(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Return log-probability, hit, mean and variance of log p; ``logits`` is overwritten."""
+    """Return four [tokens] tensors, as ``TokenSignals`` defines them: logp, correct, mean and variance.
+
+    Args:
+        logits: [tokens, vocabulary], fp32; overwritten, to save memory.
+        labels: [tokens].
+    """
     highest, best = logits.max(dim=-1, keepdim=True)
     shifted = logits.sub_(highest).clamp_(min=_LOWEST_LOGIT)
     weights = shifted.exp()

@@ -32,11 +32,12 @@ def find_personal_data(text: str) -> list[Span]:
 
 
 def version() -> str:
-    """Return what finds the spans, with versions."""
+    """Return the packages that find the spans, with their versions, such as ``"presidio-analyzer 2.2.358, …"``."""
     return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("presidio-analyzer", _spacy_model()))
 
 
 def _spacy_model() -> str:
+    """Return the name of the installed spaCy model; raise AttackInputError if there is none."""
     import spacy.util  # pyright: ignore[reportMissingImports] - an optional extra
 
     installed = [name for name in _SPACY_MODELS if spacy.util.is_package(name)]
@@ -47,6 +48,7 @@ def _spacy_model() -> str:
 
 @functools.cache
 def _analyzer() -> Any:
+    """Return Presidio's analyzer, set up so that it downloads nothing."""
     try:
         import tldextract.tldextract  # pyright: ignore[reportMissingImports]
         from presidio_analyzer import AnalyzerEngine  # pyright: ignore[reportMissingImports]

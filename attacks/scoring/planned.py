@@ -1,4 +1,4 @@
-"""That the scored documents are the planned ones: no user, canary or document missing, none added, none moved.
+"""Check that the scored documents are the planned ones: none missing, none added, none on the other side.
 
 A report on a subset is a report on whom somebody chose. So the plan is written down before a token is scored, compared
 with what was scored before the signals are sealed, and derived again from the sealed coins by whoever analyses them.
@@ -69,11 +69,14 @@ def difference(planned: Iterable[DocumentKey], scored: Iterable[DocumentKey]) ->
 
 
 def check_training(scored: Iterable[DocumentKey], num_usable: Mapping[str, int], num_wanted: int) -> str:
-    """Return what is wrong with the training records, of which only each user's number is known without the data.
+    """Return what is wrong with the scored training records, by what can be checked without the data.
+
+    Each user must have as many as were asked for, or all usable ones if those are fewer; a record must not be fresh as
+    well; and a control (a training record after another user's first tokens) must be of a scored training record.
 
     Args:
-        scored: what is there.
-        num_usable: pseudonym to the records that training could use, of every attacked user.
+        scored: keys of all scored documents.
+        num_usable: pseudonym to number of records that training could use, of every attacked user.
         num_wanted: records of each user that scoring was asked for.
 
     Returns:
@@ -89,8 +92,13 @@ def check_training(scored: Iterable[DocumentKey], num_usable: Mapping[str, int],
             fresh[key.user].add(key.document)
         elif key.kind == CONTROL_PREFIX:
             controls[key.user].add(key.document.removesuffix(f"-{CONTROL_PREFIX}"))
+    # -1 equals no number of records: a user who was not attacked must have none.
     wrong = [user for user, names in records.items() if len(names) != min(num_wanted, num_usable.get(user, -1))]
     mixed = [user for user, names in records.items() if names & fresh[user] or not controls[user] <= names]
     mixed += [user for user in controls if user not in records]
-    parts = [f"{len(wrong)} users have another number of training records than planned"] if wrong else []
-    return "; ".join(parts + ([f"{len(mixed)} users have records of contradicting kinds"] if mixed else []))
+    parts = []
+    if wrong:
+        parts.append(f"{len(wrong)} users have another number of training records than planned")
+    if mixed:
+        parts.append(f"{len(mixed)} users have records of contradicting kinds")
+    return "; ".join(parts)

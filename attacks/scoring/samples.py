@@ -25,7 +25,9 @@ _MOST_ROUNDS = 50
 def write_samples(
     config_path: pathlib.Path, out: pathlib.Path, *, count: int, num_tokens: int, temperature: float, seed: int
 ) -> int:
-    """Write ``count`` texts that survive as text: encoded again they give the tokens that were drawn.
+    """Write ``count`` different texts, drawn token by token from the base model, and return their number.
+
+    Only texts are kept that give the drawn tokens again when they are encoded, since training reads text.
 
     Args:
         config_path: the run's configuration, for its base model and ``data.max_length``.
@@ -50,6 +52,7 @@ def write_samples(
     generator = torch.Generator().manual_seed(seed)
     embeddings: Any = model.get_input_embeddings()
     num_ids = int(embeddings.num_embeddings)
+    # Marks, and ids that the model embeds but the tokenizer does not know.
     banned = [*tokenizer.all_special_ids, *range(len(tokenizer), num_ids)]
     texts: dict[str, None] = {}
     for _ in range(_MOST_ROUNDS):
@@ -74,7 +77,16 @@ def write_samples(
 def _draw_tokens(
     model: Any, begin: int, banned: list[int], num_tokens: int, temperature: float, generator: torch.Generator
 ) -> torch.Tensor:
-    """Return [batch, num_tokens] ids drawn after the begin mark."""
+    """Return [batch, num_tokens] token ids, drawn one after the other.
+
+    Args:
+        model: the base model.
+        begin: id of the begin mark, which each text is drawn after.
+        banned: ids that are never drawn.
+        num_tokens: of each text.
+        temperature: divides the logits.
+        generator: source of the draws.
+    """
     ids = torch.full((_BATCH, 1), begin)
     past = None
     for _ in range(num_tokens):

@@ -1,4 +1,4 @@
-"""Score documents: signals of every token under the fine-tuned model and under its exact base. No verdicts.
+"""Score documents: log-probabilities of every token under the fine-tuned model and under its exact base. No verdicts.
 
 Launched like training (``accelerate launch ... -m attacks score RUN``). The documents are cut into parts, which are
 assigned to ranks and written whole: the signals do not depend on the number of ranks, memory does not grow with the
@@ -107,7 +107,7 @@ def score_run(
 
 @contextlib.contextmanager
 def _held(signals_path: pathlib.Path, state: PartialState) -> Iterator[None]:
-    """Hold the signals on rank 0 for all ranks; all of them raise the same if it cannot."""
+    """Lock the signals file while the block runs: rank 0 takes the lock, and all ranks raise its error if it cannot."""
     with contextlib.ExitStack() as stack:
         problem: list[PrivtrainError | None] = [None]
         if state.is_main_process:
@@ -122,7 +122,7 @@ def _held(signals_path: pathlib.Path, state: PartialState) -> Iterator[None]:
 
 
 def _is_done(job: Job, state: PartialState) -> bool:
-    """Return whether there is nothing to do; one look for all ranks."""
+    """Return whether this job's signals are there already; rank 0 looks and tells the other ranks."""
     reason = [job.why_not_done() if state.is_main_process else ""]
     accelerate.utils.broadcast_object_list(reason)
     if state.is_main_process and not reason[0]:
@@ -161,13 +161,20 @@ def load_scorers(
 
 
 def _changes_the_base(model: torch.nn.Module) -> bool:
-    """Return whether disabling the adapter would not give the base back: trained biases or whole modules."""
+    """Return whether the adapter trained parts of the base itself, so that disabling it does not give the base back.
+
+    PEFT does so for biases (``bias``) and for whole modules (``modules_to_save``).
+    """
     settings = next(iter(model.peft_config.values()))  # pyright: ignore[reportAttributeAccessIssue,reportCallIssue]
     return getattr(settings, "bias", "none") != "none" or bool(getattr(settings, "modules_to_save", None))
 
 
 def _score_parts(job: Job, target: Scorer, base: Scorer, state: PartialState) -> int:
-    """Score what is not there yet, each part on one rank, join all parts, and seal the result."""
+    """Score the missing parts, each on one rank, join all parts, and seal the result.
+
+    Returns:
+        The number of documents on rank 0; 0 on other ranks.
+    """
     parts = planning.in_parts(job.documents)
     # One listing for all ranks: each rank's own could already see what another has just written.
     missing: list[list[int]] = [[]]
@@ -187,7 +194,11 @@ def _score_parts(job: Job, target: Scorer, base: Scorer, state: PartialState) ->
 
 
 def _join(job: Job, parts: Sequence[Sequence[Document]]) -> int:
-    """Join and seal the parts, if they are all that was planned and the target is still the one it was."""
+    """Join the parts into the signals file and seal it; return the number of documents.
+
+    Raises:
+        AttackInputError: if a part is missing, the parts are not all that was planned, or the target changed since.
+    """
     digests = {number: job.sealed_part(number, documents) for number, documents in enumerate(parts)}
     absent = [number for number, digest in digests.items() if digest is None]
     if absent:
@@ -204,7 +215,7 @@ def _join(job: Job, parts: Sequence[Sequence[Document]]) -> int:
             "again"
         )
     paths = [job.part(number) for number in digests]
-    # Until their new record is there, the signals have none.
+    # Signals count only with their record: remove the old one first, so that a crash leaves no record that fits.
     record_path(job.signals_path).unlink(missing_ok=True)
     joined = join_signals(job.signals_path, paths, [digest or "" for digest in digests.values()])
     keys = [DocumentKey(*key) for key in joined]
@@ -227,7 +238,14 @@ def _join(job: Job, parts: Sequence[Sequence[Document]]) -> int:
 
 
 def score_documents(job: Job, documents: Sequence[Document], target: Scorer, base: Scorer) -> list[DocumentSignals]:
-    """Return signals of the documents of one part."""
+    """Return the signals of the documents of one part.
+
+    Args:
+        job: what is scored, and how.
+        documents: of the part.
+        target: the fine-tuned model.
+        base: the model that fine-tuning started from.
+    """
     texts = [document.text_in(job.corpus) for document in documents]
     tokens = planning.tokens_of(texts, job.encoder)
     documents, texts, tokens = _with_control_prefixes(documents, texts, tokens)
@@ -270,7 +288,11 @@ def score_documents(job: Job, documents: Sequence[Document], target: Scorer, bas
 def _with_control_prefixes(
     documents: Sequence[Document], texts: Sequence[str], tokens: Sequence[Tokens]
 ) -> tuple[list[Document], list[str], list[Tokens]]:
-    """Put each other's first tokens before a part's control documents; leave out those that have none."""
+    """Replace the first tokens of a part's control documents by another control document's.
+
+    Documents, texts and tokens are parallel lists, as given and as returned. Control documents that find no other
+    user's prompt within the part are left out.
+    """
     chosen = [place for place, document in enumerate(documents) if document.kind == CONTROL_PREFIX]
     rewritten: dict[int, Tokens | None] = dict(enumerate(tokens))
     users = [documents[place].user for place in chosen]
@@ -280,7 +302,7 @@ def _with_control_prefixes(
 
 
 def score_sequences(scorer: Scorer, sequences: Sequence[Tokens], batch_tokens: int) -> list[TokenSignals]:
-    """Return signals of each sequence, in order, in batches of similar length."""
+    """Return the signals of each sequence, in the order given; forward passes are batches of similar length."""
     by_place: dict[int, TokenSignals] = {}
     for batch in planning.compose_batches([len(tokens) for tokens in sequences], batch_tokens):
         by_place.update(zip(batch, scorer.score([sequences[place] for place in batch]), strict=True))
@@ -296,7 +318,17 @@ def _variant_means(
     target: Scorer,
     base: Scorer,
 ) -> list[dict[str, float]]:
-    """Return the mean log-probability under the target of every re-written text, by document and name."""
+    """Return, for each document, name of a re-written text to its mean log-probability under the target.
+
+    Args:
+        job: what is scored, and how.
+        names: pseudonyms of the documents' owners.
+        documents: of the part.
+        texts: of the documents.
+        tokens: of the documents.
+        target: the model that is asked.
+        base: the model that proposes words for neighbours.
+    """
     wanted = Variants.parse(job.options.variants)
     rewritten = rewriting.rewrite(
         wanted, texts, tokens, encoder=job.encoder, max_length=job.max_length, prefix=job.prefix
@@ -310,15 +342,18 @@ def _variant_means(
         labels = [f"{name}/{document.index}" for name, document in zip(names, documents, strict=True)]
         ordered = [proposals[place] for place in range(len(tokens))]
         rewritten += rewriting.neighbours(labels, tokens, ordered, wanted.num_neighbours)
-    losses: list[dict[str, float]] = [{} for _ in documents]
+    means: list[dict[str, float]] = [{} for _ in documents]
     scored = score_sequences(target, [item.tokens for item in rewritten], job.options.batch_tokens)
     for item, signals in zip(rewritten, scored, strict=True):
-        losses[item.place][item.name] = float(signals.logp[item.first :].mean(dtype=np.float64))
-    return losses
+        means[item.place][item.name] = float(signals.logp[item.first :].mean(dtype=np.float64))
+    return means
 
 
 def _facts(job: Job, document: Document, text: str, num_tokens: int) -> dict[str, Any]:
-    """Return what is known of a document and its owner without any model."""
+    """Return the fields of ``DocumentSignals`` that need no model: sizes, sensitive tokens, date and language.
+
+    Canaries, their references and controls have sizes only.
+    """
     extra = job.extras.get((document.user, document.index), {})
     options = job.options
     spans = None

@@ -1,7 +1,8 @@
-"""Recipes for shadow models: the same data without the attacker's documents, other coins, the ordinary trainer.
+"""Recipes for shadow models: the same data without the attacker's documents, another split, the ordinary trainer.
 
-LiRA and RMIA compare the attacked model with models of known membership. Each shadow is one more run: its users' coins
-come from its own key, so about half of them hold any given user.
+The attacks LiRA and RMIA compare the attacked model with models of which it is known whom they were trained on. Each
+shadow is one more run. Its own key decides who is held in, each user with chance 1/2, so about half of the shadows are
+trained on any given user.
 """
 
 from __future__ import annotations
@@ -48,15 +49,16 @@ def write_recipes(run_path: pathlib.Path, count: int) -> list[pathlib.Path]:
     for private in (run_path / SHADOWS_PATH.parent, run_path / SHADOWS_PATH):
         make_private_directory(private)
     folder = (run_path / SHADOWS_PATH).resolve()
-    # Who opted out is in no manifest. No shadow may train on what the attacker holds: fresh documents are fresh to all.
+    # Users who opted out are on neither side of the manifest.
     allowed = {*manifest["held_in"], *manifest["held_out"]}
-    lines = [
-        json.dumps({"user": user, "text": text}, ensure_ascii=False)
-        for user, texts in corpus.records.items()
-        if user in allowed
-        for index, text in enumerate(texts)
-        if index not in set(manifest["attacker"].get(user, ()))
-    ]
+    lines = []
+    for user, texts in corpus.records.items():
+        if user not in allowed:
+            continue
+        # No shadow may train on what the attacker holds: fresh documents are fresh to every model.
+        fresh = set(manifest["attacker"].get(user, ()))
+        kept = [text for index, text in enumerate(texts) if index not in fresh]
+        lines += [json.dumps({"user": user, "text": text}, ensure_ascii=False) for text in kept]
     data = folder / "records.jsonl"
     write_atomically(data, "\n".join(lines) + "\n", mode=0o600)
     recipes = []
@@ -85,7 +87,12 @@ def write_recipes(run_path: pathlib.Path, count: int) -> list[pathlib.Path]:
 
 
 def commands(run_path: pathlib.Path, recipes: Sequence[pathlib.Path]) -> list[str]:
-    """Return a line for each shadow that trains it and scores as many of the run's documents as were scored there."""
+    """Return a shell command for each shadow: train it, then score the attacked run's documents under it.
+
+    Args:
+        run_path: the attacked run.
+        recipes: configurations of its shadows.
+    """
     options = ""
     if (run_path / SIGNALS_PATH).exists():
         scored = read_scoring(RunDirectory(run_path)).facts["options"]

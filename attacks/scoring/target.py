@@ -20,7 +20,13 @@ from privtrain.run.directory import RunDirectory
 
 
 class TargetDigests(TypedDict):
-    """What a scoring was made of: the statement, and file to digest of the release and of the base model."""
+    """SHA-256 digests of what a scoring was made of.
+
+    Attributes:
+        statement: of ``privacy.json``.
+        released: file name to digest, of the released adapter or model.
+        base: file name to digest, of the base model's weights, configuration and tokenizer.
+    """
 
     statement: str
     released: dict[str, str]
@@ -63,12 +69,15 @@ def base_digests(model: ModelSection) -> dict[str, str]:
 
 
 def digest_of(digests: Mapping[str, Any]) -> str:
-    """Return one digest over all of them."""
+    """Return one SHA-256 over a mapping of digests."""
     return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
 
 
 def differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    """Return the names of what differs between two targets, or is in one of them alone."""
+    """Return the names of what differs between two mappings such as ``TargetDigests``, or is in one of them alone.
+
+    A file is named with its group, such as ``"base: config.json"``.
+    """
     names = []
     for group in sorted({*one, *other}):
         ours, theirs = one.get(group), other.get(group)
@@ -80,7 +89,11 @@ def differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
 
 
 def released_digests(run: RunDirectory) -> dict[str, str]:
-    """Return file to SHA-256 of everything that a run released; no link among it is followed."""
+    """Return file name to SHA-256 of the released adapter or model; files that no library loads are left out.
+
+    Raises:
+        AttackInputError: if nothing is there.
+    """
     directory = run.released
     digests = {
         name: file_sha256(directory / name) for name in bundle.files_under(directory) if not bundle.is_harmless(name)

@@ -42,10 +42,10 @@ class Rewritten:
     """A sequence whose mean log-probability is wanted.
 
     Attributes:
-        place: of the document it belongs to, among those of the part.
-        name: of the variant.
+        place: index of the document that it is a variant of.
+        name: of the variant, such as ``"lowercase"`` or ``"neighbour_3"``.
         tokens: the whole sequence.
-        first: the first of the predicted tokens that count.
+        first: index of the first predicted token that counts; those before it belong to a prefix.
     """
 
     place: int
@@ -65,7 +65,7 @@ class Variants:
 
     @classmethod
     def parse(cls, text: str) -> Variants:
-        """Read a comma-separated list.
+        """Read a comma-separated list such as ``"lowercase,neighbours:5"``.
 
         Raises:
             AttackInputError: if an item is unknown.
@@ -94,7 +94,7 @@ def recall_prefix(manifest: Mapping[str, Any], corpus: Corpus, encoder: Encoder,
     donors = sorted(set(manifest["held_out"]) - set(manifest["attacker"]) - canaries)
     if not donors:
         raise AttackInputError("variant recall needs a held-out user without attacker documents; leave the variant out")
-    size = max(2, int(_PREFIX_SHARE * max_length))
+    size = max(2, int(_PREFIX_SHARE * max_length))  # tokens of the prefix
     shorter = text_encoder(encoder, size + 1)
     texts = [text for user in donors[:20] for text in corpus.records[user]]
     readable = [text for text, record in zip(texts, shorter.encode(texts).records, strict=True) if record.num_targets]
@@ -102,10 +102,19 @@ def recall_prefix(manifest: Mapping[str, Any], corpus: Corpus, encoder: Encoder,
 
 
 def exchange_prefixes(users: Sequence[str], tokens: Sequence[Tokens]) -> list[Tokens | None]:
-    """Return each document after the first tokens of another user's; one too short to lend or to take has none."""
-    size = 1 + CONTROL_PREFIX_TOKENS
+    """Replace the first tokens of each document by those of another user's document.
+
+    Args:
+        users: owner of each document.
+        tokens: of each document.
+
+    Returns:
+        The new tokens of each document; None if it is too short, or nobody else has one that is long enough.
+    """
+    size = 1 + CONTROL_PREFIX_TOKENS  # with the begin mark
     exchanged: list[Tokens | None] = []
     for place, ids in enumerate(tokens):
+        # The next documents in turn, around the end of the list: the first that fits lends its tokens.
         others = ((place + step) % len(tokens) for step in range(1, len(tokens)))
         lenders = (other for other in others if users[other] != users[place] and len(tokens[other]) > size)
         lender = next(lenders, None)
@@ -125,7 +134,16 @@ def rewrite(
     max_length: int,
     prefix: Tokens | None,
 ) -> list[Rewritten]:
-    """Return the variants that need no model."""
+    """Return the variants that need no model: ``lowercase`` if asked for, ``recall`` if there is a prefix.
+
+    Args:
+        variants: what was asked for.
+        texts: of the documents.
+        tokens: of the documents.
+        encoder: texts to tokens, as training does.
+        max_length: tokens of a sequence at most.
+        prefix: to put before each document.
+    """
     rewritten = []
     if variants.lowercase:
         lowered = tokens_of([text.lower() for text in texts], text_encoder(encoder, max_length))
@@ -156,6 +174,7 @@ def neighbours(
         for number in range(count):
             chosen = rng.choice(places, max(1, round(_REPLACED_SHARE * len(places))), replace=False)
             copy = ids.copy()
+            # ``likely`` has a row for each predicted token, so none for the first.
             for at in chosen:
                 others = likely[at - 1][likely[at - 1] != ids[at]]
                 copy[at] = rng.choice(others)
@@ -164,5 +183,5 @@ def neighbours(
 
 
 def propose(base: Scorer, sequences: Sequence[Tokens]) -> list[npt.NDArray[np.int64]]:
-    """Return what the base model finds likely at each place."""
+    """Return, for each sequence, [tokens - 1, proposals] the tokens that the base model finds likeliest there."""
     return base.likeliest(sequences, _NUM_PROPOSALS)

@@ -12,7 +12,7 @@ from typing import Any
 
 
 def temporary_of(path: pathlib.Path) -> pathlib.Path:
-    """Return where a file is written before it takes its place."""
+    """Return the temporary path beside ``path`` where its new content is written first."""
     return path.with_name(f".{path.name}.tmp")
 
 
@@ -22,12 +22,13 @@ def write_atomically(path: pathlib.Path, content: str | bytes, mode: int = 0o644
 
 
 def _write_atomically(path: pathlib.Path, parts: Iterable[bytes], mode: int) -> None:
+    """Do what :func:`write_atomically` says with content that comes in parts."""
     temporary = temporary_of(path)
     try:
-        temporary.unlink(missing_ok=True)  # of a crash, or a link that somebody put there
+        temporary.unlink(missing_ok=True)  # one that a crash left, or a link that somebody put there
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
         with os.fdopen(descriptor, "wb") as file:
-            os.fchmod(file.fileno(), mode)
+            os.fchmod(file.fileno(), mode)  # the umask may have taken bits away
             file.writelines(parts)
             file.flush()
             os.fsync(file.fileno())
@@ -38,18 +39,18 @@ def _write_atomically(path: pathlib.Path, parts: Iterable[bytes], mode: int) -> 
 
 
 def write_json(path: pathlib.Path, value: Mapping[str, Any], mode: int = 0o644) -> None:
-    """Write readable JSON by :func:`write_atomically`, piece by piece: a manifest names every user."""
+    """Write indented JSON as :func:`write_atomically` does, piece by piece: a manifest may name millions of users."""
     _write_atomically(path, json_pieces(value), mode)
 
 
 def json_pieces(value: Mapping[str, Any]) -> Iterator[bytes]:
-    """Return the one form in which :func:`write_json` writes."""
+    """Yield a value's JSON in the one form that :func:`write_json` writes, so that a reader can compare the bytes."""
     encoder = json.JSONEncoder(indent=2, ensure_ascii=False, allow_nan=False)
     return (piece.encode("utf-8") for piece in itertools.chain(encoder.iterencode(value), ["\n"]))
 
 
 def replace_directory(source: pathlib.Path, target: pathlib.Path) -> None:
-    """Put a finished directory in place of another, contents on disk before the rename."""
+    """Rename ``source`` to ``target``, which is deleted first if it exists; all contents are on disk before that."""
     sync_tree(source)
     if target.exists():
         shutil.rmtree(target)
@@ -72,7 +73,7 @@ def sync_file(path: pathlib.Path) -> None:
 
 
 def sync_directory(path: pathlib.Path) -> None:
-    """Make a rename durable."""
+    """Bring the entries of a directory onto the disk: without that a crash may undo a rename in it."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -34,7 +34,7 @@ def make_private_directory(path: pathlib.Path) -> None:
 
 
 def make_public_directory(path: pathlib.Path) -> None:
-    """Make a directory that others may read, and no more; check it, whoever made it.
+    """Make a directory that others may read but not write; check it, whoever made it.
 
     Raises:
         UnsafePath: if it is a link or no directory, another user's, or others may write there.
@@ -78,8 +78,8 @@ def check_private_tree(path: pathlib.Path) -> list[pathlib.Path]:
     """Check a private directory, and that nothing below is a link, another user's, or neither file nor directory.
 
     Returns:
-        Files and directories that were open to others behind the closed directory, which nobody else could reach; they
-        are closed now.
+        Files and directories below whose own permissions let others in; they are closed now. Nobody could reach them,
+        since the directory above them was closed.
 
     Raises:
         UnsafePath: naming the first that is not as it must be.
@@ -108,6 +108,7 @@ def check_directory_around(path: pathlib.Path) -> None:
     Raises:
         UnsafePath: if it, or a link in its place, is another user's (but for root's), or others may write there.
     """
+    # First of the link itself, if it is one, then of the directory that it leads to.
     _check_owner(path, path.lstat(), (os.geteuid(), 0))
     status = path.stat()
     _check_owner(path, status, (os.geteuid(), 0))
@@ -141,7 +142,11 @@ def check_database_file(path: pathlib.Path) -> None:
 
 
 def check_empty(path: pathlib.Path, allowed: Collection[str]) -> None:
-    """Raise unless a directory that nothing was put in yet holds nothing but what an earlier try may leave.
+    """Raise unless a directory that is about to be used for the first time is empty.
+
+    Args:
+        path: the directory.
+        allowed: names that it may hold all the same, which an earlier start that failed leaves behind.
 
     Raises:
         UnsafePath: naming what is in it.
@@ -165,7 +170,7 @@ def read_private_file(path: pathlib.Path, *, owners: Collection[int] | None = No
         FileNotFoundError: if it is not there.
         UnsafePath: if it is a link or no regular file, is another user's, open to others, or has a second name.
     """
-    # Without waiting: a pipe in its place would hold the job for ever.
+    # O_NONBLOCK: opening a pipe in its place would otherwise wait for ever.
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
     try:
         descriptor = os.open(path, flags)
@@ -242,11 +247,11 @@ def _open_lock_file(path: pathlib.Path) -> int:
 
 @contextlib.contextmanager
 def locked_file(path: pathlib.Path, *, busy: str = "") -> Iterator[int]:
-    """Hold a lock file, made if it is not there, and yield its descriptor; no link is followed.
+    """Hold the lock of a file while the block runs, and yield the file's descriptor; no link is followed.
 
     Args:
-        path: the lock file.
-        busy: what to say if another process holds it; without it, wait.
+        path: the lock file, made if it is not there.
+        busy: message of the error if another process holds the lock; if empty, wait for it instead.
 
     Raises:
         RunBusy: with ``busy``.
@@ -264,6 +269,7 @@ def locked_file(path: pathlib.Path, *, busy: str = "") -> Iterator[int]:
 
 
 def _check_owner(path: pathlib.Path, status: os.stat_result, owners: Collection[int] | None = None) -> None:
+    """Raise UnsafePath unless a file belongs to one of ``owners`` (user ids); by default to this process's user."""
     allowed = (os.geteuid(),) if owners is None else owners
     if status.st_uid not in allowed:
         raise UnsafePath(

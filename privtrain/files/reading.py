@@ -1,6 +1,6 @@
 """Open files that may be damaged, replaced or made by somebody else: whatever is wrong is one line that names the file.
 
-Nothing here believes a file. It must be a regular file (no link, no directory, no pipe: opening one could wait for
+Nothing is assumed of a file. It must be a regular file (no link, no directory, no pipe: opening one could wait for
 ever), of a size that its kind can have, and readable in one way only. Messages name the file and, where there is one,
 the line; never a value, since private records pass through here too.
 """
@@ -47,10 +47,10 @@ def opened(
 
     Args:
         path: the file.
-        remedy: what the error ends with: the command to run next, or what to restore.
-        max_bytes: the largest size that is believed; any without.
+        remedy: what the error tells the user to do, for example the command to run next.
+        max_bytes: the largest size that is accepted; any if None.
         follow_links: for files that people name themselves and that may lie behind links.
-        may_be_empty: whether no content is content.
+        may_be_empty: whether a file of no bytes is accepted.
 
     Raises:
         DamagedFile: if it is missing, no regular file, empty, larger than that, or may not be read.
@@ -63,7 +63,7 @@ def opened(
     except ValueError:  # a null byte
         raise DamagedFile(path, "is no name of a file", remedy) from None
     status = os.fstat(descriptor)
-    if stat.S_ISDIR(status.st_mode):  # which Python opens as no file
+    if stat.S_ISDIR(status.st_mode):  # os.fdopen would raise an error of its own
         os.close(descriptor)
         raise DamagedFile(path, "is a directory, not a file", remedy)
     with os.fdopen(descriptor, "rb") as file:
@@ -114,16 +114,16 @@ def file_sha256(path: pathlib.Path, *, follow_links: bool = False) -> str:
 def read_json(
     path: pathlib.Path, *, remedy: str = "", schema: str | None = None, max_bytes: int = MAX_BYTES
 ) -> dict[str, Any]:
-    """Return one JSON object that has one meaning: no key twice, every number finite.
+    """Return the JSON object in a file; no key may stand twice, and every number must be finite.
 
     Args:
         path: the file.
-        remedy: what an error ends with.
-        schema: what its key ``schema`` must say; anything without.
-        max_bytes: the largest size that is believed.
+        remedy: what an error tells the user to do.
+        schema: what the object's key ``schema`` must say; anything if None.
+        max_bytes: the largest size that is accepted.
 
     Raises:
-        DamagedFile: if it is something else.
+        DamagedFile: if the file holds anything else.
     """
     content = parse_json(read_bytes(path, remedy=remedy, max_bytes=max_bytes), path, remedy=remedy)
     if schema is not None and content.get("schema") != schema:
@@ -132,7 +132,17 @@ def read_json(
 
 
 def parse_json(content: bytes, path: pathlib.Path, *, line: int | None = None, remedy: str = "") -> dict[str, Any]:
-    """Return the object in a file's content or in one line of it; see :func:`read_json`."""
+    """Return the JSON object in ``content``, with the rules of :func:`read_json`.
+
+    Args:
+        content: of the whole file, or of one line.
+        path: of the file, for error messages.
+        line: number of the line that ``content`` is; None of a whole file.
+        remedy: what an error tells the user to do.
+
+    Raises:
+        DamagedFile: if it is anything else.
+    """
     where = "" if line is None else f"line {line} "
     try:
         value = strict_json.loads(content.decode("utf-8"))
@@ -155,12 +165,12 @@ def read_json_lines(
 
     Args:
         path: the file.
-        remedy: what an error ends with.
-        max_bytes: the largest size that is believed.
+        remedy: what an error tells the user to do.
+        max_bytes: the largest size that is accepted.
         may_have_mark: whether a byte-order mark may come first, as in files that people write in editors.
 
     Raises:
-        DamagedFile: naming the line, if one is something else.
+        DamagedFile: naming the line, if one holds anything but a JSON object.
     """
     content = read_bytes(path, remedy=remedy, max_bytes=max_bytes)
     content = content.removeprefix(codecs.BOM_UTF8) if may_have_mark else content
@@ -172,10 +182,10 @@ def read_json_lines(
 def read_yaml(
     path: pathlib.Path, *, remedy: str = "", max_bytes: int = 16 << 20, follow_links: bool = False
 ) -> dict[str, Any]:
-    """Return one YAML mapping with text keys and one meaning (:mod:`.strict_yaml`); an empty document is an empty one.
+    """Return the YAML mapping in a file, read by the rules of :mod:`.strict_yaml`; an empty file gives an empty one.
 
     Raises:
-        DamagedFile: if it is something else.
+        DamagedFile: if the file holds anything else, or a key that is no text.
     """
     content = read_bytes(path, remedy=remedy, max_bytes=max_bytes, follow_links=follow_links)
     try:
@@ -194,10 +204,16 @@ def read_yaml(
 
 
 def finite_number(row: Mapping[str, Any], key: str, path: pathlib.Path, *, line: int) -> float | None:
-    """Return a finite number in one line of a file; None where the line has none.
+    """Return ``row[key]`` as a finite number; None where the row lacks the key or holds null.
+
+    Args:
+        row: one line of a file, parsed.
+        key: of the number.
+        path: of the file, for error messages.
+        line: number of the line, for error messages.
 
     Raises:
-        DamagedFile: if there is something else.
+        DamagedFile: if the value is no number, or not finite.
     """
     value = row.get(key)
     if value is None:
@@ -214,7 +230,7 @@ def finite_number(row: Mapping[str, Any], key: str, path: pathlib.Path, *, line:
 
 
 def _problem(path: pathlib.Path, error: OSError) -> str:
-    """Return what the operating system says, in words."""
+    """Return why a file cannot be opened or read, as the predicate of a sentence that begins with its path."""
     match error.errno:
         case errno.ENOENT | errno.ENOTDIR:
             return "is missing"

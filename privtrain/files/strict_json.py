@@ -1,4 +1,6 @@
-"""JSON that has one meaning: what a hash vouches for must not be readable in two ways.
+"""JSON that every reader understands alike: no key twice, no NaN or infinity, no number beyond a double.
+
+Sealed and signed files are read through here: a digest over bytes is worth nothing if two readers see two contents.
 
 No message quotes what is read: private records pass through here too.
 """
@@ -15,7 +17,7 @@ class RepeatedKeyError(ValueError):
 
 
 def loads(text: str | bytes) -> Any:
-    """Read JSON in which no object names a key twice and every number is one.
+    """Return the value of JSON text in which no object names a key twice and every number is finite.
 
     Raises:
         ValueError: if it is no such JSON.
@@ -46,7 +48,8 @@ def _finite_float(text: str) -> float:
 
 
 def _small_int(text: str) -> int:
-    """Return a whole number of JSON; ``ValueError`` where no double comes near, and before Python's own limit."""
+    """Return a whole number of JSON; ``ValueError`` where it is beyond any double, which has up to 309 digits."""
+    # Checked by length first: Python raises an error of its own at 4,300 digits.
     if len(text) > 300:
         raise ValueError("a whole number is beyond the range of a double")
     return int(text)

@@ -69,7 +69,7 @@ class Document:
     lines: dict[Path, int]
 
     def line_of(self, path: Path) -> int | None:
-        """Return the line of a path, or of the nearest section above it; none if that is the document."""
+        """Return the line of a key or item, else of the nearest section above it; None if nothing above is known."""
         for length in range(len(path), 0, -1):
             if path[:length] in self.lines:
                 return self.lines[path[:length]]
@@ -77,10 +77,10 @@ class Document:
 
 
 def parse(text: str) -> Document:
-    """Read one YAML document.
+    """Read one YAML document; keys and values without a single meaning are listed in its ``faults``, not raised.
 
     Raises:
-        yaml.YAMLError: or another of :data:`YAML_FAULTS`, if it is none.
+        yaml.YAMLError: or another of :data:`YAML_FAULTS`, if the text is no YAML at all.
     """
     loader = _Loader(text)
     try:
@@ -97,7 +97,7 @@ def parse(text: str) -> Document:
 
 
 def dump(value: Any, *, short: bool = False) -> str:
-    """Return what :func:`parse` reads as ``value``, keys in their order; ``short`` puts plain lists on one line."""
+    """Return YAML that :func:`parse` reads as ``value``, keys in order; ``short`` puts plain lists on one line."""
     if short:
         return yaml.dump(
             value, Dumper=_Dumper, sort_keys=False, default_flow_style=None, width=1 << 20, allow_unicode=True
@@ -118,7 +118,12 @@ for _kind in (_Loader, _Dumper):
 
 
 class _Survey:
-    """Walks the nodes once, before they are values: only there a key can stand twice."""
+    """Walks the parsed nodes and notes lines and faults, before they become values: a dictionary has no key twice.
+
+    Attributes:
+        faults: what has no single meaning.
+        lines: path → line of each key or item.
+    """
 
     def __init__(self, loader: _Loader) -> None:
         self._loader = loader
@@ -141,14 +146,15 @@ class _Survey:
             self._visit_scalar(node, path)
 
     def _visit_mapping(self, node: yaml.MappingNode, path: Path) -> None:
+        """Note the line of each key and the keys that stand twice, and visit the values."""
         first_lines: dict[object, int] = {}
         for key_node, value_node in node.value:
             line = key_node.start_mark.line + 1
-            if key_node.tag == _MERGE:
+            if key_node.tag == _MERGE:  # "<<": its value is a mapping whose keys count as this one's
                 self.visit(value_node, path)
                 continue
             if key_node.tag == _FLOAT and _EXPONENT.fullmatch(key_node.value):
-                key_node.tag = _TEXT  # a name, as in YAML 1.1
+                key_node.tag = _TEXT  # a key such as 1e5 is a name, as in YAML 1.1; only values are numbers
             key = self._loader.construct_object(key_node, deep=True)
             here = (*path, key if isinstance(key, int) and not isinstance(key, bool) else str(key))
             if key in first_lines:
@@ -159,6 +165,7 @@ class _Survey:
             self.visit(value_node, here)
 
     def _visit_scalar(self, node: yaml.ScalarNode, path: Path) -> None:
+        """Note a number that YAML 1.1 reads as something else than it looks like, or that is not finite."""
         line, text = node.start_mark.line + 1, node.value
         if node.tag == _INT and len(text) > _MOST_DIGITS:
             self._add(path, line, "a whole number beyond the range of a double")

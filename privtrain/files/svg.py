@@ -37,7 +37,7 @@ _STYLE: dict[Any, Any] = {
 
 
 def figure_style() -> contextlib.AbstractContextManager[None]:
-    """Return the context in which a figure is made, drawn and rendered."""
+    """Return a context manager with the reports' style; make, draw and finish a figure inside it."""
     return mpl.rc_context(_STYLE)
 
 
@@ -57,8 +57,10 @@ def finished(figure: Figure, axes: Axes, name: str, grid: Literal["both", "y"] =
     axes.set_axisbelow(True)
     figure.legend(loc="outside lower center", ncols=2, columnspacing=1.2, handlelength=1.8)
     buffer = io.StringIO()
+    # Without a date, and with the fixed "svg.hashsalt" of the style, the same facts give the same bytes.
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
+    # Put the name before every id, and before every reference to one.
     text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", text)
     return text.replace("<svg ", '<svg aria-hidden="true" ', 1)

@@ -26,6 +26,13 @@ class Progress:
 
     Speed is in the units that the plan expects a step to draw. How many were drawn is private, and so is how many
     tokens they had.
+
+    Args:
+        start: steps that were done before this job.
+        total: steps of the run.
+        visible: whether to show anything; True on rank 0 alone.
+        units_per_step: units (users or records) that a step is expected to draw.
+        unit: their name, ``"user"`` or ``"example"``.
     """
 
     def __init__(self, start: int, total: int, visible: bool, *, units_per_step: float, unit: str) -> None:
@@ -64,7 +71,7 @@ class Progress:
             self._bar.stop()
 
     def advance(self, done: int, note: str) -> None:
-        """Show that ``done`` steps are behind us."""
+        """Show that ``done`` steps of the run are done, with a note such as the ε spent so far."""
         if not self._visible:
             return
         now = time.monotonic()

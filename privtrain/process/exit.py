@@ -29,7 +29,12 @@ _FULL_DISKS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def run_command(name: str, app: Callable[[], None]) -> None:
-    """Run ``app`` and exit with its exit code."""
+    """Run a command line; turn a user's mistake, a stop on request or a full disk into one message and an exit code.
+
+    Args:
+        name: of the command, which messages begin with.
+        app: the command line; other exceptions of it keep their traceback.
+    """
     # transformers deprecates names that it and PEFT still use themselves; users can do nothing about it.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     adopt_slurm_tasks(os.environ)
@@ -54,7 +59,7 @@ def run_command(name: str, app: Callable[[], None]) -> None:
 
 
 def record_exit_code(code: int) -> None:
-    """Record the exit code for ``privtrain launch``. The first rank's stands, since the others fail because of it."""
+    """Record this rank's exit code for ``privtrain launch``; the first rank's stands, as others fail because of it."""
     _write_marker("exit-code", str(code))
 
 

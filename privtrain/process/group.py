@@ -13,7 +13,7 @@ from privtrain.errors import PrivtrainError
 
 
 def join_processes(timeout_seconds: int) -> tuple[PartialState, torch.device]:
-    """Join the job, or be a job of one process; return accelerate's state and this rank's device.
+    """Join the job's processes, if a launcher started several; return accelerate's state and this rank's device.
 
     Args:
         timeout_seconds: a collective that waits longer for a lost rank ends the job.

@@ -19,17 +19,20 @@ from privtrain.process.exit import LAUNCH_DIRECTORY, was_asked_to_stop
 
 #: What ranks get to finish their step and save; the cluster's own patience usually ends first.
 _SHUTDOWN_TIMEOUT_SECONDS = 300
-#: Schedulers often signal every process of a job. torch's launcher gives up its ranks when it gets a second signal, so
-#: ours is passed on only if no rank has had one by then.
+#: Schedulers often signal every process of a job. torch's launcher kills its ranks when it gets a second signal, so a
+#: signal that this process gets is passed on only if no rank has had one after this time.
 _PASS_ON_AFTER_SECONDS = 2.0
 
 
 def launch(command: Sequence[str]) -> int:
     """Run ``command``, pass SIGTERM, SIGUSR1 and SIGINT on to it, and return the exit code of the job inside.
 
+    Args:
+        command: the words of a launcher's command line, such as ``["accelerate", "launch", …]``.
+
     Returns:
         0, or the code of the first rank that failed (2, 3, 4, 75), or the launcher's own. 75 whenever this process was
-        asked to stop and the job neither finished nor was refused: the same command goes on.
+        asked to stop and the job neither finished nor was refused: the same command then resumes it.
 
     Raises:
         PrivtrainError: if there is no such command, or no such accelerate config.
@@ -49,6 +52,7 @@ def launch(command: Sequence[str]) -> int:
         received: list[int] = []
 
         def pass_on() -> None:
+            """Signal the launcher, unless it has ended or the scheduler signalled the ranks itself."""
             if process.poll() is None and (received[0] == signal.SIGINT or not was_asked_to_stop(directory)):
                 process.send_signal(received[0])
 
@@ -71,7 +75,7 @@ def launch(command: Sequence[str]) -> int:
 
 
 def _check_config_file(command: Sequence[str]) -> None:
-    """Raise if accelerate's config file is missing: it answers with a traceback; paths of launch/ need a checkout."""
+    """Raise if the file after ``--config_file`` is missing, where accelerate would only show a traceback."""
     for word, value in zip(command, [*command[1:], ""], strict=True):
         name, _, joined = word.partition("=")
         path = joined if joined else value
@@ -80,7 +84,14 @@ def _check_config_file(command: Sequence[str]) -> None:
 
 
 def _exit_code(launcher_code: int, directory: pathlib.Path, received: list[int]) -> int:
-    """Return the job's own code, else the launcher's; pre-empted if a signal came and the code is not final."""
+    """Return the exit code of the job.
+
+    Args:
+        launcher_code: of the launcher; negative if a signal ended it.
+        directory: where the first rank that failed recorded its code.
+        received: signals that this process got. After one of them, except an interrupt by hand, the code is that of a
+            pre-empted job, unless the job's own says that another start would fail as well.
+    """
     if launcher_code == 0:
         return 0
     recorded = directory / "exit-code"
@@ -88,4 +99,4 @@ def _exit_code(launcher_code: int, directory: pathlib.Path, received: list[int])
     is_final = code in (EXIT_WRONG_INPUT, EXIT_REFUSED_RELEASE)
     if received and received[0] != signal.SIGINT and not is_final:
         return EXIT_PREEMPTED
-    return code if code > 0 else 128 - code
+    return code if code > 0 else 128 - code  # as a shell says that signal -code ended it

@@ -14,26 +14,33 @@ from privtrain.errors import ConfigError, Fault
 from privtrain.run.bundle import sha256_of
 from privtrain.run.weight_files import weight_file_faults, weights_read
 
-#: Everything beside the weights counts (configurations, tokenizers of any form, templates, code) but what nobody loads.
+#: Endings of files that do not count for a base model's digests: nobody loads them, or they are weights, which are
+#: chosen by :func:`weights_read`. Everything else counts (configurations, tokenizers of any form, templates, code).
 _NOT_LOADED = (
     *(".md", ".pdf", ".png", ".jpg", ".jpeg", ".gif", ".svg", ".sig"),
     *(".bin", ".safetensors", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".ot", ".onnx", ".tflite", ".pyc"),
 )
 _WEIGHTS = (".safetensors", ".bin", ".gguf", ".index.json")
+#: Files of this project that may lie beside a model, and beginnings of names of legal texts.
 _NO_PART = ("release.json", "export.json", "corpus.json", "privacy.json")
 _LEGAL = ("license", "notice", "use_policy", "readme", "copying")
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelLocation:
-    """Arguments that find a model for transformers."""
+    """Where transformers finds a model.
+
+    Attributes:
+        path: a directory, or a name on a hub.
+        arguments: further arguments of ``from_pretrained``: ``gguf_file`` and ``revision``, where set.
+    """
 
     path: str
     arguments: dict[str, Any]
 
 
 def locate(model: ModelSection) -> ModelLocation:
-    """Return where the weights are.
+    """Return where the weights of a configured model are; only a Python package's directory is looked up.
 
     Raises:
         ConfigError: if the package, directory or file does not exist.
@@ -52,12 +59,12 @@ def locate(model: ModelSection) -> ModelLocation:
 
 
 def is_at_hand(model: ModelSection) -> bool:
-    """Return whether a model lies in a directory of this machine, and is no name on a hub."""
+    """Return whether a configured model is a directory of this machine, not a name on a hub."""
     return pathlib.Path(locate(model).path).is_dir()
 
 
 def check_model(model: ModelSection) -> list[Fault]:
-    """Return faults that can be seen without loading weights."""
+    """Return faults of the configuration's ``model`` section that can be seen without loading weights."""
     try:
         location = locate(model)
     except ConfigError as error:
@@ -74,29 +81,30 @@ def check_model(model: ModelSection) -> list[Fault]:
         return [Fault(key, problem) for problem in weight_file_faults(path, model.gguf_file)]
     if path.is_file():
         return [Fault("model.name_or_path", f"{path} is a file; give the directory that holds config.json and weights")]
+    # What looks like a path must exist; anything else may be a name on a hub, which is not asked here.
     if path.exists() or path.is_absolute() or location.path.startswith("."):
         return [Fault("model.name_or_path", f"no such model directory: {path}")]
     return []
 
 
 def directory_of(model: ModelSection) -> pathlib.Path | None:
-    """Return the directory that a base model is loaded from, the hub's cache included; None if it is not on disk."""
+    """Return the directory that a base model is loaded from, perhaps in the hub's cache; None if it is not on disk."""
     location = locate(model)
     directory = pathlib.Path(location.path)
     return directory if directory.is_dir() else _cached_directory(location)
 
 
 def base_digests(model: ModelSection) -> dict[str, str]:
-    """Return file name → SHA-256 of what base model and tokenizer are loaded from; empty if not on disk.
+    """Return file name → SHA-256 of the files that base model and tokenizer are loaded from; empty if not on disk.
 
-    Of weights in several formats only those that transformers prefers count, so that the rest may come and go.
+    Of weights in several formats only those that transformers prefers count; others may be there or not.
     """
     directory = directory_of(model)
     return {} if directory is None else digests_in(directory, model.gguf_file)
 
 
 def changed_base_files(model: ModelSection, released: Mapping[str, str]) -> list[str]:
-    """Return the weights and configuration of a base model that are not those that a release was trained from.
+    """Return the names of a base model's weights and configuration that differ from those a release was trained from.
 
     Args:
         model: where the base model is now.
@@ -110,7 +118,7 @@ def changed_base_files(model: ModelSection, released: Mapping[str, str]) -> list
 
 
 def digests_in(directory: pathlib.Path, gguf_file: str | None = None) -> dict[str, str]:
-    """Return file name → SHA-256 of what a model in a directory, or one GGUF file there, is loaded from.
+    """Return file name → SHA-256 of the files that a model in a directory, or a GGUF file there, is loaded from.
 
     Raises:
         ConfigError: if an index of weights names parts that lie elsewhere, or that are not there.
@@ -129,7 +137,7 @@ def digests_in(directory: pathlib.Path, gguf_file: str | None = None) -> dict[st
 
 
 def _cached_directory(location: ModelLocation) -> pathlib.Path | None:
-    """Return where the hub's cache keeps a model that was loaded by name."""
+    """Return the directory in the hub's cache that holds a model of this name; None if it was never loaded here."""
     import huggingface_hub
 
     name = location.arguments.get("gguf_file", "config.json")

@@ -1,9 +1,10 @@
-"""What was released, by digest: ``release.json``, which lies beside the released files.
+"""What was released, by digest: ``release.json``, the manifest that lies beside the released files.
 
-The ledger's last record holds the same content, so that the files and the proof of training belong together. No part
-needs itself: the statement quotes the ledger's head before the release record; the manifest holds the digest of the
-statement and of every file but its own; the release record holds the manifest. Whoever has the release digest (of the
-manifest) from elsewhere, or a signature, can check a bundle without the ledger.
+The ledger (the hash-chained log of training) holds the same manifest in its last record, so that the files and the
+proof of training belong together. Digests never run in a circle: the statement quotes the ledger's head before the
+release record; the manifest holds the digest of the statement and of every file but its own; the release record holds
+the manifest. Whoever has the release digest (of the manifest) from elsewhere, or a signature, can check a bundle
+without the ledger.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from privtrain.run.directory import RunDirectory
 SCHEMA = "privtrain/release/1"
 NAME = "release.json"
 
-#: What a directory with a ``release.json`` holds → the part of the manifest's paths that leads to it.
+#: Kind of directory that holds a ``release.json`` → beginning of the manifest's paths that is cut off for it: what the
+#: manifest calls ``adapter/config.json`` is ``config.json`` in a copy of ``adapter/`` alone.
 PLACES = {"run": "", "adapter": "adapter/", "model": "model/", "export": "", "corpus": ""}
 
 #: Directories of a run that are no part of the release. The private ones never leave; the others are written later or
@@ -67,7 +69,7 @@ class ReleaseManifest:
 
     @property
     def body(self) -> dict[str, Any]:
-        """What the ledger's release record holds."""
+        """The manifest as a JSON object, as the ledger's release record holds it."""
         return {**dataclasses.asdict(self), "base_model": dict(self.base_model), "files": dict(self.files)}
 
     @property
@@ -77,10 +79,10 @@ class ReleaseManifest:
 
     @classmethod
     def parse(cls, body: Any) -> Self:
-        """Return the manifest in a release record or in ``release.json``.
+        """Return the manifest that a JSON object holds.
 
         Raises:
-            ValueError: if it is none, or names a file outside the release.
+            ValueError: if it has other keys, or a path that leaves its directory, or a digest that is none.
         """
         names = {field.name for field in dataclasses.fields(cls)}
         if not isinstance(body, dict) or set(body) != names:
@@ -92,7 +94,10 @@ class ReleaseManifest:
         return cls(**body)
 
     def within(self, place: str) -> dict[str, str]:
-        """Return path from a directory of this kind → SHA-256, of the files that must be in it."""
+        """Return path → SHA-256 of the files that a directory of this kind must hold; ``place`` is a key of PLACES.
+
+        Exports and corpora hold none of the released files but ``privacy.json``.
+        """
         prefix = PLACES[place]
         if place in ("export", "corpus"):
             return {"privacy.json": self.files["privacy.json"]} if "privacy.json" in self.files else {}
@@ -156,7 +161,10 @@ def text_of(path: pathlib.Path) -> str:
 
 @contextlib.contextmanager
 def _opened(path: pathlib.Path) -> Iterator[io.BufferedReader]:
-    """Open a regular file, also behind a link, as in the hub's cache; a pipe in its place must not hold us up."""
+    """Open a regular file, also behind a link, as the hub's cache has them; raise OSError of anything else.
+
+    O_NONBLOCK: opening a pipe in its place would otherwise wait for ever.
+    """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode):
@@ -167,14 +175,15 @@ def _opened(path: pathlib.Path) -> Iterator[io.BufferedReader]:
 
 
 def files_under(directory: pathlib.Path, skipped: Iterable[str] = ()) -> Iterator[str]:
-    """Return paths from ``directory`` of all in it that is no directory, sorted; links to directories among them.
+    """Yield the paths, relative to ``directory``, of all files below it; a link to a directory counts as a file.
 
     Args:
         directory: where.
-        skipped: directories at its top that are left out.
+        skipped: names of directories directly in it that are left out.
     """
     for root, directories, files in os.walk(directory):
         here = pathlib.Path(root)
+        # os.walk goes on into what is left in this list.
         if here == directory:
             directories[:] = [name for name in directories if name not in skipped]
         links = [name for name in directories if (here / name).is_symlink()]
@@ -195,12 +204,12 @@ def compare_files(
 
     Args:
         directory: where.
-        expected: path from it → SHA-256.
-        skipped: directories at its top that are no part of the release.
+        expected: path relative to it → SHA-256.
+        skipped: names of directories directly in it that are no part of the release.
         own: further paths that may be there and are checked elsewhere.
 
     Returns:
-        What does not hold, and the paths of harmless files that are not part of the release.
+        (faults, paths of harmless files that are not part of the release).
     """
     faults, beside = [], []
     present = set(files_under(directory, skipped))
@@ -223,16 +232,16 @@ def compare_files(
 
 
 def render(manifest: ReleaseManifest, place: str) -> str:
-    """Return the content of ``release.json`` in a directory of a kind, see :data:`PLACES`."""
+    """Return the text of ``release.json`` for a directory of kind ``place``, a key of :data:`PLACES`."""
     content = {"schema": SCHEMA, "place": place, "release_digest": manifest.digest, **manifest.body}
     return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def read_manifest(directory: pathlib.Path) -> tuple[ReleaseManifest, str]:
-    """Return the manifest beside released files, and what kind of directory it says this is.
+    """Return (manifest, kind of directory) as ``release.json`` in this directory says.
 
     Raises:
-        VerificationFailed: if there is none, or it is not in the one form in which it is written.
+        VerificationFailed: if there is no such file, or it differs in a byte from what :func:`render` writes.
     """
     path = directory / NAME
     try:
@@ -259,7 +268,7 @@ def read_manifest(directory: pathlib.Path) -> tuple[ReleaseManifest, str]:
 
 
 def released_digests(run: pathlib.Path) -> dict[str, str]:
-    """Return path from the run directory → SHA-256 of every released file in ``release.json``; nothing is compared.
+    """Return path → SHA-256 of every released file, as a run's ``release.json`` says; the files are not looked at.
 
     Raises:
         VerificationFailed: if there is no readable ``release.json``, or it is not a run's.
@@ -297,7 +306,10 @@ def check_released(run: pathlib.Path) -> ReleaseManifest:
 
 
 def run_faults(run: RunDirectory, manifest: ReleaseManifest) -> tuple[list[FileFault], list[str]]:
-    """Compare the files of a run directory, whose released directory has a ``release.json`` of its own."""
+    """Compare all released files of a run directory with the manifest; see :func:`compare_files`.
+
+    ``adapter/`` or ``model/`` must hold a ``release.json`` of its own, so that it can be published alone.
+    """
     copy = run.released.relative_to(run.root) / NAME
     expected = {**manifest.within("run"), copy.as_posix(): text_sha256(render(manifest, run.released.name))}
     return compare_files(run.root, expected, skipped=NOT_RELEASED)
@@ -319,7 +331,10 @@ def last_record(log: pathlib.Path) -> dict[str, Any]:
 
 
 def tokenizer_digest(files: Mapping[str, str]) -> str:
-    """Return a digest over the tokenizer's files among released files (path from the run directory → SHA-256)."""
+    """Return a digest over the tokenizer's files among released files.
+
+    ``files`` maps paths such as ``"adapter/tokenizer.json"`` to SHA-256; what counts is the part after the first slash.
+    """
     own = {path.partition("/")[2]: digest for path, digest in files.items()}
     return digest_of({name: digest for name, digest in own.items() if name.startswith(_TOKENIZER_PREFIXES)})
 
@@ -335,12 +350,16 @@ def check_digests(name: str, value: Any) -> None:
 
 
 def _check_digest(name: str, value: Any) -> None:
+    """Raise ``ValueError``, naming ``name``, unless ``value`` is a SHA-256 in hexadecimal."""
     if not isinstance(value, str) or not _SHA256.fullmatch(value):
         raise ValueError(f"{name} is no SHA-256 in hexadecimal")
 
 
 def _safe(path: str) -> str:
-    """Return the path if it stays below its directory and is written in one way; another text otherwise."""
+    """Return the normal form of a relative path that stays below its directory; empty if it does not.
+
+    The caller compares: only a path that equals its normal form is accepted.
+    """
     pure = pathlib.PurePosixPath(path)
     try:
         os.fsencode(path)

@@ -25,14 +25,17 @@ from privtrain.run.statement import NOT_COVERED, SCHEMA, PrivacyStatement, not_c
 #: Between machines the last digits of an accountant's answer may differ.
 _RELATIVE_TOLERANCE = 1e-6
 
-#: Keys of the published configuration → what they must be by the plan, whatever version wrote it.
+#: Keys of ``privacy`` in the published configuration that must equal the plan's field of the same name.
 _CONFIG_KEYS = ("unit", "neighboring_relation", "num_steps", "clipping_norm", "clipping_style", "expected_batch_size")
-#: Values of the plan that the configuration names otherwise.
+#: Field of the plan → key of ``privacy`` in the configuration, where the two names differ.
 _NAMES = {"delta": "target_delta", "records_per_unit": "records_per_user"}
 
 
 def statement_faults(statement: dict[str, Any]) -> list[str]:
-    """Return what in a statement contradicts its own plan, each beginning with the field's name."""
+    """Return what in a privacy statement contradicts the plan that it carries, one text a fault.
+
+    Each begins with the name of the statement's field. Some faults, such as an unreadable plan, end the search.
+    """
     if statement.get("schema") != SCHEMA:
         return [f"schema is {statement.get('schema')!r}; this version reads {SCHEMA!r}"]
     try:
@@ -66,7 +69,10 @@ def statement_faults(statement: dict[str, Any]) -> list[str]:
 
 
 def _form_problem(statement: dict[str, Any]) -> str:
-    """Return what has another type than a statement's, of all that does not follow from the plan; empty if nothing."""
+    """Return the first field that has a wrong type or an impossible count, with the problem; empty if there is none.
+
+    Of fields that do not follow from the plan only the form can be checked.
+    """
     try:
         parsed = PrivacyStatement.model_validate(statement)
     except pydantic.ValidationError as error:
@@ -83,7 +89,7 @@ def _form_problem(statement: dict[str, Any]) -> str:
 
 
 def _epsilon_faults(plan: PrivacyPlan) -> list[str]:
-    """Return the plan's own ε against the accountant's answer for the event that the plan describes."""
+    """Return a fault if the ε in the plan is not what the accountant computes for that plan; empty if it is."""
     if plan.noise_multiplier == 0:
         return [] if math.isinf(plan.epsilon) else [f"plan.epsilon is {plan.epsilon}, but the plan adds no noise"]
     fresh = plan.recomputed_epsilon()
@@ -93,7 +99,10 @@ def _epsilon_faults(plan: PrivacyPlan) -> list[str]:
 
 
 def _derived(plan: PrivacyPlan, statement: dict[str, Any]) -> dict[str, Any]:
-    """Return the statement that follows from the plan, with what only the run knows taken from the statement itself."""
+    """Return the statement that follows from the plan.
+
+    Counts of steps, digests and software versions, which only the run knows, are taken from the statement itself.
+    """
     expected = statement_of(
         plan,
         not_covered=statement["not_covered"],
@@ -104,7 +113,7 @@ def _derived(plan: PrivacyPlan, statement: dict[str, Any]) -> dict[str, Any]:
         ledger_head=statement["ledger"]["head"],
         split_commitment=statement["split_commitment"],
     )
-    expected = json.loads(json.dumps(expected, allow_nan=False))
+    expected = json.loads(json.dumps(expected, allow_nan=False))  # types as in a file: lists in the place of tuples
     expected["software"] = statement["software"]
     for mine, theirs in zip(expected["accountants"], statement["accountants"], strict=False):
         mine["version"] = theirs["version"]
@@ -137,18 +146,28 @@ def _differences(stated: Any, expected: Any, name: str) -> Iterator[str]:
 
 
 def _is_equal(stated: Any, expected: Any) -> bool:
+    """Return whether two JSON scalars are equal, floats up to the tolerance; True is not 1, and 1 is not 1.0."""
     if type(stated) is float and type(expected) is float:
         return math.isclose(stated, expected, rel_tol=_RELATIVE_TOLERANCE, abs_tol=1e-300)
     return type(stated) is type(expected) and stated == expected
 
 
 def _short(value: Any) -> str:
+    """Return a value as JSON of at most 80 characters, for an error message."""
     text = json.dumps(value, ensure_ascii=True)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def card_faults(card: str, statement: dict[str, Any]) -> list[str]:
-    """Return what a model card says otherwise than the statement, which must hold by itself."""
+    """Return where a model card contradicts the privacy statement.
+
+    A card of this version is made again and compared line by line; of another version's card only the rows with ε, δ
+    and fingerprint are checked.
+
+    Args:
+        card: text of README.md.
+        statement: in which :func:`statement_faults` found nothing.
+    """
     plan = PrivacyPlan.from_body(statement["plan"])
     if not is_our_version(statement):
         epsilon = "∞" if statement["epsilon"] is None else f"{statement['epsilon']:.4g}"
@@ -160,19 +179,20 @@ def card_faults(card: str, statement: dict[str, Any]) -> list[str]:
         faults.append("does not say that the run is not private")
     if place < 0 or card[place:] != section:
         theirs, ours = card[max(place, 0) :].splitlines(), section.splitlines()
+        # The first line of ours that the card lacks or has otherwise; if there is none, the card goes on too long.
         line = next((ours[i] for i in range(len(ours)) if i >= len(theirs) or theirs[i] != ours[i]), "its end")
         faults.append(f"is not the card of privacy.json, from this line on: {line}")
     return faults
 
 
 def metrics_faults(text: str, statement: dict[str, Any]) -> list[str]:
-    """Return what released metrics say otherwise than the statement: the ε of the last step is the statement's."""
+    """Return where ``metrics.jsonl`` contradicts the statement: the largest ε of its rows must be the statement's."""
     known: list[float] = []
     for number, line in enumerate(text.splitlines(), start=1):
         try:
             value = strict_json.loads(line).get("privacy/epsilon")
             if value is not None:
-                known.append(float(value + 0.0))  # no text
+                known.append(float(value + 0.0))  # adding fails for text, which float() would take
         except (AttributeError, ArithmeticError, ValueError, TypeError):
             return [f"line {number} is no row of metrics"]
     if known and not _is_equal(max(known), statement["epsilon"]):
@@ -181,7 +201,12 @@ def metrics_faults(text: str, statement: dict[str, Any]) -> list[str]:
 
 
 def config_faults(text: str, statement: dict[str, Any]) -> list[str]:
-    """Return where the published configuration contradicts the plan in the statement, or what ε does not cover."""
+    """Return where ``config.yaml`` contradicts the statement: its plan, and its list of what ε does not cover.
+
+    Args:
+        text: of the published configuration.
+        statement: in which :func:`statement_faults` found nothing.
+    """
     plan = PrivacyPlan.from_body(statement["plan"])
     try:
         document = strict_yaml.parse(text)
@@ -203,8 +228,15 @@ def config_faults(text: str, statement: dict[str, Any]) -> list[str]:
 
 
 def _remade_faults(tree: dict[str, Any], plan: PrivacyPlan, uncovered: list[str]) -> list[str]:
-    """Return the plan and the list of what ε does not cover, made again from the configuration."""
+    """Make the plan and the list of what ε does not cover again from the configuration; return what differs.
+
+    Args:
+        tree: the published configuration.
+        plan: as the statement carries it.
+        uncovered: the statement's list of what ε does not cover.
+    """
     section = PrivacySection.model_validate(tree["privacy"])
+    # Noise and accountant may be "chosen by the program" in the configuration; the statement's are filled in.
     given = {"noise_multiplier": plan.noise_multiplier, "accountant": section.accountant or plan.accountant}
     remade = PrivacyPlan.uncertified(section.model_copy(update=given), strategy=plan.strategy).body()
     faults = [

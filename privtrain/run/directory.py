@@ -30,7 +30,12 @@ NOISED_SUMS_SCHEMA = "privtrain/noised-sums/1"
 
 
 class RunDirectory:
-    """Paths of one run, and the few operations on them."""
+    """Paths of one run, and the few operations on them.
+
+    Files directly in the directory are public once the run is released. Those in ``secret/`` are never published, for
+    example ``manifest`` (the split: who is trained on), ``ledger`` (the log of training), ``used`` (what training used)
+    and keys. ``staged`` holds a release while it is being made.
+    """
 
     def __init__(self, root: pathlib.Path) -> None:
         self.root = root
@@ -60,7 +65,7 @@ class RunDirectory:
         self.noised_sums_index = self.noised_sums / "index.json"
 
     def noised_sum(self, step: int) -> pathlib.Path:
-        """Return where the noised sum of a step is kept, on request."""
+        """Return the path of a step's noised gradient sum; runs with ``audit.keep_noised_sums`` keep them."""
         return self.noised_sums / f"step-{step:06d}.npy"
 
     def exists(self) -> bool:
@@ -86,7 +91,7 @@ class RunDirectory:
         Raises:
             PrivtrainError: if the directory holds files of something else.
         """
-        # What a job leaves that was killed before it had an identity is ours to take over.
+        # These alone are left by a job that was killed before the run had an identity: go on with them.
         begun = {self.secret.name, self.checkpoints.name, self.config.name, temporary_of(self.config).name}
         if self.root.exists() and any(p.name not in begun for p in self.root.iterdir()):
             raise PrivtrainError(
@@ -118,7 +123,7 @@ class RunDirectory:
         self.root.chmod(stat.S_IRWXU | self.released.stat().st_mode & 0o055)
 
     def check_new(self) -> None:
-        """Refuse what lies in the private directories before a run has begun: nobody may choose its keys.
+        """Raise if the private directories hold anything before the run begins: a planted key would be known to others.
 
         Raises:
             UnsafePath: if there is anything that neither ``attacks prepare`` nor a start that failed leaves there.
@@ -131,9 +136,9 @@ class RunDirectory:
         check_empty(self.checkpoints, ())
 
     def check_private(self) -> None:
-        """Refuse private directories that are links, another user's, open to others, or could be put in their place.
+        """Raise unless ``secret/`` and ``checkpoints/`` are this user's, closed to others, and no links.
 
-        Before every use of them.
+        Nor may others be able to rename them. Call this before every use of them.
 
         Raises:
             UnsafePath: saying which, and what to do.
@@ -145,11 +150,11 @@ class RunDirectory:
                 check_private_directory(private)
 
     def check_permissions(self) -> list[pathlib.Path]:
-        """Check what :meth:`check_private` does, and of everything below: no links, no files of other users.
+        """Check the private directories as :meth:`check_private` does, and everything below them.
 
         Returns:
-            Files behind a directory that was closed but wider than 0600 themselves, which nobody else could reach; they
-            are 0600 now.
+            Files and directories below whose own permissions let others in; they are closed now. Nobody could reach
+            them, since the directory above them was closed.
 
         Raises:
             UnsafePath: saying what is not as it must be.
@@ -163,7 +168,7 @@ class RunDirectory:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the run: a second job on the same directory is refused, not interleaved."""
+        """Hold the run's lock while the block runs; raise RunBusy if another job on the same directory has it."""
         make_private_directory(self.secret)
         self.check_private()
         busy = f"another job is running in {self.root}; wait for it or choose another run.name"
@@ -172,23 +177,34 @@ class RunDirectory:
             yield
 
     def create_key(self, name: str, insecure_seed: int | None = None) -> SecretKey:
-        """Return a fresh key under ``secret/NAME.key``, in place of one that was never used."""
+        """Make a key in ``secret/NAME.key`` and return it; a key that is there is replaced, so it must be unused.
+
+        Args:
+            name: of the key.
+            insecure_seed: makes a key that can be guessed, for tests and examples; ``secret/NAME.insecure`` marks it.
+        """
         key, marker = SecretKey.generate(), self.secret / f"{name}.insecure"
         if insecure_seed is not None:
             key = SecretKey.insecure(insecure_seed, name)
             write_atomically(marker, "made from privacy.insecure_seed\n", mode=0o600)
         write_atomically(self.secret / f"{name}.key", key.reveal().hex() + "\n", mode=0o600)
         if insecure_seed is None:
-            # Set before the key and taken away after it: one that can be guessed never lies there without its marker.
+            # The marker is written before such a key and removed after a fresh one is there, so that at no moment a
+            # key that can be guessed lies there unmarked.
             marker.unlink(missing_ok=True)
         return key
 
     def keep_key(self, name: str, insecure_seed: int | None = None, *, was_used: bool = False) -> SecretKey:
-        """Return the key under ``secret/NAME.key``, made if it is not there: what was drawn once is not drawn again.
+        """Return the key in ``secret/NAME.key``; make it if it is not there, unless it was used before.
+
+        Args:
+            name: of the key.
+            insecure_seed: as for :meth:`create_key`.
+            was_used: whether something was drawn from the key already; then another one must never take its place.
 
         Raises:
-            GuaranteeLost: if it is gone but ``was_used``, or if it was made from a seed and ``insecure_seed`` is none:
-                whoever guesses the seed has it.
+            GuaranteeLost: if the key is gone but ``was_used``, or if it was made from a seed, so that it can be
+                guessed, and ``insecure_seed`` is None.
         """
         if not was_used and not os.path.lexists(self.secret / f"{name}.key"):
             return self.create_key(name, insecure_seed)
@@ -200,10 +216,10 @@ class RunDirectory:
         return self.load_key(name)
 
     def load_key(self, name: str) -> SecretKey:
-        """Return the key stored under ``secret/NAME.key``.
+        """Return the key stored in ``secret/NAME.key``.
 
         Raises:
-            GuaranteeLost: if it is gone: another one must never stand in for a key that was used.
+            GuaranteeLost: if it is gone, since another one must never stand in for a key that was used.
             UnsafePath: if others could have read or planted it.
         """
         self.check_private()

@@ -1,4 +1,4 @@
-"""What a finished run can say to those who ask: a registry of deployments, and whoever evaluates the guarantee.
+"""Forms that describe a finished run to others: OpenDP's registry of deployments, and NIST's evaluation checklist.
 
 Everything is filled from the privacy statement and the published configuration. What only the publisher knows is
 marked, never invented.
@@ -22,7 +22,13 @@ _WHAT_NEIGHBOURS_DIFFER_IN = {
 
 
 def deployment_record(statement: PrivacyStatement, config: Config, plan: PrivacyPlan) -> dict[str, Any]:
-    """Return a record in the field list of OpenDP's registry of deployments (tiers 1 to 3)."""
+    """Return the run as a record of OpenDP's registry of deployments, with that registry's fields (tiers 1 to 3).
+
+    Args:
+        statement: of the run.
+        config: published by the run.
+        plan: the plan in the statement.
+    """
     return {
         "status": "Draft",
         "tier": 3,
@@ -95,7 +101,15 @@ def deployment_record(statement: PrivacyStatement, config: Config, plan: Privacy
 def evaluation_checklist(
     statement: PrivacyStatement, config: Config, plan: PrivacyPlan, gaussian: dict[str, float] | None = None
 ) -> list[tuple[str, str, str]]:
-    """Return (topic, question, answer) along the layers of NIST SP 800-226's pyramid, from the guarantee downwards."""
+    """Return (layer, question, answer) along the layers of NIST SP 800-226's pyramid, from the guarantee downwards.
+
+    Args:
+        statement: of the run.
+        config: published by the run.
+        plan: the plan in the statement.
+        gaussian: the Gaussian curve nearest to the run's privacy curve: its ``mu``, and the ``slack`` and ``regret`` of
+            that description; None if it was not computed.
+    """
     bound = statement.contribution_bound
     k = "no bound" if bound is None else f"at most {bound.records_per_unit_per_step} records in a step"
     mu = "not computed"
@@ -170,15 +184,18 @@ def checklist_markdown(rows: list[tuple[str, str, str]], name: str) -> str:
 
 
 def _pair(statement: PrivacyStatement) -> str:
+    """Return ε and δ as text; ε is ∞ of a run that is not private."""
     epsilon = "∞" if statement.epsilon is None or not statement.private else f"{statement.epsilon:.4g}"
     return f"ε = {epsilon}, δ = {statement.delta:g}"
 
 
 def _parameters(statement: PrivacyStatement) -> dict[str, float]:
+    """Return ε and δ as numbers; empty of a run that is not private."""
     if statement.epsilon is None or not statement.private:
         return {}
     return {"epsilon": statement.epsilon, "delta": statement.delta}
 
 
 def _sentence(statement: PrivacyStatement, beginning: str) -> str:
+    """Return the statement's assumption that begins with these words, or "not stated"."""
     return next((text for text in statement.assumptions if text.startswith(beginning)), "not stated")

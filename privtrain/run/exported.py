@@ -17,21 +17,21 @@ DTYPES = ("fp32", "bf16", "fp16")
 
 
 def rendered(content: Mapping[str, Any]) -> str:
-    """Return the one form in which it is written."""
+    """Return a description as the text of its file: the one form that is written, and that a reader accepts."""
     return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def weights_of(files: Mapping[str, str]) -> dict[str, str]:
-    """Return path → SHA-256 of those released files that the weights are read from."""
+    """Return those of the released files (path → SHA-256) that an export reads the weights from."""
     endings = (".safetensors", ".bin", "/config.json", "adapter_config.json", ".index.json")
     return {path: digest for path, digest in files.items() if path.endswith(endings)}
 
 
 def read_description(directory: pathlib.Path) -> dict[str, Any]:
-    """Return what ``export.json`` says.
+    """Return the content of ``export.json`` in a directory.
 
     Raises:
-        VerificationFailed: if it is missing, or not in the one form in which it is written.
+        VerificationFailed: if it is missing, or differs from what an export writes.
     """
     keys = ("schema", "release", "released", "base_model", "merged", "dtype", "files", "relation")
     content = read_bound(directory, NAME, SCHEMA, keys)
@@ -41,10 +41,17 @@ def read_description(directory: pathlib.Path) -> dict[str, Any]:
 
 
 def read_bound(directory: pathlib.Path, name: str, schema: str, keys: Iterable[str]) -> dict[str, Any]:
-    """Return a description that holds these keys, ``files`` by digest, and as ``relation`` the digest of the rest.
+    """Return the content of a description such as ``export.json``, whose form and own digest are checked.
+
+    Args:
+        directory: where it is.
+        name: of the file.
+        schema: that it must have.
+        keys: that it must have, no more and no fewer; ``files`` (path → SHA-256) and ``relation`` among them, which is
+            the digest of all the others.
 
     Raises:
-        VerificationFailed: if it is missing, or not in the one form in which it is written.
+        VerificationFailed: if it is missing, or anything of this does not hold.
     """
     try:
         text = bundle.text_of(directory / name)

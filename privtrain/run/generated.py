@@ -30,13 +30,13 @@ ASSUMPTION = "Prompts and labels are public: none was taken from, or chosen by l
 def describe(
     manifest: bundle.ReleaseManifest, directory: pathlib.Path, facts: Mapping[str, Any], *, is_private: bool
 ) -> dict[str, Any]:
-    """Write ``corpus.json`` and ``release.json`` beside the texts; return what the former holds.
+    """Write ``corpus.json`` and ``release.json`` beside the texts; return the content of ``corpus.json``.
 
     Args:
         manifest: of the release that was sampled from.
-        directory: of the corpus; every other file is in it.
+        directory: of the corpus, with all its other files, whose digests are taken.
         facts: how the texts were drawn.
-        is_private: whether the run is.
+        is_private: whether the run that was sampled from is.
     """
     content: dict[str, Any] = {
         "schema": SCHEMA,

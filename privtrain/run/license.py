@@ -29,7 +29,10 @@ def license_metadata(config: Config) -> dict[str, Any]:
 
 
 def license_in(card: pathlib.Path) -> dict[str, Any]:
-    """Return what the front matter of a model card says of its license; a card that cannot be read says nothing."""
+    """Return ``license``, and of license ``other`` its name and link, from a model card's YAML front matter.
+
+    Empty if the card is missing or cannot be read, or if what it says is not of the form that hub pages use.
+    """
     try:
         with card.open(encoding="utf-8-sig") as file:
             text = file.read(_MOST_CHARACTERS)
@@ -38,6 +41,7 @@ def license_in(card: pathlib.Path) -> dict[str, Any]:
     opening, _, rest = text.partition("\n")
     if opening.strip() != "---":
         return {}
+    # The front matter stands between two lines of "---".
     front, end, _ = re.sub("\r\n?", "\n", rest).partition("\n---")
     if not end:
         return {}

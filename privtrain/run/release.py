@@ -1,4 +1,4 @@
-"""What leaves the run beside the statement: the adapter or the model, written and read back, and its model card."""
+"""What a run publishes beside the privacy statement: the adapter or the model, written and read back, and its card."""
 
 from __future__ import annotations
 
@@ -23,7 +23,11 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 def write_adapter(directory: pathlib.Path, model: Any, tokenizer: Any, card: str) -> None:
-    """Save the adapter into a directory, with the card; what was saved is opened again and compared."""
+    """Save adapter, tokenizer and card into a directory; the saved tensors are read back and compared.
+
+    Raises:
+        RuntimeError: if a saved tensor is not what is in memory; nothing is released then.
+    """
     model.save_pretrained(str(directory), save_embedding_layers=False)  # unless modules_to_save names them
     tokenizer.save_pretrained(str(directory))
     write_atomically(directory / "README.md", card)
@@ -42,11 +46,11 @@ def write_model(
 
     Args:
         directory: where to.
-        model: the model, whose weights may be sharded; it says how to save.
+        model: the model, whose weights may be sharded over ranks; only its ``save_pretrained`` is used for those.
         tokenizer: saved beside it.
         card: its model card.
-        state: name → whole tensor, of everything that was trained; what was not is whole in ``model``.
-        saving: makes the model's config what it was when it was loaded, while it lasts.
+        state: name → whole tensor, of everything that was trained; tensors that were not are whole in ``model``.
+        saving: context manager in which the model's config is as it was when it was loaded.
 
     Raises:
         RuntimeError: if what was saved is not what is in memory; nothing is released then.
@@ -68,7 +72,7 @@ def write_model(
 
 
 def _check_tensors(path: pathlib.Path, model: Any) -> None:
-    """Re-open what was saved: an adapter that is empty or differs is never released."""
+    """Raise RuntimeError if a saved adapter lacks a tensor, has an empty one, or differs from the one in memory."""
     import torch
     from peft import get_peft_model_state_dict
     from safetensors.torch import load_file
@@ -128,13 +132,16 @@ def _hub_metadata(config: Config, evaluation: Mapping[str, float]) -> str:
 
 
 def banner(statement: dict[str, Any]) -> str:
-    """Return what the card of a run that is not private begins with."""
+    """Return the warning at the top of a card, a line for each reason why the run is not private; else empty."""
     reasons = statement["not_private_reasons"]
     return "".join(f"> **NOT PRIVATE**: {reason}.\n" for reason in reasons) + ("\n" if reasons else "")
 
 
 def card_section(plan: PrivacyPlan, statement: dict[str, Any]) -> str:
-    """Return the privacy statement in the card: a function of plan and statement, which ``verify`` makes again."""
+    """Return the card's section on privacy, as Markdown.
+
+    It depends on plan and statement alone, so that ``verify`` can make it again and compare.
+    """
     epsilon = "∞" if statement["epsilon"] is None else f"{statement['epsilon']:.4g}"
     bound = statement["contribution_bound"]
     rows = [
@@ -165,6 +172,7 @@ def card_section(plan: PrivacyPlan, statement: dict[str, Any]) -> str:
 
 
 def _correlation_text(plan: PrivacyPlan) -> str:
+    """Return what the row of the noise multiplier adds where the noise of steps is correlated; else empty."""
     if plan.strategy is None:
         return ""
     bands = f"noise correlated over {plan.strategy.num_bands} steps"
@@ -172,6 +180,7 @@ def _correlation_text(plan: PrivacyPlan) -> str:
 
 
 def _tuning_row(plan: PrivacyPlan) -> list[tuple[str, str]]:
+    """Return the row on hyper-parameter search; none if there was no private one."""
     if plan.tuning is None:
         return []
     trials = f"the best of a secret number of trials ({plan.tuning.distribution}, {plan.tuning.mean_trials:g} expected)"
@@ -183,6 +192,7 @@ def _clipped_text(plan: PrivacyPlan) -> str:
 
 
 def _norm_text(plan: PrivacyPlan) -> str:
+    """Return the clipping norm, and how it changes from step to step where clipping is adaptive."""
     if plan.adaptive_clipping is None:
         return f"{plan.clipping_norm:g}"
     adaptive = plan.adaptive_clipping
@@ -193,6 +203,7 @@ def _norm_text(plan: PrivacyPlan) -> str:
 
 
 def _metric_rows(plan: PrivacyPlan) -> list[tuple[str, str]]:
+    """Return the row on metrics that were released with noise, and with how much; none if there are none."""
     if plan.noised_metrics is None:
         return []
     shown = ", ".join(f"{name} (± {stddev:.2g})" for name, stddev in plan.metric_stddevs.items())

@@ -25,7 +25,12 @@ _PURPOSE = "sealed file"
 
 
 def seal_of(run: RunDirectory, path: pathlib.Path, body: Mapping[str, Any]) -> str:
-    """Return the seal, under the root key, that a body (less its own seal, if it has one) has at a place in a run.
+    """Return the seal of a file's content at a path in a run.
+
+    Args:
+        run: whose root key seals it.
+        path: of the file; its place in the run enters the seal.
+        body: content of the file; its key ``seal``, if it has one, is left out.
 
     Raises:
         GuaranteeLost: if the run's root key is gone.
@@ -37,7 +42,7 @@ def seal_of(run: RunDirectory, path: pathlib.Path, body: Mapping[str, Any]) -> s
 
 
 def write_sealed(run: RunDirectory, path: pathlib.Path, body: Mapping[str, Any], mode: int = 0o600) -> dict[str, Any]:
-    """Write a body with its seal, whole or not at all; return it as it will be read."""
+    """Write ``body`` with its seal as a JSON file, whole or not at all; return the content as it will be read."""
     body = json.loads(json.dumps(body, allow_nan=False))  # tuples and number keys as the reader will see them
     sealed = {**body, SEAL: seal_of(run, path, body)}
     write_json(path, sealed, mode=mode)
@@ -47,7 +52,13 @@ def write_sealed(run: RunDirectory, path: pathlib.Path, body: Mapping[str, Any],
 def read_sealed_file(
     run: RunDirectory, path: pathlib.Path, *, schema: str | None = None, remedy: str = ""
 ) -> dict[str, Any]:
-    """Return a file of :func:`write_sealed`.
+    """Return the content of a file that :func:`write_sealed` wrote, its seal included.
+
+    Args:
+        run: whose root key sealed it.
+        path: of the file.
+        schema: what its key ``schema`` must say; anything if None.
+        remedy: what an error tells the user to do.
 
     Raises:
         DamagedFile: if it is missing, damaged, or not as it was sealed at this place in this run.

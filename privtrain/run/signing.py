@@ -60,7 +60,7 @@ def password_from_environment() -> str | None:
 
 
 def signing_faults(keys: Keys, password: str | None, names: tuple[str, str, str] = _OPTIONS) -> list[Fault]:
-    """Return every reason why ``keys`` cannot sign, without quoting key material.
+    """Return every reason why ``keys`` cannot sign; empty if they can. No message quotes key material.
 
     Args:
         keys: what is to sign.
@@ -85,6 +85,7 @@ def signing_faults(keys: Keys, password: str | None, names: tuple[str, str, str]
         except (OSError, ValueError) as error:
             faults.append(Fault(name, f"{path} is no certificate: {error}"))
         else:
+            # The chain's certificates need only be readable; the signing one must fit the key.
             certificate = read if name == names[1] else certificate
     if public_key is not None and certificate is not None and certificate.public_key() != public_key:
         faults.append(Fault(names[1], f"{keys.certificate} is of another key than {keys.key}"))
@@ -92,14 +93,24 @@ def signing_faults(keys: Keys, password: str | None, names: tuple[str, str, str]
 
 
 def _public_key(path: pathlib.Path, password: str | None, *, is_certified: bool) -> Any:
-    """Return the public key of a private key file; raise unless model-signing can sign with it."""
+    """Return the public key that belongs to a private key file.
+
+    Args:
+        path: PEM file of the private key.
+        password: that may open it; not used if the file is not encrypted.
+        is_certified: whether a certificate is signed with, too.
+
+    Raises:
+        UnsafePath: if the file is not this user's alone.
+        ValueError: if model-signing could not sign with the key.
+    """
     from cryptography.hazmat.primitives import serialization
     from cryptography.hazmat.primitives.asymmetric import ec
 
     encoded = None if password is None else password.encode("utf-8")
     content = read_private_file(path)
     if not _is_encrypted(content):
-        encoded = None  # a password that another key needs
+        encoded = None  # the password in the environment is for another key
     elif encoded is None:
         raise ValueError(f"it is encrypted; set {PASSWORD_VARIABLE}")
     elif is_certified:
@@ -119,6 +130,7 @@ _NOT_INSTALLED = "needs the package model-signing, which is not installed: pip i
 
 
 def _library() -> Any:
+    """Return the package ``model_signing``; raise ConfigError if it is not installed."""
     if importlib.util.find_spec("model_signing") is None:
         raise ConfigError([Fault("signature", _NOT_INSTALLED)])
     import model_signing
@@ -127,6 +139,7 @@ def _library() -> Any:
 
 
 def _check_files(keys: Keys) -> None:
+    """Raise ConfigError, naming each option, unless all files to verify with are there."""
     named = [("--public-key", keys.key), *(("--certificate", path) for path in keys.chain)]
     faults = [Fault(name, f"{path} is no file") for name, path in named if path is not None and not path.is_file()]
     if faults:
@@ -144,7 +157,7 @@ def sign(directory: pathlib.Path, keys: Keys, files: Sequence[str], password: st
 
     Raises:
         ConfigError: if the library or a key is not there or does not fit.
-        SigningFailed: if what was signed is not these files as they are; there is no signature then.
+        SigningFailed: if the library signed other files or other content; no signature is left then.
     """
     faults = signing_faults(keys, password)
     if faults:
@@ -177,7 +190,13 @@ def sign(directory: pathlib.Path, keys: Keys, files: Sequence[str], password: st
 
 
 def check_signature(directory: pathlib.Path, keys: Keys, files: Sequence[str]) -> list[str]:
-    """Return faults of a directory's signature; nothing if it is made with ``keys`` and over ``files``."""
+    """Return faults of a directory's signature; empty if it was made with ``keys`` over exactly ``files`` as they are.
+
+    Args:
+        directory: with ``model.sig``.
+        keys: a public key, or roots of certificates that are trusted.
+        files: paths that the signature must be over.
+    """
     signature = directory / SIGNATURE
     if not signature.is_file():
         return [f"{SIGNATURE} is missing: the directory is not signed"]
@@ -196,7 +215,10 @@ def check_signature(directory: pathlib.Path, keys: Keys, files: Sequence[str]) -
 
 
 def _content_faults(directory: pathlib.Path, signature: pathlib.Path, files: Sequence[str]) -> list[str]:
-    """Return where what a signature says it is over differs from the files: no setting of the library decides it."""
+    """Return where the list of files and digests in a signature differs from the files here.
+
+    The list is read from the signature itself, so that no setting of the library decides what was compared.
+    """
     try:
         envelope = strict_json.loads(signature.read_bytes())["dsseEnvelope"]
         resources = strict_json.loads(base64.b64decode(envelope["payload"]))["predicate"]["resources"]
@@ -209,10 +231,10 @@ def _content_faults(directory: pathlib.Path, signature: pathlib.Path, files: Seq
 
 
 class _Exactly:
-    """A hashing configuration of the library: SHA-256 over exactly these files.
+    """A hashing configuration for the library model-signing: SHA-256 over exactly the given files.
 
-    Left to itself the library walks the directory, and writes the names of what it is to leave out (keys, caches)
-    into the signature, which is published.
+    By itself the library walks the directory, and writes the names of files to be left out (keys, caches) into the
+    signature, which is published.
     """
 
     def __init__(self, library: Any, directory: pathlib.Path, files: Sequence[str]) -> None:
@@ -222,16 +244,16 @@ class _Exactly:
         self._paths = [directory / file for file in files]
 
     def hash(self, model_path: pathlib.Path, *, files_to_hash: Any = None) -> Any:
-        """Return what is signed; which files that are is not for a signature to say."""
+        """Return the library's manifest of our files; a signature's own list of files is not followed."""
         del files_to_hash
         return self._config.hash(model_path, files_to_hash=self._paths)
 
     def add_ignored_paths(self, **_: Any) -> None:
-        """Ignore nothing, for the same reason."""
+        """Do nothing: the library asks to leave out the signature and its keys, which are not among our files."""
 
 
 def signed_files(directory: pathlib.Path) -> list[str]:
-    """Return what a signature of a directory is over: everything that was released there."""
+    """Return the paths that a signature of a released directory must be over: ``release.json`` and all it names."""
     manifest, place = bundle.read_manifest(directory)
     names = {bundle.NAME, *manifest.within(place)}
     if place == "export":

@@ -1,8 +1,8 @@
-"""The files of rows as they were when a run began: what binds the columns that the trainer does not read.
+"""SHA-256 of the data files as they were when a run began, sealed: it covers columns that the trainer does not read.
 
-The digest of the data covers what is trained on. Dates, languages and spans that stand beside it in the same files are
-read after training, by the attack job, and say something only if nobody chose them by then. So SHA-256 of every file is
-sealed under the run's key before the first step, and those columns are read of these very files alone.
+The digest of the data covers what is trained on. Dates, languages and spans in other columns of the same files are read
+after training, by the attack job, and mean something only if nobody chose them by then. So the SHA-256 of every file is
+sealed under the run's key before the first step, and those columns are read from these very files alone.
 """
 
 from __future__ import annotations

@@ -21,13 +21,19 @@ _Digest = Annotated[str, pydantic.Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class _Part(pydantic.BaseModel):
-    """Statements may gain keys; those without a default must be there."""
+    """A part of the statement; unknown keys are kept, so that later versions may add some."""
 
     model_config = pydantic.ConfigDict(frozen=True, extra="allow", strict=True)
 
 
 class ContributionBound(_Part):
-    """How much of one user a step may hold."""
+    """How many records of one unit or user training may use.
+
+    Attributes:
+        records_per_unit_per_step: of one unit in one step, at most.
+        selection: how they are chosen.
+        records_per_user_in_training_set: of one user in all, at most; None without such a bound.
+    """
 
     records_per_unit_per_step: int | None = None
     selection: str | None = None
@@ -42,7 +48,7 @@ class Sampling(_Part):
 
 
 class AccountantAnswer(_Part):
-    """One accountant's epsilon."""
+    """One accountant's epsilon: certified bounds, ``None`` where infinite, and the version that computed them."""
 
     method: str
     kind: str
@@ -52,14 +58,18 @@ class AccountantAnswer(_Part):
 
 
 class Ledger(_Part):
-    """Where the contribution ledger stood when the statement was written."""
+    """The ledger's head (hash of its last record) and its number of finished steps when the statement was written."""
 
     head: _Digest
     num_commits: int
 
 
 class Mechanism(_Part):
-    """What makes a step private; ``unit`` is what is sampled and clipped, the guarantee's own where it is not given."""
+    """What makes a step private.
+
+    ``unit`` is what is sampled and clipped; None means the unit of the guarantee. The norm and the noise multiplier are
+    those of the plan; dictionaries describe options that the plan has, and are None without them.
+    """
 
     kind: str
     unit: str | None = None
@@ -73,7 +83,21 @@ class Mechanism(_Part):
 
 
 class PrivacyStatement(_Part):
-    """``privacy.json``, its keys in the order of the file. ``epsilon`` is None where it is infinite."""
+    """``privacy.json``, its keys in the order of the file.
+
+    Attributes:
+        private: whether the run claims its ε at all; if not, ``not_private_reasons`` says why.
+        unit: who is protected: ``"user"`` or ``"example"``.
+        num_steps: steps of the plan.
+        steps_released: steps charged to the budget, abandoned ones included.
+        steps_accounted: steps that ε is for: whole epochs, where the sampling scheme has epochs.
+        steps_of_the_model: steps that the released model has behind it.
+        epsilon: None where it is infinite.
+        split_commitment: hiding commitment to who was trained on and who was held out.
+        plan: the whole plan, from which verification derives the statement again.
+        assumptions: what the guarantee rests on, in words.
+        not_covered: what ε does not cover, in words.
+    """
 
     schema_: str = pydantic.Field(alias="schema")
     private: bool
@@ -249,7 +273,7 @@ def statement_of(
 
 
 def _user_accounting(plan: PrivacyPlan, num_accounted: int) -> dict[str, Any] | None:
-    """Return how a guarantee for users follows from one for records; ``None`` where it need not."""
+    """Return how a guarantee for users follows from one for records; ``None`` where users are sampled themselves."""
     if not plan.user_accounting.how:
         return None
     record_epsilon = plan.unit_epsilon_after(num_accounted)
@@ -262,7 +286,7 @@ def _user_accounting(plan: PrivacyPlan, num_accounted: int) -> dict[str, Any] | 
 
 
 def _bound_assumptions(plan: PrivacyPlan) -> list[str]:
-    """Return what a bound on a user's records in the training set says, and what it is used for."""
+    """Return sentences on the limit of records per user, if there is one, and on what follows from it."""
     sentences = []
     if plan.records_per_user is not None:
         sentences.append(
@@ -284,7 +308,7 @@ def unit_text(plan: PrivacyPlan) -> str:
 
 
 def _adaptive(plan: PrivacyPlan) -> dict[str, Any] | None:
-    """Return what adaptive clipping released beside the gradient; ``clipping_norm`` is then the first step's."""
+    """Return the settings of adaptive clipping, and what its count released in every step; ``None`` without it."""
     if plan.adaptive_clipping is None:
         return None
     return {
@@ -295,7 +319,7 @@ def _adaptive(plan: PrivacyPlan) -> dict[str, Any] | None:
 
 
 def _noised_metrics(plan: PrivacyPlan) -> dict[str, Any] | None:
-    """Return the metrics that were released through the mechanism, in every step beside the gradient."""
+    """Return the metrics that were released with noise in every step, and their noise; ``None`` without any."""
     if plan.noised_metrics is None:
         return None
     return {
@@ -332,6 +356,7 @@ def _tuning_assumption(plan: PrivacyPlan) -> str:
 
 
 def _strategy_assumption(plan: PrivacyPlan) -> list[str]:
+    """Return the sentence on noise that is correlated between steps; none where each step has noise of its own."""
     if plan.strategy is None:
         return []
     return [
@@ -369,7 +394,7 @@ def not_covered(tracking: TrackingSection, watched: Collection[str] = ()) -> lis
 
 
 def _times_not_covered(tracking: TrackingSection, watched: Collection[str]) -> list[str]:
-    """Return which times ε does not cover: whoever sees how long a step took learns who may have been in it."""
+    """Return the sentence on published times, if any: how long a step took depends on the records drawn for it."""
     if tracking.release_measurements:
         return [
             "Seconds, throughput and memory of every step, which vary with the sample drawn: published "

@@ -43,9 +43,10 @@ def weight_file_faults(directory: pathlib.Path, gguf_file: str | None = None) ->
 
 
 def weights_read(directory: pathlib.Path) -> tuple[list[pathlib.Path], list[str]]:
-    """Return the weight files that transformers opens, in its order of preference, and faults of their index.
+    """Return (weight files that transformers opens, faults of their index).
 
-    Others may be what they like: a clone without large files keeps pointers in the place of formats that nobody reads.
+    Of several formats only the one that transformers prefers counts: a clone without large files keeps Git LFS pointers
+    in the place of the others.
     """
     for whole in _WHOLE:
         if (directory / whole).is_file():
@@ -57,7 +58,7 @@ def weights_read(directory: pathlib.Path) -> tuple[list[pathlib.Path], list[str]
 
 
 def _problem(path: pathlib.Path) -> str:
-    """Return what is wrong with a file of weights, read or guessed from its first bytes; empty if nothing."""
+    """Return what is wrong with a file of a model, as far as its first bytes and its size tell; empty if nothing."""
     size = path.stat().st_size
     try:
         with open(path, "rb") as file:
@@ -72,7 +73,7 @@ def _problem(path: pathlib.Path) -> str:
 
 
 def _safetensors_problem(path: pathlib.Path, size: int) -> str:
-    """Return what keeps a safetensors file from being whole."""
+    """Return what is wrong with a safetensors file whose size is not what its header says; empty if nothing."""
     damaged = "is damaged, or was not copied to its end; fetch it again"
     with open(path, "rb") as file:
         start = file.read(_LENGTH_BYTES)
@@ -92,7 +93,7 @@ def _safetensors_problem(path: pathlib.Path, size: int) -> str:
 
 
 def _parts(index: pathlib.Path) -> tuple[list[pathlib.Path], list[str]]:
-    """Return the files that an index names, and what is wrong with it or them."""
+    """Return (the weight files that an index names, faults); with faults there are no files."""
     try:
         # The hub's cache keeps every file as a link.
         content = reading.read_bytes(index, follow_links=True)

@@ -1,8 +1,8 @@
 """Every metric, declared once with who may see it. An undeclared metric cannot be logged.
 
-``PUBLIC``: a function of the plan and of released values alone. ``NOISED``: rode on the step through the mechanism,
-with noise and within the plan's ε (``privacy.noised_metrics``, adaptive clipping). The others are not covered by ε, so
-they stay in ``secret/`` unless a key of their own publishes them, and then the privacy statement says so:
+``PUBLIC``: a function of the plan and of released values alone. ``NOISED``: released with the gradient in the same
+Gaussian mechanism, so within the plan's ε (``privacy.noised_metrics``, adaptive clipping). The others are not covered
+by ε, so they stay in ``secret/`` unless a key of their own publishes them, and then the privacy statement says so:
 
 * ``MEASURED``: times, throughput and memory, ``tracking.release_measurements``. A step takes as long as the records
   that were drawn, so its seconds tell who was in it.

@@ -1,11 +1,14 @@
 """Mirrors see steps late: when a row arrives, or what time it bears, must not tell how long a step took.
 
-A step takes as long as the records that were drawn, so whoever watches rows arrive one by one (W&B's server, anybody
-with access to the project, a reader of TensorBoard's event files) learns who may have been in a step: seconds alone
-found a user with long records in every step of its (measured: AUC 1.0 at ε 0.26). So a mirror that nobody can watch
-(W&B offline) is opened when the run is released, and shown everything then. To one that people watch rows go a block of
-steps at a time: W&B's server stamps them with the moment of the block, whoever watches TensorBoard's event files sees
-them grow, and the privacy statement says so. Once closed, event files bear only the moment at which they were opened.
+A mirror is a tracking service (W&B, TensorBoard, MLflow, trackio) that is shown the released metrics, a row a step. A
+step takes as long as the records that were drawn. So whoever watches rows arrive one by one (W&B's server, anybody with
+access to the project, a reader of TensorBoard's event files) learns who may have been in a step: seconds alone found a
+user with long records in every step that drew them (measured: AUC 1.0 at ε 0.26).
+
+So a mirror that nobody can watch (W&B offline) is opened when the run is released, and shown everything then. A mirror
+that people watch ("live") gets rows a block of steps at a time: W&B's server stamps them with the moment of the block,
+whoever watches TensorBoard's event files sees them grow, and the privacy statement says so. Once closed, event files
+bear only the moment at which they were opened.
 """
 
 from __future__ import annotations
@@ -19,7 +22,10 @@ from privtrain.files.atomic import write_json
 from privtrain.run.directory import RunDirectory
 
 Values = Mapping[str, float | int | None]
+"""Name of a metric to its value."""
+
 Row = tuple[int, Values]
+"""(step, values)."""
 
 
 class Mirror(Protocol):
@@ -45,15 +51,15 @@ class Mirror(Protocol):
 class BlockedMirror:
     """A tracker that keeps rows and alerts back until a block of steps is whole, or the run ends or is pre-empted.
 
-    ``metrics.jsonl`` is the source of truth: what a killed job kept back is read from there when it goes on.
+    ``metrics.jsonl`` is the source of truth: rows that a killed job had kept back are read from there on resume.
 
     Args:
         mirror: where rows go.
         run: the run directory; ``secret/mirrored_NAME.json`` remembers the last step that was shown.
         name: of the mirror there.
         num_steps: steps of a block.
-        from_step: steps behind the job as it begins; what comes after them is logged again.
-        is_live: whether somebody may watch rows arrive, which is remembered beside the last step.
+        from_step: steps that are done as the job begins; rows of later steps will be logged again.
+        is_live: whether somebody may watch rows arrive; the file remembers that, too.
     """
 
     def __init__(
@@ -66,14 +72,14 @@ class BlockedMirror:
         note = _read(self._path)
         #: Whether some job of the run showed rows as they came.
         self._was_live = is_live or note.get("live", 0) == 1
-        #: The last step that people were shown.
+        #: The last step that people were shown; -1 if none was.
         self._shown = min(note.get("step", -1), from_step)
         self._rows = [row for row in _rows_of(run) if row[0] > self._shown]
         if is_live:
             self._note()
 
     def log(self, step: int, values: Values) -> None:
-        """Keep a row; show the block if this row begins another one."""
+        """Keep a row; if it begins a new block, show the rows of the last one first."""
         if step - max(self._shown, 0) > self._num_steps and self._rows:
             self._flush()
         self._rows.append((step, values))
@@ -94,7 +100,7 @@ class BlockedMirror:
         self._mirror.close()
 
     def _flush(self) -> None:
-        """Show what was kept back, and note how far."""
+        """Show all rows and alerts that were kept back, and note the last step that was shown."""
         if self._rows:
             self._mirror.log_rows(self._rows)
             self._shown = max(step for step, _ in self._rows)
@@ -105,11 +111,18 @@ class BlockedMirror:
         self._alerts = []
 
     def _note(self, *, release: bool = False) -> None:
+        """Write ``secret/mirrored_NAME.json``; ``release`` says whether the mirror was shown the release."""
         write_json(self._path, {"step": self._shown, "release": release, "live": self._was_live}, mode=0o600)
 
 
 class MirrorAtTheEnd:
-    """A mirror that is opened when the run is released, and shown every row then."""
+    """A tracker whose mirror is opened when the run is released, and shown every row then.
+
+    Args:
+        opened: opens the mirror.
+        run: the run directory, whose ``metrics.jsonl`` holds the rows.
+        name: of the mirror, for its file in ``secret/``.
+    """
 
     def __init__(self, opened: Callable[[], Mirror], run: RunDirectory, name: str) -> None:
         self._opened = opened
@@ -137,7 +150,7 @@ class MirrorAtTheEnd:
 
 
 _LAST = 1 << 62
-"""Beyond every step: nothing is logged again."""
+"""Beyond every step, as ``from_step``: no row is logged again."""
 
 
 def was_watched(run: RunDirectory, name: str) -> bool:
@@ -155,7 +168,11 @@ def _note_path(run: RunDirectory, name: str) -> pathlib.Path:
 
 
 def _read(path: pathlib.Path) -> dict[str, int]:
-    """Return the last step that was shown, and whether the release was; a torn or missing file shows them once more."""
+    """Return the content of a mirror's file in ``secret/``; empty if it is missing or torn.
+
+    ``step`` is the last step that was shown; ``release`` and ``live`` are 0 or 1. Without the file everything is shown
+    once more, which does no harm.
+    """
     try:
         return {name: int(value) for name, value in json.loads(path.read_text(encoding="utf-8")).items()}
     except (OSError, ValueError, TypeError, AttributeError):
@@ -163,9 +180,13 @@ def _read(path: pathlib.Path) -> dict[str, int]:
 
 
 def _rows_of(run: RunDirectory) -> list[Row]:
-    """Return the rows of ``metrics.jsonl``, whose opening cut it back to the checkpoint that training goes on from."""
+    """Return the rows of ``metrics.jsonl``.
+
+    The tracker that writes the file was opened before and dropped rows of steps that will be done again.
+    """
     rows = []
-    for line in run.metrics.read_text(encoding="utf-8").splitlines() if run.metrics.exists() else []:
+    lines = run.metrics.read_text(encoding="utf-8").splitlines() if run.metrics.exists() else []
+    for line in lines:
         row = json.loads(line)
         step = row.pop("train/step")
         rows.append((step, row))

@@ -15,7 +15,7 @@ from privtrain.run.directory import RunDirectory
 from privtrain.tracking.mirrors import Row
 from privtrain.tracking.trackers import QuietTracker
 
-#: Finds the run again that a job began to show and did not end.
+#: Tag of MLflow's run that holds our run's id: by it a later job finds the one that an earlier job did not finish.
 _TAG = "privtrain.run"
 
 #: Most of each that a server takes at once, and the longest value of a parameter.
@@ -30,7 +30,7 @@ class MlflowTracker(QuietTracker):
     Args:
         config: only its public part is sent; ``tracking.wandb_project`` names the experiment.
         plan: the privacy plan.
-        run_id: the same on every resume.
+        run_id: id of our run, the same on every resume.
 
     Raises:
         PrivtrainError: if the server does not answer; what was released stands.
@@ -79,7 +79,10 @@ class MlflowTracker(QuietTracker):
 
     @contextlib.contextmanager
     def _answered(self) -> Iterator[None]:
-        """Say what to do where the server does not take something; its own words may hold a password of the URI."""
+        """Turn a failure of MLflow within the block into a PrivtrainError that says what to do.
+
+        MLflow's own message is left out: it may hold a password that is part of the URI.
+        """
         try:
             yield
         except self._failure as error:
@@ -91,12 +94,14 @@ class MlflowTracker(QuietTracker):
         project = config.tracking.wandb_project
         experiment = self._client.get_experiment_by_name(project)
         number = self._client.create_experiment(project) if experiment is None else experiment.experiment_id
+        # The first that the search finds, if any.
         for run in self._client.search_runs([number], f"tags.`{_TAG}` = '{run_id}'"):
             return run.info.run_id
         return self._client.create_run(number, tags={_TAG: run_id}, run_name=config.run.name).info.run_id
 
 
 def _flat(tree: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the leaves of nested mappings with dotted names: ``{"a": {"b": 1}}`` gives ``("a.b", 1)``."""
     for key, value in tree.items():
         if isinstance(value, Mapping):
             yield from _flat(value, f"{place}{key}.")

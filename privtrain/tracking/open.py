@@ -26,8 +26,20 @@ def open_tracker(
     from_step: int,
     on_step: Callable[[int, Values], None] | None = None,
 ) -> Tracker:
-    """Return the gate over all configured trackers, and over ``on_step`` too; for rank 0."""
+    """Return one tracker for rank 0, which hands metrics on to all configured ones.
+
+    Metrics that may be published go to ``metrics.jsonl``, to the mirrors and to ``on_step``, all others to ``secret/``.
+
+    Args:
+        config: says which mirrors there are and what may be published.
+        plan: the privacy plan, for the mirrors' description of the run.
+        run: the run directory.
+        run_id: id of the run in the mirrors, the same on every resume.
+        from_step: steps that are done as the job begins; rows of later steps are dropped, as they will come again.
+        on_step: called with each step and its published metrics.
+    """
     public: list[Tracker] = [JsonlTracker(run.metrics, from_step)]
+    # Where times are published anyway, there is nothing to hide by blocks.
     num_steps = 1 if config.tracking.release_measurements else config.tracking.mirror_block_steps
     for name, opened in _mirrors(config, plan, run, run_id):
         if name in _NEVER_LIVE or (name == "wandb" and not is_live(config)):
@@ -40,9 +52,9 @@ def open_tracker(
 
 
 def show_release(config: Config, plan: PrivacyPlan, run: RunDirectory, *, run_id: str) -> None:
-    """Show the mirrors a finished run that its job could not show them any more: it died right after the release.
+    """Show the release to each mirror that has not seen it yet, after all rows that it was not shown.
 
-    Rows that it kept back are shown first. Where a mirror has seen the release, nothing is done.
+    A job that dies right after the release leaves such mirrors; the same command started again calls this.
     """
     for name, opened in _mirrors(config, plan, run, run_id):
         if not has_shown_release(run, name):
@@ -51,7 +63,10 @@ def show_release(config: Config, plan: PrivacyPlan, run: RunDirectory, *, run_id
 
 
 def is_live(config: Config) -> bool:
-    """Return whether W&B is shown rows while the run trains: people may watch it, or it records machines' load."""
+    """Return whether W&B is shown rows while the run trains, not only at its end.
+
+    That is so if it is online, if it records the machines' load, or if times are published anyway.
+    """
     return is_online() or config.tracking.system_metrics or config.tracking.release_measurements
 
 
@@ -64,7 +79,7 @@ def watched_mirrors(config: Config, run: RunDirectory) -> tuple[str, ...]:
 def _mirrors(
     config: Config, plan: PrivacyPlan, run: RunDirectory, run_id: str
 ) -> Iterator[tuple[str, Callable[[], Mirror]]]:
-    """Yield name and opener of each configured mirror."""
+    """Yield (name, function that opens it) of each configured mirror."""
     if config.tracking.wandb:
         from privtrain.tracking.wandb_tracker import WandbTracker
 
@@ -84,7 +99,10 @@ def _mirrors(
 
 
 def open_machine_tracker(config: Config, run_id: str, rank: int) -> Tracker:
-    """Return a tracker of the machine's load in W&B, on each machine's first rank; elsewhere one that does nothing."""
+    """Return a tracker that shows this machine's load in W&B, if that is asked for; else one that does nothing.
+
+    It is for the first rank of each machine but rank 0's, whose own W&B run shows that machine's load.
+    """
     is_wanted = config.tracking.wandb and config.tracking.system_metrics and is_online()
     if not is_wanted or rank == 0 or os.environ.get("LOCAL_RANK", "0") != "0":
         return NullTracker()

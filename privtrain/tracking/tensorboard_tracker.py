@@ -15,8 +15,9 @@ from privtrain.tracking.trackers import QuietTracker
 class TensorBoardTracker(QuietTracker):
     """Mirrors rows as scalars; needs the package ``tensorboard``.
 
-    All bear the moment at which the file was opened, and so does the file itself once it is closed: its name and its
-    head tell that one in any case. Of a file whose job was killed the next job's close sees to that.
+    All rows bear the moment at which the file was opened, so that they do not tell when a step was done. So does the
+    file's own time stamp once it is closed; the file's name and head tell that moment in any case. A file whose job was
+    killed gets its time stamp when the next job closes its own.
     """
 
     def __init__(self, run: RunDirectory) -> None:

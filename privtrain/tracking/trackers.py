@@ -13,7 +13,7 @@ from privtrain.run.directory import RunDirectory
 from privtrain.tracking.metrics import is_released
 from privtrain.tracking.mirrors import Values
 
-#: Share of the charged steps at which people are alerted.
+#: Share of the planned steps at which people are alerted, once so many are charged.
 _ALERT_BUDGET_FRACTION = 0.9
 
 
@@ -25,11 +25,11 @@ class Tracker(Protocol):
         ...
 
     def alert(self, title: str, text: str) -> None:
-        """Call somebody's attention. Both texts are public."""
+        """Alert people; both texts are public."""
         ...
 
     def publish(self, run: RunDirectory) -> None:
-        """Take up what the finished run released."""
+        """Record what the finished run released."""
         ...
 
     def close(self) -> None:
@@ -38,7 +38,7 @@ class Tracker(Protocol):
 
 
 class QuietTracker:
-    """What most trackers do about alerts and releases: nothing."""
+    """Base of trackers that do nothing about alerts and releases."""
 
     def alert(self, title: str, text: str) -> None:
         """Do nothing."""
@@ -48,7 +48,7 @@ class QuietTracker:
 
 
 class NullTracker(QuietTracker):
-    """What every rank but the first has."""
+    """A tracker that records nothing, for every rank but the first."""
 
     def log(self, step: int, values: Values) -> None:
         """Do nothing."""
@@ -58,13 +58,13 @@ class NullTracker(QuietTracker):
 
 
 class CallbackTracker(QuietTracker):
-    """Tells somebody's own function, in this process."""
+    """A tracker that calls a function of the caller's own with (step, values)."""
 
     def __init__(self, on_step: Callable[[int, Values], None]) -> None:
         self._on_step = on_step
 
     def log(self, step: int, values: Values) -> None:
-        """Call it."""
+        """Call the function."""
         self._on_step(step, values)
 
     def close(self) -> None:
@@ -72,11 +72,12 @@ class CallbackTracker(QuietTracker):
 
 
 class JsonlTracker(QuietTracker):
-    """One JSON object a step. On resume, rows of steps that will be replayed are dropped first.
+    """Writes one JSON object a row. On resume, rows that will be logged again are dropped first.
 
     Args:
         path: the file.
-        from_step: rows of steps and evaluations that come after this many steps are dropped.
+        from_step: steps that are done as the job begins; rows of later steps are dropped, and so is an evaluation after
+            exactly so many steps.
         mode: permissions of a new file.
     """
 
@@ -88,6 +89,7 @@ class JsonlTracker(QuietTracker):
                     row = json.loads(line)
                 except ValueError:
                     continue  # the torn last line of a killed run
+                # The evaluation after from_step steps comes after the checkpoint, so it is made again.
                 if row["train/step"] < from_step or (row["train/step"] == from_step and not _is_evaluation(row)):
                     kept.append(line)
         write_atomically(path, "".join(line + "\n" for line in kept), mode)
@@ -108,7 +110,13 @@ def _is_evaluation(row: dict[str, Any]) -> bool:
 
 
 class ReleaseGate:
-    """Splits every row into what may leave ``secret/`` and what may not."""
+    """A tracker that splits every row: what may be published goes to the public trackers, the rest to ``secret/``.
+
+    Args:
+        config: ``tracking`` says which kinds of metrics are published.
+        public: trackers of published metrics.
+        private: tracker of the others, in ``secret/``.
+    """
 
     def __init__(self, config: Config, public: list[Tracker], private: Tracker) -> None:
         self._tracking = config.tracking
@@ -139,7 +147,11 @@ class ReleaseGate:
             tracker.publish(run)
 
     def _alerts(self, released: Values) -> list[tuple[str, str]]:
-        """Return alerts (title, text) on released metrics alone: a non-finite unit is news of private rows."""
+        """Return alerts (title, text) that follow from published metrics alone.
+
+        A non-finite gradient, for one, tells something of private records, so it is alerted only where its count is
+        published.
+        """
         alerts = []
         before, self._budget_fraction = self._budget_fraction, released.get("privacy/budget_fraction") or 0.0
         if before is not None and before < _ALERT_BUDGET_FRACTION <= self._budget_fraction:

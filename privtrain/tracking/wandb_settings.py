@@ -17,6 +17,7 @@ def careful_settings(machine: str | None = None, *, is_primary: bool = True) -> 
     os.environ.setdefault("WANDB_SILENT", "true")
     import wandb
 
+    # "x_" settings are W&B's own, without a public name.
     load: dict[str, Any] = {"x_disable_machine_info": True, "x_disable_stats": True}
     if machine is not None:
         load = {"x_label": machine, "x_stats_disk_paths": ()}

@@ -108,12 +108,12 @@ class WandbTracker:
 
 
 class MachineTracker(NullTracker):
-    """Adds the load of a machine to the job's one run, and nothing else: it logs no metric of training.
+    """Adds the load of a machine to the job's one W&B run, and nothing else: it logs no metric of training.
 
     Args:
         config: names the project.
-        run_id: of the job's run.
-        rank: this machine's first rank; the label shown, since a machine's name is nobody's business.
+        run_id: W&B's id of the job's run.
+        rank: this machine's first rank, which names the machine in W&B in place of its host name.
     """
 
     def __init__(self, config: Config, run_id: str, rank: int) -> None:

@@ -31,12 +31,14 @@ _MAX_THRESHOLDS = 100
 
 
 def lower_rate(num_hits: int, num_trials: int, significance: float) -> float:
-    """Return the rate below which as many hits are as rare as ``significance`` (one-sided Clopper-Pearson)."""
-    return float(scipy.special.betaincinv(num_hits, num_trials - num_hits + 1, significance)) if num_hits else 0.0
+    """Return the Clopper-Pearson lower bound of a rate: wrong (too high) with probability at most ``significance``."""
+    if num_hits == 0:
+        return 0.0
+    return float(scipy.special.betaincinv(num_hits, num_trials - num_hits + 1, significance))
 
 
 def upper_rate(num_hits: int, num_trials: int, significance: float) -> float:
-    """Return the rate above which as few hits are as rare as ``significance``."""
+    """Return the Clopper-Pearson upper bound of a rate: wrong (too low) with probability at most ``significance``."""
     if num_hits == num_trials:
         return 1.0
     return float(scipy.special.betainccinv(num_hits + 1, num_trials - num_hits, significance))
@@ -45,7 +47,7 @@ def upper_rate(num_hits: int, num_trials: int, significance: float) -> float:
 def epsilon_of_counts(
     true_positives: int, num_in: int, false_positives: int, num_out: int, delta: float, significance: float
 ) -> float:
-    """Return the better of both rules at one threshold that was fixed beforehand, at least 0.
+    """Return the lower bound on epsilon at a threshold fixed beforehand: the better of the module's two rules, or 0.
 
     Args:
         true_positives: held-in units beyond the threshold.
@@ -69,12 +71,12 @@ def epsilon_lower_bound(
     strategy: Strategy = "bonferroni",
     seed: int = 0,
 ) -> float:
-    """Return a lower bound on epsilon over thresholds, the choice among them paid for; 0 without units on a side.
+    """Return the best lower bound on epsilon over several thresholds, corrected for the choice; 0 if a side is empty.
 
-    ``bonferroni``: thresholds at declared ranks of one side's scores, each at its share of the error. A threshold at a
-    rank of the held-out scores has a false positive rate that Clopper-Pearson bounds exactly, and the held-in scores
-    know nothing of it; the mirror image serves the second rule. ``split``: a random half chooses the threshold, the
-    other half is counted.
+    ``bonferroni``: a threshold at each declared rank of the held-out scores ("at most 5 % of them lie above"), and, in
+    the mirror image, of the held-in scores. All share the error equally. Such a threshold has a false positive rate
+    that Clopper-Pearson bounds exactly, since it does not depend on the other side's scores. ``split``: a random half
+    of the scores chooses the threshold, the other half is counted.
 
     Args:
         held_in: one score per held-in unit.
@@ -88,8 +90,10 @@ def epsilon_lower_bound(
         return 0.0
     if strategy == "split":
         return _by_split(held_in, held_out, delta, significance, seed)
+    # The mirror image: negated and exchanged, so that held-out units are the ones above a threshold.
     sides = ((held_in, held_out), (-held_out, -held_in))
-    share = significance / sum(len(_ranks(other.size)) for _, other in sides)
+    num_thresholds = sum(len(_ranks(other.size)) for _, other in sides)
+    share = significance / num_thresholds
     return max(_at_rank(one, other, rank, delta, share) for one, other in sides for rank in _ranks(other.size))
 
 
@@ -106,9 +110,9 @@ def _ranks(num_units: int) -> list[int]:
 
 
 def _at_rank(one: FloatArray, other: FloatArray, rank: int, delta: float, significance: float) -> float:
-    """Return both rules at the threshold that lets ``rank`` units of ``other`` through."""
+    """Return the bound at the threshold above which ``rank`` units of ``other`` lie, with ``one`` as the positives."""
     threshold = np.sort(other)[other.size - 1 - rank]
-    # Ties lie on the threshold and are let through by neither side, so the rank stays an upper bound of the count.
+    # Units that tie with the threshold count as below it on both sides, so at most ``rank`` of ``other`` lie above.
     return epsilon_of_counts(int(np.count_nonzero(one > threshold)), one.size, rank, other.size, delta, significance)
 
 
@@ -120,17 +124,19 @@ def _by_split(held_in: FloatArray, held_out: FloatArray, delta: float, significa
     if not count_in.size or not count_out.size:
         return 0.0
     thresholds = np.unique(np.concatenate([choose_in, choose_out]))
+    # Every k-th is enough: which threshold is chosen decides how tight the bound is, never whether it holds.
     thresholds = thresholds[:: math.ceil(thresholds.size / _MAX_THRESHOLDS)]
 
-    def bound(threshold: float, one: FloatArray, other: FloatArray) -> float:
-        hits, false = (int(np.count_nonzero(scores >= threshold)) for scores in (one, other))
-        return epsilon_of_counts(hits, one.size, false, other.size, delta, significance)
+    def bound(threshold: float, scores_in: FloatArray, scores_out: FloatArray) -> float:
+        hits, false = (int(np.count_nonzero(scores >= threshold)) for scores in (scores_in, scores_out))
+        return epsilon_of_counts(hits, scores_in.size, false, scores_out.size, delta, significance)
 
     best = max(thresholds, key=lambda threshold: bound(threshold, choose_in, choose_out))
     return bound(best, count_in, count_out)
 
 
 def _log_ratio(low: float, high: float) -> float:
+    """Return ln(low / high), the epsilon of one rule: 0 if the numerator shows nothing, infinite if high is 0."""
     if low <= 0.0:
         return 0.0
     return math.log(low / high) if high > 0.0 else math.inf

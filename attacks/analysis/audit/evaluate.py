@@ -1,5 +1,9 @@
 """Everything that the audit says about one source of coins, and the one rule that turns it into a verdict.
 
+A source of coins is a group of units (users, canaries) of each of which a coin of its own decided whether it went into
+training. The audit guesses the coins from scores; many right guesses contradict a small epsilon. The claim is what the
+run's privacy statement promises. Each lower bound stands beside its ceiling: the bound had every guess been right.
+
 Two tests decide, and both need nothing but the coins: the one-run bound at the claim's delta, and the one-run test
 of the run's own certified curve. Where scores are independent by their making (gradient canaries) a third one does: the
 AUROC against the largest that the claimed curve allows (:mod:`attacks.analysis.audit.independent`). The error of all
@@ -35,9 +39,9 @@ class Claim:
     """What the run promises, in the unit whose coins were flipped.
 
     Attributes:
-        pair: its (epsilon, delta), or None if it gives none for this unit.
-        curve: more certified points of the same mechanism, or None.
-        reason: why there is no pair, or how it came from another unit; may be empty.
+        pair: the claimed (epsilon, delta), or None if the run claims none for this unit.
+        curve: more certified (epsilon, delta) points of the same mechanism, or None.
+        reason: why there is no pair, or how it was converted from a guarantee for another unit; may be empty.
         is_made: whether the run claims anything at all; a run that is not private does not.
     """
 
@@ -49,7 +53,13 @@ class Claim:
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
-    """The most telling of the declared guesses: r, how many were right, and whether all said "in"."""
+    """The declared guess behind the reported bound.
+
+    Attributes:
+        num_guesses: r, how many coins were guessed.
+        num_correct: how many of them rightly.
+        only_in: whether every one of them said "in".
+    """
 
     num_guesses: int
     num_correct: int
@@ -61,29 +71,30 @@ class Counts:
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """The audit of one source.
+    """The audit of one source of coins.
 
     Attributes:
-        name: of the source.
-        unit: whose coins.
-        num_coins: m, after the coins were made fair.
-        num_flipped: coins before that.
+        name: of the source, for example ``"canary users"``.
+        unit: ``"user"`` or ``"example"``, what each coin put in or left out.
+        num_coins: m, coins left after some units were dropped so that the coins are fair.
+        num_flipped: coins before units were dropped.
         delta: at which every epsilon here is meant.
         epsilon: one-run lower bound; 0 where nothing was shown.
-        epsilon_ceiling: the same had every guess been right.
-        counts: behind ``epsilon``.
-        gaussian_epsilon: tied to a Gaussian curve.
-        gaussian_ceiling: its ceiling.
-        clopper_epsilon: taking scores as independent of each other.
-        clopper_ceiling: its ceiling.
-        curve_p_value: of the claimed curve, corrected for the number of declared guesses; None without a claim.
-        curve_p_floor: the smallest that this many coins could have given; None without a claim.
-        significance: of each deciding test.
-        claim: what it is held against.
+        epsilon_ceiling: ``epsilon`` had every guess been right.
+        counts: the guesses that gave ``epsilon``.
+        gaussian_epsilon: lower bound that holds for Gaussian mechanisms only.
+        gaussian_ceiling: ``gaussian_epsilon`` had every guess been right.
+        clopper_epsilon: Clopper-Pearson lower bound; it holds only if scores are independent of each other.
+        clopper_ceiling: ``clopper_epsilon`` had every guess been right.
+        curve_p_value: of the test whether the claimed privacy curve allows so many right guesses, corrected for the
+            number of declared guesses; None without a claim.
+        curve_p_floor: the smallest such p-value that this many coins could have given; None without a claim.
+        significance: error of each deciding test.
+        claim: what the run promises for this unit.
         verdict: on the claim.
-        verdict_reason: the sentence that explains it.
-        score: which score was guessed by.
-        access: what the attacker saw.
+        verdict_reason: the sentence that explains the verdict.
+        score: which score the guesses were made by, for the report.
+        access: what the attacker saw, for the report.
         separation: the AUROC test of independent scores; None where scores may depend on each other.
     """
 
@@ -121,22 +132,26 @@ def audit(
         delta: at which epsilons are given where the claim has no pair; the claim's own delta otherwise.
         seed: of the dropping of units and the order of ties; not to be chosen after the result.
         num_sources: how many sources are audited in this run; they share the error.
-        confounded_by: what overrules the verdict; empty if nothing.
+        confounded_by: why no verdict can be trusted; empty if nothing speaks against it.
     """
     sample = fair(coins, seed)
     num_coins, num_in = sample.num_coins, int(sample.is_in.sum())
-    significance = SIGNIFICANCE / (num_sources * (_NUM_TESTS + coins.are_independent))
+    num_tests = _NUM_TESTS + coins.are_independent  # independent scores get a third test
+    significance = SIGNIFICANCE / (num_sources * num_tests)
     delta = delta if claim.pair is None else claim.pair.delta
     num_right = {guess: correct_guesses(sample, guess, seed) for guess in declared_guesses(num_coins)}
+    # Each bound that decides nothing has the whole error for itself, shared between the declared guesses only.
     shown_share = SIGNIFICANCE / max(len(num_right), 1)
     telling = telling_guesses(num_coins, delta, significance)
     epsilons = {
         guess: one_run.epsilon_lower_bound(num_coins, guess.num, num_right[guess], delta, significance / len(telling))
         for guess in telling
     }
-    best = max(telling, key=lambda guess: (epsilons[guess], guess), default=max(num_right, default=Guess(0)))
+    # The highest bound, on a tie the one with more guesses; where none can show anything, the largest declared guess.
+    fallback = max(num_right, default=Guess(0))
+    best = max(telling, key=lambda guess: (epsilons[guess], guess), default=fallback)
     sides = sample.scores[sample.is_in], sample.scores[~sample.is_in]
-    p_values, p_floors = [], []
+    p_values, p_floors = [], []  # one for each declared guess: as counted, and had every guess been right
     if claim.pair is not None:
         inverse = tradeoff.of_points(claim.pair if claim.curve is None else claim.curve)
         p_values = [tradeoff.p_value(inverse, num_coins, guess.num, right) for guess, right in num_right.items()]
@@ -183,7 +198,7 @@ def audit(
 def _separation(
     held_in: FloatArray, held_out: FloatArray, claim: Claim, delta: float, significance: float
 ) -> independent.Separation | None:
-    """Return the audit of independent scores against the claim; None with fewer than two on a side."""
+    """Return the AUROC test of independent scores against the claim; None with fewer than two units on a side."""
     if min(held_in.size, held_out.size) < 2:
         return None
     bound = claim.pair if claim.curve is None else claim.curve
@@ -191,17 +206,27 @@ def _separation(
 
 
 def epsilon_ceiling(num_coins: int, delta: float, significance: float) -> float:
-    """Return the largest one-run bound that this many fair coins could give: every guess right, the search paid for."""
+    """Return the largest one-run bound that this many fair coins could give: every guess right.
+
+    ``significance`` is shared between the declared guesses, as in the audit itself.
+    """
     telling = telling_guesses(num_coins, delta, significance)
     bounds = (one_run.epsilon_lower_bound(num_coins, g.num, g.num, delta, significance / len(telling)) for g in telling)
     return max(bounds, default=0.0)
 
 
 def judge(finding: Finding, *, is_constant: bool, confounded_by: str) -> tuple[Verdict, str]:
-    """Return the verdict of an audit: the words mean what they mean in :mod:`attacks.analysis.verdict`.
+    """Return the verdict of an audit and the sentence that explains it.
 
-    ``falsified`` if the one-run bound exceeds the claimed epsilon at the same delta and in the same unit, or if the
-    claimed curve leaves no room for so many right guesses. ``uninformative`` if neither could have happened.
+    ``falsified`` if the one-run bound exceeds the claimed epsilon at the same delta and in the same unit, if the
+    claimed curve leaves no room for so many right guesses, or if independent scores separate better than the curve
+    allows. ``uninformative`` if none of these could have happened. ``consistent`` if one could have and none did.
+    ``confounded`` if the two sides differ even without a model; ``no claim`` if the run is not private.
+
+    Args:
+        finding: without its verdict.
+        is_constant: whether all units have the same score.
+        confounded_by: how the sides differ; empty if they do not.
     """
     pair = finding.claim.pair
     if confounded_by:
@@ -246,4 +271,5 @@ def judge(finding: Finding, *, is_constant: bool, confounded_by: str) -> tuple[V
 
 
 def _corrected(p_values: Sequence[float]) -> float | None:
+    """Return the smallest p-value after Bonferroni's correction; None of none."""
     return min(1.0, len(p_values) * min(p_values)) if p_values else None

@@ -1,11 +1,14 @@
-"""From scores and coins to counts of right guesses, with the search over thresholds paid for.
+"""From scores and coins to counts of right guesses, with several thresholds tried and corrected for.
 
-The guesser says "in" of the highest scores, "out" of the lowest, and abstains between: for a model that knows every
-unit a little. Or it says "in" of the highest alone, for a model that memorised a few and nothing of the others, of
-whose absence no score speaks. Which guesses are made is declared here, before any score is seen: all units, half and a
-fifth of them on both sides, and five shares of the highest, each at an equal share of the error (Bonferroni). A search
-over all thresholds without that pays nothing and reports a positive epsilon on a third of runs that leak nothing. Of
-these the one-run bound uses those that delta leaves a chance (:func:`telling_guesses`).
+A coin decided for each unit (user or canary) whether it went into training. The guesser sees one score a unit and
+guesses the coins. It says "in" of the highest scores, "out" of the lowest, and abstains between: for a model that knows
+every unit a little. Or it says "in" of the highest alone, for a model that memorised a few units and shows nothing of
+the others.
+
+Which guesses are made is declared here, before any score is seen: all units, half and a fifth of them on both sides,
+and five shares of the highest, each at an equal share of the error (Bonferroni). A search over all thresholds without
+that correction reports a positive epsilon on a third of runs that leak nothing. Of these guesses the one-run bound uses
+those that can show anything at the audit's delta (:func:`telling_guesses`).
 """
 
 from __future__ import annotations
@@ -85,22 +88,22 @@ class Coins:
 
 
 def fair(coins: Coins, seed: int) -> Coins:
-    """Return the units among which the coin is fair: the theorems know no other.
+    """Drop units at random until those left were in or out with chance 1/2 each, as the audit's theorems need it.
 
-    Each unit of the commoner side is dropped by a coin of its own, with the chance that makes both sides equally
-    likely. Given who is left, the coins of those left are independent and fair, and the others are part of the fixed
-    data: the theorem holds for them unchanged. With a share h held out about 2 min(h, 1 - h) of the units stay.
+    Each unit of the likelier side is dropped by a draw of its own, with the chance that makes both sides equally
+    likely. Given who is left, the coins of those left are independent and fair. The dropped units count as fixed data,
+    for which the theorems hold unchanged. With a share h held out about 2 min(h, 1 - h) of the units stay.
 
     Args:
-        coins: any probability.
+        coins: with any ``prob_in``.
         seed: of the dropping; it must not be chosen after the result.
     """
     if coins.prob_in == 0.5:
         return coins
-    rarer = min(coins.prob_in, 1.0 - coins.prob_in)
-    is_commoner = coins.is_in == (coins.prob_in > 0.5)
+    prob_of_rarer = min(coins.prob_in, 1.0 - coins.prob_in)
+    is_of_likelier_side = coins.is_in == (coins.prob_in > 0.5)
     draws = np.random.default_rng(seed).random(coins.num_coins)
-    kept = ~is_commoner | (draws < rarer / (1.0 - rarer))
+    kept = ~is_of_likelier_side | (draws < prob_of_rarer / (1.0 - prob_of_rarer))
     return dataclasses.replace(coins, scores=coins.scores[kept], is_in=coins.is_in[kept], prob_in=0.5)
 
 
@@ -116,31 +119,34 @@ def declared_guesses(num_coins: int) -> list[Guess]:
 def telling_guesses(num_coins: int, delta: float, significance: float) -> tuple[Guess, ...]:
     """Return the declared guesses that could show an epsilon above 0 at this delta, were all of them right.
 
-    Theorem 5.2 pays about 4 δ m / r for r of m guesses, so at a large delta few guesses can reject anything, and would
-    only use up error. The choice knows the number of coins, delta and the error, and no score.
+    The one-run theorem adds about 4 δ m / r to the p-value of r guesses among m coins. So at a large delta small
+    guesses cannot reject anything and would only use up error. The choice does not look at any score.
     """
+    # The smallest p-value that each guess could give against epsilon = 0, smallest first.
     floors = sorted((one_run.p_value(num_coins, g.num, g.num, 0.0, delta), g) for g in declared_guesses(num_coins))
+    # k guesses share the error, so keep the most for which the worst of them still fits into significance / k.
     fitting = [k for k, (floor, _) in enumerate(floors, start=1) if floor <= significance / k]
     return tuple(sorted(guess for _, guess in floors[: max(fitting, default=0)]))
 
 
 def correct_guesses(coins: Coins, guess: Guess, seed: int) -> int:
-    """Return how many guesses are right: units above a cut are guessed "in", below it "out", next to it not at all.
+    """Return how many guesses are right: units far above a cut are guessed "in", far below it "out", others not at all.
 
-    The cut is the widest gap between neighbouring scores near the middle, where fair coins put it. The middle itself
-    would be wrong even for a perfect attack, about as many units as one side has too few. It is read off the scores,
-    never off the coins; the theorems allow any such rule as long as the number of guesses is fixed.
+    The cut is the widest gap between neighbouring scores near the middle, since fair coins put about half of the units
+    on each side. The exact middle would guess some units wrongly even for a perfect attack, as the sides are rarely
+    equal. The cut is read off the scores, never off the coins; the theorems allow any such rule as long as the number
+    of guesses is fixed.
 
     Args:
         coins: scores and fair coins.
-        guess: of at most m coins; the cut is not asked for where only the highest are guessed.
-        seed: of the order of equal scores: the order of the units might know the coins.
+        guess: how many of the m coins are guessed; with ``only_in`` the highest scores, and no cut is needed.
+        seed: orders units of equal scores at random, since the order of the units might depend on the coins.
     """
     num_coins, num_guesses = coins.num_coins, guess.num
     assert 0 < num_guesses <= num_coins, (num_guesses, num_coins)
     shuffle = np.random.default_rng(seed).permutation(num_coins)
     order = shuffle[np.argsort(coins.scores[shuffle], kind="stable")]
-    # Of the units that are not guessed, half lie below the cut.
+    # Half of the units that are not guessed lie below the cut; the rest of those below are guessed "out".
     num_out = _cut(coins.scores[order]) - (num_coins - num_guesses) // 2
     num_out = 0 if guess.only_in else min(max(num_out, 0), num_guesses)
     right_out = np.count_nonzero(~coins.is_in[order[:num_out]])
@@ -149,9 +155,12 @@ def correct_guesses(coins: Coins, guess: Guess, seed: int) -> int:
 
 
 def _cut(ordered: FloatArray) -> int:
-    """Return how many of the ascending scores lie below the cut: half, give or take two standard deviations."""
-    half, spread = ordered.size // 2, math.isqrt(ordered.size)
-    first, last = max(half - spread, 0), min(half + spread, ordered.size)
+    """Return how many of the ascending scores lie below the widest gap near the middle; half if all gaps are 0.
+
+    "Near" is within two standard deviations of the number of heads among n fair coins, which is sqrt(n) / 2.
+    """
+    half, two_deviations = ordered.size // 2, math.isqrt(ordered.size)
+    first, last = max(half - two_deviations, 0), min(half + two_deviations, ordered.size)
     gaps = np.diff(ordered)[max(first - 1, 0) : last]
     if not gaps.size or gaps.max() == 0.0:
         return half

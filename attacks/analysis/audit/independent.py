@@ -30,14 +30,14 @@ from attacks.analysis.statistics import Bound, Interval
 
 @dataclasses.dataclass(frozen=True)
 class Separation:
-    """How well independent scores tell the coins, against a claim.
+    """How well independent scores separate held-in from held-out canaries, against a claim.
 
     Attributes:
-        auroc_lower: exceeded by the true AUROC but for the error.
-        auroc_ceiling: the same had every score been on its side.
-        auroc_cap: the largest that the claim allows; None without a claim.
+        auroc_lower: lower confidence bound of the AUROC.
+        auroc_ceiling: that bound had all held-in canaries scored above all held-out ones.
+        auroc_cap: the largest AUROC that the claim allows; None without a claim.
         epsilon: of the Gaussian curve with an AUROC of ``auroc_lower``, at the audit's delta.
-        epsilon_ceiling: the same of the ceiling.
+        epsilon_ceiling: of the Gaussian curve with an AUROC of ``auroc_ceiling``.
     """
 
     auroc_lower: float
@@ -53,15 +53,23 @@ class Separation:
 
     @property
     def could_exceed(self) -> bool:
-        """Whether so many canaries could have shown that."""
+        """Whether this many canaries, perfectly separated, would have exceeded what the claim allows."""
         return self.auroc_cap is not None and self.auroc_ceiling > self.auroc_cap
 
 
 def separation(
     held_in: FloatArray, held_out: FloatArray, claim: Bound | None, delta: float, significance: float
 ) -> Separation:
-    """Compare independent scores with a claim."""
-    level = 1.0 - 2.0 * significance
+    """Compare the AUROC of independent scores with what a claim allows.
+
+    Args:
+        held_in: one score per canary in training, at least two.
+        held_out: one score per canary left out, at least two.
+        claim: the claimed privacy curve or pair; None without a claim.
+        delta: at which the epsilons of the result are given.
+        significance: error of the lower bound, one-sided.
+    """
+    level = 1.0 - 2.0 * significance  # of a two-sided interval with that error at each end
     lower = statistics.delong_interval(held_in, held_out, level).lower
     ceiling: Interval = statistics.perfect_separation(held_in.size, held_out.size, level)
     cap = None if claim is None else claim.max_auroc()
@@ -69,7 +77,7 @@ def separation(
 
 
 def gaussian_epsilon(auroc: float, delta: float) -> float:
-    """Return epsilon at delta of the Gaussian curve with this AUROC: mu = sqrt(2) times its normal quantile."""
+    """Return epsilon at delta of the mu-GDP curve with this AUROC, Φ(mu / sqrt(2)); 0 up to an AUROC of 1/2."""
     if auroc <= 0.5:
         return 0.0
     return gdp.gdp_epsilon(math.sqrt(2.0) * float(scipy.special.ndtri(auroc)), delta)

@@ -42,7 +42,8 @@ def p_value(num_coins: int, num_guesses: int, num_correct: int, epsilon: float, 
     tail = float(_at_least(np.array([num_correct]), num_guesses, prob)[0])
     if delta == 0.0:
         return tail
-    # Ten deviations below the mean all of the law is counted, and from there on the quotient falls as 1 / i.
+    # The i of the theorem, up to where v - i lies far below the mean of B (10 sqrt(r), above ten standard deviations):
+    # beyond it P[v > B >= v - i] grows no more, so its quotient by i only falls.
     most = num_correct - num_guesses * prob + 10.0 * math.sqrt(num_guesses)
     counts = np.arange(1, min(num_correct, max(1, math.ceil(most))) + 1)
     # Upper tails throughout: differences of lower ones would cancel.
@@ -51,12 +52,12 @@ def p_value(num_coins: int, num_guesses: int, num_correct: int, epsilon: float, 
 
 
 def _at_least(counts: npt.NDArray[np.int64], num: int, prob: float) -> npt.NDArray[np.float64]:
-    """Return P[Binomial(num, prob) >= count], without scipy.stats, which is ten times as slow."""
+    """Return P[Binomial(num, prob) >= count] for each count; not by scipy.stats, which takes ten times as long."""
     tails = scipy.special.betainc(np.maximum(counts, 1), num - counts + 1, prob)
     return np.where(counts <= 0, 1.0, tails)
 
 
-@functools.lru_cache(maxsize=4096)  # ceilings of plan and page ask for the same few thousand again and again
+@functools.lru_cache(maxsize=4096)  # tables of ceilings ask for the same few thousand bounds again and again
 def epsilon_lower_bound(num_coins: int, num_guesses: int, num_correct: int, delta: float, significance: float) -> float:
     """Return the smallest epsilon, at least 0, that this many right guesses do not contradict.
 
@@ -79,6 +80,7 @@ def epsilon_lower_bound(num_coins: int, num_guesses: int, num_correct: int, delt
     high = 1.0
     while excess(high) < 0.0:
         high *= 2.0
+    # The last doubling crossed the root, so it lies between the last two values of ``high``.
     bracket = (0.0 if high == 1.0 else high / 2.0, high)
     root = scipy.optimize.root_scalar(excess, bracket=bracket, xtol=_PRECISION).root
     return max(float(root) - _PRECISION, 0.0)
@@ -96,7 +98,7 @@ def correct_guesses_needed(
         delta: at which.
         significance: of the bound.
     """
-    low, high = 0, num_guesses
+    low, high = 0, num_guesses  # bisection: ``high`` right guesses always suffice
     if p_value(num_coins, num_guesses, num_guesses, epsilon, delta) > significance:
         return None
     while low < high:

@@ -1,11 +1,16 @@
 """The audit of a scored run: which coins there are, what is claimed for them, and the panel of the report.
 
-Two sources. Every attacked user of the sealed split had a coin of their own, heads with chance 1 - held_out_fraction;
-the score is how much likelier training made the user's own records that training could use (or, where none were scored,
-the fresh ones); with shadow models it is the score that tells best whom those were trained on. Canary users, where they
-were planted, had a fair coin. What a coin moved is one user with all records, in or out, while everybody else stays:
-that is add-or-remove-one. Under zero-out it is the same move, because a place without a unit contributes nothing in
-every sampling scheme of the trainer.
+A coin decided before training whether a unit went in. There are up to three sources of coins:
+
+* Users of the sealed split: heads with chance 1 - held_out_fraction. Their score is how much likelier fine-tuning made
+  the user's own records that training could use (or, where none were scored, the fresh ones). With shadow models it is
+  the score that tells best whom those were trained on.
+* Canary users, invented and planted, with a fair coin.
+* Gradient canaries, looked for in the noised sums (:mod:`attacks.analysis.audit.white_box`).
+
+What a coin moved is one unit with all its records, in or out, while everybody else stays: that is add-or-remove-one.
+Under zero-out it is the same move, because a place without a unit contributes nothing in every sampling scheme of the
+trainer.
 """
 
 from __future__ import annotations
@@ -48,37 +53,53 @@ def audit_run(
 ) -> list[Finding]:
     """Audit every source of coins that the run has.
 
+    Args:
+        scoring: the record of the run's signals.
+        statement: the run's privacy statement.
+        scored: the users of the split and their documents' scores.
+        models: kind of document to its scores under shadow models; None without any.
+        cap: what the statement allows an attack on the users of the split.
+        seed: of the random choices that make coins fair and order ties.
+        confounded_by: how the sides of the split differ without any model; empty if they do not. Canaries are alike by
+            their making, so it concerns the users alone.
+        delta: at which claims are compared; the statement's if None.
+
     Raises:
         AttackInputError: if the mechanism certifies nothing at that delta.
     """
-    sources = [
+    possible = [
         natural_coins(scoring.facts["prob_held_in"], scored, models),
         canary_coins(scoring, statement),
         white_box.gradient_coins(scoring.run, statement),
     ]
-    sources = [coins for coins in sources if coins is not None]
-    return [
-        audit(
+    sources = [coins for coins in possible if coins is not None]
+    findings = []
+    for coins in sources:
+        is_natural = coins.name == NATURAL
+        claim = claim_of(statement, cap if is_natural else cap_of(statement, coins), coins.unit)
+        finding = audit(
             coins,
-            _at_delta(
-                claim_of(statement, cap if coins.name == NATURAL else cap_of(statement, coins), coins.unit),
-                statement,
-                delta,
-            ),
+            _at_delta(claim, statement, delta),
             statement.delta if delta is None else delta,
             seed=seed,
             num_sources=len(sources),
-            confounded_by=confounded_by if coins.name == NATURAL else "",
+            confounded_by=confounded_by if is_natural else "",
         )
-        for coins in sources
-    ]
+        findings.append(finding)
+    return findings
 
 
 def natural_coins(prob_in: float | None, scored: Scored, models: Mapping[str, UnderOtherModels | None]) -> Coins | None:
-    """Return the users of the sealed split who were scored; None where the chance of their coin is not known.
+    """Return the users of the sealed split who were scored; None where they had no coin.
 
-    Whether a user is attacked hangs on their number of records, never on the coin, so those left out leave the coins of
-    the others independent. With shadow models the score is the one that tells best whom those were trained on.
+    Whether a user is attacked depends on their number of records, never on the coin. So leaving users out does not
+    change the law of the others' coins.
+
+    Args:
+        prob_in: chance that a user was held in; None where all or none are, so that nobody had a coin.
+        scored: users and their documents' scores.
+        models: kind of document to its scores under shadow models; with them the score is chosen that tells best whom
+            the shadow models were trained on.
     """
     if prob_in is None:
         return None
@@ -93,15 +114,16 @@ def natural_coins(prob_in: float | None, scored: Scored, models: Mapping[str, Un
     chosen = shadow_models.Chosen(shadow_models.GAIN, scores[known])
     if of_documents is not None:
         of_users, _ = shadow_models.by_user(of_documents, table.owner, len(scored.users))
+        # The gain is target - base, so target - gain is the base's own log-probability.
         base = of_users.target - scores[known]
         chosen = shadow_models.strongest(of_users, base, registry.reference_attacks())
     return Coins(chosen.values, scored.is_held_in[known], prob_in, "user", NATURAL, score=str(chosen))
 
 
 def canary_coins(scoring: Scoring, statement: PrivacyStatement) -> Coins | None:
-    """Return the planted canary users; None if there are none.
+    """Return the planted canary users, each scored by the gain in log-probability of its texts; None without any.
 
-    Where the guarantee is per example, canaries that own one record are examples, and only those are read.
+    Where the guarantee is per example, a canary that owns one record is an example, and only such canaries are read.
     """
     columns = ["user", "side", "user_num_records", "target_logp", "base_logp"]
     rows = scoring.columns(columns, signals.CANARY).to_pylist()
@@ -133,12 +155,22 @@ def canary_coins(scoring: Scoring, statement: PrivacyStatement) -> Coins | None:
 
 
 def cap_of(statement: PrivacyStatement, coins: Coins) -> verdict.Cap:
-    """Return what the run promises for these units: a guarantee per record is worth less to one that owns many."""
+    """Return what the run promises for these units.
+
+    A guarantee per record covers a user less, the more records they own: it holds by group privacy over the most that
+    any of these units has.
+    """
     return verdict.Cap.of(statement, coins.most_records)
 
 
 def claim_of(statement: PrivacyStatement, cap: verdict.Cap, unit: str) -> Claim:
-    """Return what the run promises in the coins' unit."""
+    """Return what the run promises in the coins' unit.
+
+    Args:
+        statement: the run's privacy statement.
+        cap: its guarantee converted to users; read only if ``unit`` is the user.
+        unit: ``"user"`` or ``"example"``.
+    """
     if unit == verdict.ATTACKED_UNIT:
         if cap.bound is None or cap.reason:
             return Claim(None, None, cap.reason, is_made=not cap.claims_nothing)
@@ -157,13 +189,17 @@ def claim_of(statement: PrivacyStatement, cap: verdict.Cap, unit: str) -> Claim:
 
 
 def _at_delta(claim: Claim, statement: PrivacyStatement, delta: float | None) -> Claim:
-    """Return the claim at the audit's own delta; its curve is the mechanism's at every delta."""
+    """Return the claim with its pair taken at the audit's own delta; the curve stays, as it holds at every delta.
+
+    Raises:
+        AttackInputError: if nothing certifies an epsilon at that delta.
+    """
     if delta is None or claim.pair is None or math.isinf(claim.pair.epsilon):
         return claim
     # Only the stated pair has a mechanism; one that group privacy made of it has none of its own.
     is_stated = claim.pair == DpBound(statement.effective_epsilon, statement.delta)
     if delta >= claim.pair.delta:
-        epsilon = claim.pair.epsilon
+        epsilon = claim.pair.epsilon  # a guarantee at a smaller delta implies the same epsilon at a larger one
     else:
         epsilon = verdict.epsilon_at(statement, delta) if is_stated else None
     if epsilon is None:
@@ -202,6 +238,7 @@ def panel(findings: Sequence[Finding]) -> dict[str, Any] | None:
     }
 
 
+# Of several findings the panel shows the verdict that stands last here.
 _ORDER = (
     verdict.Verdict.NO_CLAIM,
     verdict.Verdict.UNINFORMATIVE,
@@ -212,7 +249,7 @@ _ORDER = (
 
 
 def _ceilings(finding: Finding) -> str:
-    """Return in words what the audit could have shown, by delta."""
+    """Return the note on one finding: the largest bound its coins could have shown, for several deltas."""
     ceilings = {delta: epsilon_ceiling(finding.num_coins, delta, finding.significance) for delta in DELTAS}
     shown = "; ".join(f"{ceiling:.3g} at δ = {scientific(delta)}" for delta, ceiling in ceilings.items())
     return (
@@ -245,6 +282,7 @@ def _figure(findings: Sequence[Finding]) -> dict[str, Any]:
 
 
 def _sentence(finding: Finding) -> str:
+    """Return the summary of one finding: its bound, and the largest that its coins could have shown."""
     return (
         f"{finding.name[0].upper()}{finding.name[1:]}: ε ≥ {finding.epsilon:.3g} per {finding.unit} "
         f"at δ = {scientific(finding.delta)}; {finding.num_coins} coins could have shown at most "
@@ -253,7 +291,7 @@ def _sentence(finding: Finding) -> str:
 
 
 def achieved(findings: Sequence[Finding]) -> list[str]:
-    """Return what the guesses showed, one sentence for each source where it is more than chance."""
+    """Return one sentence for each source of coins whose right guesses are more than chance explains."""
     return [
         f"Of {finding.num_coins} {finding.name} {finding.counts} were right; so ε per {finding.unit} is at least "
         f"{finding.epsilon:.3g} at δ = {scientific(finding.delta)}."
@@ -263,7 +301,7 @@ def achieved(findings: Sequence[Finding]) -> list[str]:
 
 
 def _rows(finding: Finding) -> list[dict[str, Any]]:
-    """Return one row for each method that bounds this source of coins."""
+    """Return one table row for each method that bounds this source of coins."""
     pair = finding.claim.pair
     common = {
         "coins": finding.name,
@@ -321,10 +359,11 @@ def _rows(finding: Finding) -> list[dict[str, Any]]:
 
 
 def _separation_row(finding: Finding, separation: Separation, common: dict[str, Any]) -> dict[str, Any]:
+    """Return the row of the AUROC test of independent scores; ``common`` holds the fields that all rows share."""
+    allowed = "" if separation.auroc_cap is None else f", claim allows {separation.auroc_cap:.4f}"
     return {
         **common,
-        "method": f"independent scores: AUROC at least {separation.auroc_lower:.4f}"
-        + (f", claim allows {separation.auroc_cap:.4f}" if separation.auroc_cap is not None else ""),
+        "method": f"independent scores: AUROC at least {separation.auroc_lower:.4f}{allowed}",
         "auroc_lower": separation.auroc_lower,
         "auroc_cap": separation.auroc_cap,
         "lower_bound": separation.epsilon if math.isfinite(separation.epsilon) else None,
@@ -336,6 +375,7 @@ def _separation_row(finding: Finding, separation: Separation, common: dict[str, 
 
 
 def _notes(findings: Sequence[Finding]) -> list[str]:
+    """Return the sentences below the table: what each method assumes, then what is particular to each source."""
     both, top = (", ".join(f"{share:g}" for share in shares) for shares in (GUESS_SHARES, TOP_SHARES))
     notes = [
         f"The deciding tests hold together at {1.0 - SIGNIFICANCE:.0%} confidence: the error is shared equally between "

@@ -25,6 +25,13 @@ def plan_of(
 ) -> powers.Plan:
     """Return the plan for a configuration's own claim or for one that is given.
 
+    Args:
+        config: configuration file of the run to be audited; None if ``epsilon`` is given.
+        epsilon: the claim, in place of a configuration.
+        delta: of that claim; not read with a configuration.
+        target_epsilon: lower bound that the audit should reach; the claimed epsilon if None.
+        power: chance of reaching it.
+
     Raises:
         AttackInputError: if neither or both of file and epsilon are given, or nothing is claimed.
         ConfigError: naming every fault of the file.
@@ -47,7 +54,7 @@ _EMBEDDINGS = ("embed", "lm_head", "wte", "output")
 
 
 def canaries_for(config: pathlib.Path) -> str:
-    """Return which canaries show most of what the run will release, with the reason."""
+    """Return advice for the terminal: which ``canaries.kind`` shows most of what this run would leak, and why."""
     from privtrain.config import load_config
 
     loaded = load_config(config)
@@ -79,7 +86,10 @@ def canaries_for(config: pathlib.Path) -> str:
 
 
 def to_json(plan: powers.Plan) -> str:
-    """Return the plan as JSON; an infinite failure is ``"none at all"``."""
+    """Return the plan as JSON.
+
+    Factors by which noise is too small (``1.0``, ``inf``) become keys (``"1"``, ``"none at all"``), and so do deltas.
+    """
     facts = {"schema": SCHEMA_NAME, **dataclasses.asdict(plan)}
     facts["needed"] = {_failure(failure): count for failure, count in plan.needed.items()}
     facts["ceilings"] = {f"{delta:g}": list(ceilings) for delta, ceilings in plan.ceilings.items()}
@@ -91,7 +101,7 @@ def to_json(plan: powers.Plan) -> str:
 
 
 def printed(plan: powers.Plan) -> list[rich.table.Table | str]:
-    """Return the plan for a terminal."""
+    """Return what the terminal shows, in order: the table of bounds, its explanation, the table of ceilings, a note."""
     table = rich.table.Table(
         title=f"One-run audit of a claim of epsilon = {plan.epsilon:.4g}, delta = {plan.delta:.2g}",
         title_justify="left",
@@ -99,7 +109,7 @@ def printed(plan: powers.Plan) -> list[rich.table.Table | str]:
     table.add_column("canaries", justify="right")
     table.add_column("ceiling", justify="right")
     table.add_column(f"right for > {plan.target_epsilon:.4g}", justify="right")
-    for failure in powers.FAILURES:
+    for failure in powers.FAILURES:  # one column for each factor by which the noise is too small
         table.add_column(_heading(failure), justify="right")
     for row in plan.rows:
         needed = "–" if row.correct_needed is None else str(row.correct_needed)  # noqa: RUF001
@@ -126,7 +136,7 @@ CEILINGS_SAY = (
 
 
 def _ceilings(plan: powers.Plan) -> rich.table.Table:
-    """Return what could be shown at all, by the delta of the audit."""
+    """Return the table of the largest bound that could be shown: a row a number of canaries, a column a delta."""
     table = rich.table.Table(title="Ceiling of the bound by the delta of the audit", title_justify="left")
     table.add_column("canaries", justify="right")
     for delta in plan.ceilings:
@@ -137,7 +147,10 @@ def _ceilings(plan: powers.Plan) -> rich.table.Table:
 
 
 def _claim_of(config: pathlib.Path) -> tuple[float, float, int]:
-    """Return epsilon and delta that the run will claim, and how many sources of coins will share the error."""
+    """Return (epsilon, delta, sources): what the run will claim, and how many groups of units will have coins.
+
+    Sources share the audit's error: planted texts, gradient canaries and, if some are held out, the users of the split.
+    """
     from privtrain.config import load_config
     from privtrain.privacy.plan import PrivacyPlan
 
@@ -149,10 +162,12 @@ def _claim_of(config: pathlib.Path) -> tuple[float, float, int]:
 
 
 def _failure(failure: float) -> str:
+    """Return a factor by which noise is too small as a key of the JSON; infinity is no noise."""
     return "none at all" if math.isinf(failure) else f"{failure:g}"
 
 
 def _heading(failure: float) -> str:
+    """Return a factor by which noise is too small as a column's heading."""
     if failure == 1.0:
         return "as claimed"
     return "no noise" if math.isinf(failure) else f"noise / {failure:g}"

@@ -1,9 +1,10 @@
 """Before training: how many coins an audit needs to show a wanted epsilon, or to notice a broken mechanism.
 
-The attack's power is modelled, not assumed away: each unit's score is N(mu, 1) if it was in and N(0, 1) if not. mu =
-infinity is the perfect attack. A mechanism with exactly the claimed (epsilon, delta) gives even an attacker who reads
-everything no more than the mu of the Gaussian curve through that point; one whose noise is f times too small gives f
-times that. Real attacks get less out of a model, so every number here is the fewest that could do.
+A coin decides for each planted unit (canary) whether it is trained on; the audit guesses the coins. The attack is
+modelled: a unit's score is N(mu, 1) if it was in and N(0, 1) if not, and mu = infinity is the perfect attack. A
+mechanism with exactly the claimed (epsilon, delta) gives even an attacker who reads everything no more than the mu of
+the Gaussian curve through that point. One whose noise is f times too small gives f times that mu; f is called the
+failure here. Real attacks get less out of a model, so every number of coins here is the fewest that could do.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ FAILURES = (1.0, 2.0, 4.0, 8.0, math.inf)
 
 POWER = 0.8
 _DECIDING_TESTS = 2
+"""Tests that share the error of each source of coins: the one-run bound and the test of the claimed curve."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,11 +45,12 @@ class Plan:
         delta: claimed.
         mu: of the Gaussian curve through that point: what an attacker gets at most if the claim is exact.
         target_epsilon: lower bound that is wanted; the claim by default.
-        significance: of the one-run bound.
-        power: chance of reaching it.
+        significance: error of the one-run bound.
+        power: chance with which a bound in the table is reached.
         rows: for each number of coins the ceiling, the right guesses needed and the bound by failure.
-        needed: failure to the fewest coins with which the bound exceeds the target; None if more than ``MOST_COINS``.
-        ceilings: delta to the ceiling of each row's coins: the audit's own delta and others that it could choose.
+        needed: failure (factor by which noise is too small) to the fewest coins with which the bound exceeds the
+            target; None if more than ``MOST_COINS``.
+        ceilings: delta of an audit to one ceiling for each row; the claim's own delta and others that could be chosen.
     """
 
     epsilon: float
@@ -69,7 +72,7 @@ class Row:
         num_coins: m.
         ceiling: bound if every guess is right.
         correct_needed: right guesses, of all m, with which the bound exceeds the target; None if all would not do.
-        bounds: failure to the bound that is reached with the plan's power.
+        bounds: failure (factor by which noise is too small) to the bound that is reached with the plan's power.
     """
 
     num_coins: int
@@ -118,7 +121,7 @@ def plan(
 
 
 def mu_of(epsilon: float, delta: float) -> float:
-    """Return the Gaussian curve through the point: mu with epsilon(delta) = ``epsilon``.
+    """Return the mu of the Gaussian privacy curve (mu-GDP) that passes through (``epsilon``, ``delta``), by bisection.
 
     Raises:
         ValueError: if delta is 0, which no Gaussian has at a finite epsilon.
@@ -135,7 +138,10 @@ def mu_of(epsilon: float, delta: float) -> float:
 
 
 def reached(num_coins: int, mu: float, delta: float, significance: float, power: float) -> float:
-    """Return the one-run bound that is reached with chance ``power`` by an attack of this mu, the search paid for."""
+    """Return the one-run lower bound on epsilon that an attack of this mu reaches with chance ``power``.
+
+    It is the best over the declared guesses, each of which has an equal share of the error ``significance``.
+    """
     share = _share(num_coins, delta, significance)
     return max(
         (
@@ -147,12 +153,20 @@ def reached(num_coins: int, mu: float, delta: float, significance: float, power:
 
 
 def _share(num_coins: int, delta: float, significance: float) -> float:
-    """Return each guess's share of the error."""
+    """Return the share of the error that each declared guess gets."""
     return significance / max(len(telling_guesses(num_coins, delta, significance)), 1)
 
 
 def coins_needed(target: float, mu: float, delta: float, significance: float, power: float) -> int | None:
-    """Return the fewest coins (to 1 in 50) whose bound exceeds ``target``; None beyond ``MOST_COINS``."""
+    """Return the fewest coins, to within 2 %, whose lower bound exceeds ``target``; None beyond ``MOST_COINS``.
+
+    Args:
+        target: epsilon to be exceeded.
+        mu: of the attack; infinity guesses every coin.
+        delta: of the audit.
+        significance: error of the bound.
+        power: chance with which the bound is to be reached.
+    """
 
     def is_enough(num_coins: int) -> bool:
         return any(
@@ -161,6 +175,7 @@ def coins_needed(target: float, mu: float, delta: float, significance: float, po
             for guess in telling_guesses(num_coins, delta, significance)
         )
 
+    # Double until it is enough, then bisect between the last two.
     low, high = 1, 2
     while not is_enough(high):
         low, high = high, 2 * high
@@ -173,22 +188,29 @@ def coins_needed(target: float, mu: float, delta: float, significance: float, po
 
 
 def _right(guess: Guess, num_coins: int, mu: float, power: float) -> int:
-    """Return how many of these guesses are right with chance ``power``."""
-    # Of twice as many guesses on both sides the upper half are these.
+    """Return the number of right guesses that is reached with chance ``power``."""
+    # ``accuracy`` is of guesses on both sides. Guesses of "in" alone are the upper half of twice as many on both sides.
     share = (2.0 if guess.only_in else 1.0) * guess.num / num_coins
     return int(scipy.stats.binom.ppf(1.0 - power, guess.num, accuracy(mu, min(share, 1.0))))
 
 
 @functools.cache
 def accuracy(mu: float, share: float) -> float:
-    """Return chance that a guess is right if the share of the most telling scores is guessed, half of them as "in"."""
+    """Return the chance that a guess is right, where the units with the most extreme scores are guessed.
+
+    Args:
+        mu: scores are N(mu, 1) of units that were in, N(0, 1) of others, half of the units each.
+        share: of all units that are guessed: half of them, the highest, as "in", and the lowest as "out".
+    """
     if math.isinf(mu):
         return 1.0
-    cut = scipy.stats.norm
+    normal = scipy.stats.norm
 
     def excess(threshold: float) -> float:
-        return float(cut.sf(threshold) + cut.sf(threshold - mu)) / 2.0 - share / 2.0
+        share_above = float(normal.sf(threshold) + normal.sf(threshold - mu)) / 2.0
+        return share_above - share / 2.0
 
     threshold = scipy.optimize.root_scalar(excess, bracket=(-40.0, mu + 40.0)).root
-    right, wrong = float(cut.sf(threshold - mu)), float(cut.sf(threshold))
+    # Of those guessed "in"; by symmetry the lowest scores give the same rate.
+    right, wrong = float(normal.sf(threshold - mu)), float(normal.sf(threshold))
     return right / (right + wrong)

@@ -1,10 +1,13 @@
 """The audit of a corpus that was sampled from a model: what somebody who holds the texts alone can tell of its users.
 
-Users of the sealed split had coins, and so had planted canaries. The score asks how much likelier a user's records are
-under a model of word pairs that was counted in the corpus than under one that was counted in everybody else's records
-of both sides (after Meeus et al. 2025, arXiv 2502.14921, who train such a model on the corpus; the second one takes
-away how common a text is). The first knows the corpus, which the run's ε covers, and the second no coin. So the one-run
-audit of :mod:`attacks.analysis.audit.evaluate` holds for it as for any score.
+The corpus is what ``privtrain generate`` sampled from a released model. A coin decided for each user of the split, and
+for each planted canary, whether training used their records; the audit guesses the coins.
+
+The score asks how much likelier a user's records are under a model of word pairs that was counted in the corpus than
+under one that was counted in everybody else's records of both sides (after Meeus et al. 2025, arXiv 2502.14921, who
+train such a model on the corpus; the second one takes away how common a text is). The first knows the corpus, which the
+run's ε covers, and the second no coin. So the one-run audit of :mod:`attacks.analysis.audit.evaluate` holds for it as
+for any score.
 """
 
 from __future__ import annotations
@@ -37,13 +40,20 @@ from privtrain.run.statement import PrivacyStatement
 ACCESS = "sampled corpus"
 SCHEMA = "privtrain/corpus-audit/1"
 
-#: Weight of single words in the probability of a pair, and of words that were not seen in that of a single one.
+#: Pseudo-counts of the smoothing: a pair falls back on its second word alone, and a single word on the uniform law.
 _BACKOFF, _UNSEEN = 1.0, 1.0
 _START = ""
 
 
 class PairCounts:
-    """Words and pairs of neighbouring words of some texts, counted."""
+    """Counts of the words of some texts, and of pairs of neighbouring words: a smoothed bigram model.
+
+    Attributes:
+        words: word to its count.
+        pairs: (word before, word) to its count; before the first word of a text stands ``""``.
+        firsts: word to the number of pairs that begin with it.
+        num_words: in all.
+    """
 
     def __init__(self, texts: Iterable[str] = ()) -> None:
         self.words: collections.Counter[str] = collections.Counter()
@@ -57,18 +67,25 @@ class PairCounts:
         self.num_words = sum(self.words.values())
 
     def log_prob(self, pair: tuple[str, str], vocabulary: int, without: PairCounts | None = None) -> float:
-        """Return the log-probability of a word after another, smoothed; ``without`` is taken off the counts."""
+        """Return the smoothed log-probability of the pair's second word after its first.
+
+        Args:
+            pair: (word before, word).
+            vocabulary: number of distinct words, for the smoothing.
+            without: counts that are subtracted first, for example those of the user who is scored.
+        """
         first, word = pair
-        counts = [self.words[word], self.num_words, self.pairs[pair], self.firsts[first]]
+        num_word, num_words = self.words[word], self.num_words
+        num_pair, num_first = self.pairs[pair], self.firsts[first]
         if without is not None:
-            taken = (without.words[word], without.num_words, without.pairs[pair], without.firsts[first])
-            counts = [count - own for count, own in zip(counts, taken, strict=True)]
-        num_word, num_words, num_pair, num_first = counts
+            num_word, num_words = num_word - without.words[word], num_words - without.num_words
+            num_pair, num_first = num_pair - without.pairs[pair], num_first - without.firsts[first]
         alone = (num_word + _UNSEEN / vocabulary) / (num_words + _UNSEEN)
         return math.log((num_pair + _BACKOFF * alone) / (num_first + _BACKOFF))
 
 
 def _pairs(text: str) -> Iterator[tuple[str, str]]:
+    """Yield (word before, word) for every word of the text; ``""`` stands before the first."""
     before = _START
     for word in text.split():
         yield before, word
@@ -76,7 +93,9 @@ def _pairs(text: str) -> Iterator[tuple[str, str]]:
 
 
 def scores_of(texts: Sequence[str], records: Mapping[str, Sequence[str]]) -> dict[str, float]:
-    """Return each user's score: the mean, over the words of their records, of how much the corpus makes them likelier.
+    """Return each user's score: the mean gain in log-probability of the words of their records, in nats.
+
+    The gain of a word is its log-probability by the corpus less that by everybody else's records.
 
     Args:
         texts: of the corpus.
@@ -121,14 +140,11 @@ def audit_corpus(run: pathlib.Path, corpus: pathlib.Path, *, seed: int = 0) -> t
     canaries = [canary for canary in canaries_of(manifest) if canary.is_text]
     everybody = plant(natural, canaries).records
     users = [user for side in ("held_in", "held_out") for user in manifest[side] if user in everybody]
-    records = {
-        user: [
-            written(record, config.data)
-            for number, record in enumerate(everybody[user])
-            if number not in set(manifest["attacker"].get(user, ()))
-        ]
-        for user in sorted(users)
-    }
+    records = {}
+    for user in sorted(users):
+        kept_back = set(manifest["attacker"].get(user, ()))  # for the attacker, so training could not use them
+        usable = [record for number, record in enumerate(everybody[user]) if number not in kept_back]
+        records[user] = [written(record, config.data) for record in usable]
     sources = _coins(scores_of(texts, records), records, manifest, canaries, config.data.held_out_fraction, statement)
     findings = [
         audit(
@@ -154,7 +170,7 @@ def _checked(run: RunDirectory, corpus: pathlib.Path) -> dict[str, Any]:
 
 
 def _written_of_row(row: Mapping[str, Any], data: DataSection) -> str:
-    """Return what the model wrote, as it stands in a row of the corpus."""
+    """Return the text that the model wrote in a row of the corpus: a chat's last message, a pair's completion."""
     match data.format:
         case "chat":
             return str(row[data.messages_column][-1]["content"])
@@ -172,14 +188,26 @@ def _coins(
     prob_out: float,
     statement: PrivacyStatement,
 ) -> list[Coins]:
-    """Return the coins that a corpus can tell of: those of natural users, and of planted canaries."""
+    """Return the sources of coins: the users of the split, if some are held out, and the planted canaries, if any.
+
+    Args:
+        scores: user to score.
+        records: user to the texts that training could use.
+        manifest: of the split; ``held_in`` lists the users whose coin put them into training.
+        canaries: planted ones.
+        prob_out: chance that a user of the split was held out.
+        statement: the run's privacy statement.
+
+    Raises:
+        AttackInputError: if there is no source at all.
+    """
     held_in, planted = set(manifest["held_in"]), {canary.user for canary in canaries}
     sources = []
     for name, users, chance in (
         (NATURAL, [user for user in scores if user not in planted], 1.0 - prob_out),
         (CANARIES, [user for user in scores if user in planted], 0.5),
     ):
-        if not users or chance == 1.0:
+        if not users or chance == 1.0:  # nobody was held out, so there was no coin
             continue
         most_records = max(len(records[user]) for user in users)
         is_example = name == CANARIES and statement.unit == "example" and most_records == 1
@@ -203,6 +231,10 @@ def _coins(
 
 
 def _write(run: RunDirectory, relation: str, findings: Sequence[Finding]) -> pathlib.Path:
+    """Write the findings to ``secret/corpora/<first 16 digits of relation>.audit.json`` and return that path.
+
+    ``relation`` is the corpus's own identifier, which its description holds.
+    """
     make_private_directory(run.secret / "corpora")
     path = run.secret / "corpora" / f"{relation[:16]}.audit.json"
     body = [

@@ -41,13 +41,15 @@ def gaussian(mu: float) -> InverseCurve:
 
 
 def of_points(bound: Bound) -> InverseCurve:
-    """Return the curve below all of a bound's (epsilon, delta) points."""
+    """Return the inverse of the trade-off curve that all of a bound's (epsilon, delta) points allow together."""
     points = bound.points if isinstance(bound, CurveBound) else (bound,)
     assert all(isinstance(point, DpBound) for point in points), points
+    # (e^-epsilon, delta) of each point; past epsilon 700 float64 would underflow to 0.
     lines = [(math.exp(-min(point.epsilon, 700.0)), point.delta) for point in points if isinstance(point, DpBound)]
 
     def inverse(rate: float) -> float:
-        # Each point bounds the rate by two lines; the largest of their inverses is the inverse of the lowest.
+        # A point bounds the TPR by two lines, e^eps x + delta and 1 - e^-eps (1 - delta - x). Solve both for the FPR x.
+        # The lowest of all lines binds, and the inverse of the lowest is the largest of the inverses.
         least = max(max(shrink * (rate - delta), 1.0 - delta - (1.0 - rate) / shrink) for shrink, delta in lines)
         return min(max(least, 0.0), 1.0)
 
@@ -64,7 +66,7 @@ def is_possible(inverse: InverseCurve, num_coins: int, num_guesses: int, num_cor
         num_correct: c.
         tail: a.
     """
-    # All of the tail at exactly c forces the least.
+    # The sums of the module's inequality, on either side. All of the tail at exactly c forces the least.
     right = tail * num_correct / num_coins
     wrong = tail * (num_guesses - num_correct) / num_coins
     for count in range(num_correct - 1, -1, -1):
@@ -72,8 +74,10 @@ def is_possible(inverse: InverseCurve, num_coins: int, num_guesses: int, num_cor
         if forced <= wrong:
             # Nothing is forced here, and with the same two sums nothing will be further down.
             break
+        # The missing weight goes to exactly ``count`` right guesses: it adds to both sums, in proportion.
         right += (forced - wrong) * count / (num_guesses - count)
         wrong = forced
+        # The two sums add up to c' / m times the probability that is placed, which is at most 1.
         if right + wrong > num_guesses / num_coins:
             return False
     return right + wrong <= num_guesses / num_coins
@@ -87,7 +91,7 @@ def p_value(inverse: InverseCurve, num_coins: int, num_guesses: int, num_correct
     """
     if num_correct == 0 or is_possible(inverse, num_coins, num_guesses, num_correct, 1.0):
         return 1.0
-    low, high = 1e-12, 1.0
+    low, high = 1e-12, 1.0  # no smaller p-value is told apart
     if not is_possible(inverse, num_coins, num_guesses, num_correct, low):
         return low
     while high > 1.01 * low:
@@ -131,6 +135,6 @@ def mu_lower_bound(num_coins: int, num_guesses: int, num_correct: int, significa
 def gaussian_epsilon_lower_bound(
     num_coins: int, num_guesses: int, num_correct: int, delta: float, significance: float
 ) -> float:
-    """Return epsilon at ``delta`` of the Gaussian curve of :func:`mu_lower_bound`; of Gaussian mechanisms alone."""
+    """Return epsilon at ``delta`` of the curve of :func:`mu_lower_bound`; it holds for Gaussian mechanisms only."""
     mu = mu_lower_bound(num_coins, num_guesses, num_correct, significance)
     return gdp.gdp_epsilon(mu, delta) if mu > 0.0 else 0.0

@@ -1,5 +1,8 @@
 """White box for the owner: gradient canaries looked for in the noised sum of every step.
 
+A gradient canary is an invented unit whose clipped gradient is a fixed random direction; a coin decided if training
+added it. The noised sum of a step is the sum of all clipped gradients plus noise, as the run kept it.
+
 A canary's direction u is a vector of fair signs over sqrt(d), drawn independently of everything (Andrew et al. 2023,
 arXiv 2302.03098). Its inner products with the T noised sums Y_1..Y_T, in clipping norms, are the signals. Of a canary
 that was left out they are, given the sums, normal with mean 0 and covariance G = Y Yᵀ / d up to 1/sqrt(d), whatever
@@ -74,11 +77,18 @@ def gradient_coins(run: RunDirectory, statement: PrivacyStatement) -> Coins | No
 
 
 def projections(run: RunDirectory, canaries: list[Canary]) -> tuple[FloatArray, FloatArray]:
-    """Return canaries' products with the sums, [canaries, steps], and a left-out one's covariance, in clipping norms.
+    """Return the canaries' inner products with the noised sums, and what these look like for a left-out canary.
 
     Args:
         run: with sealed sums.
         canaries: gradient canaries.
+
+    Returns:
+        [canaries, steps] inner products in clipping norms, and [steps, steps] their covariance for a canary that was
+        left out.
+
+    Raises:
+        DamagedFile: if sums are not as they were sealed.
     """
     index = read_sealed_file(run, run.noised_sums_index, schema=NOISED_SUMS_SCHEMA, remedy="restore it")
     num_coordinates = sum(num for _, num in index["tensors"])
@@ -88,13 +98,14 @@ def projections(run: RunDirectory, canaries: list[Canary]) -> tuple[FloatArray, 
     key = run.load_key("root")
     products = np.zeros((len(canaries), len(paths)))
     gram = np.zeros((len(paths), len(paths)))
-    begin = 0
+    begin = 0  # of the tensor, in the flat vector of all coordinates
     for name, num in index["tensors"]:
         for number, start, size in blocks(num):
             for first in range(0, len(canaries), _CANARIES_AT_ONCE):
                 chosen = canaries[first : first + _CANARIES_AT_ONCE]
                 directions = np.stack([signs(key, canary.user, name, number, size) for canary in chosen])
                 for at, part in _parts(paths, begin + start, size):
+                    # The sums are read again for every group of canaries, but enter the Gram matrix once.
                     gram += 0.0 if first else part.astype(np.float64).T @ part
                     products[first : first + len(chosen)] += _products(directions[:, at : at + len(part)], part)
         begin += num
@@ -102,7 +113,10 @@ def projections(run: RunDirectory, canaries: list[Canary]) -> tuple[FloatArray, 
 
 
 def _parts(paths: Sequence[pathlib.Path], begin: int, size: int) -> Iterator[tuple[int, npt.NDArray[np.float32]]]:
-    """Yield (first coordinate, [coordinates, steps]) of a block, however many steps: no file stays open."""
+    """Yield the sums of all steps over a block of coordinates, in parts that fit into memory.
+
+    Each part is (offset within the block, [coordinates, steps]). No file stays open, however many steps there are.
+    """
     width = max(1, _NUMBERS_AT_ONCE // len(paths))
     for at in range(0, size, width):
         chosen = slice(begin + at, begin + min(at + width, size))
@@ -110,29 +124,30 @@ def _parts(paths: Sequence[pathlib.Path], begin: int, size: int) -> Iterator[tup
 
 
 def _products(directions: npt.NDArray[np.int8], part: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """Return [canaries, steps], some canaries in fp32 at once."""
+    """Return the inner products [canaries, steps]; signs are int8, and only some rows at a time become fp32."""
     groups = np.array_split(directions, 1 + directions.size // _NUMBERS_AT_ONCE)
     return np.concatenate([group.astype(np.float32) @ part for group in groups])
 
 
 def score(signals: FloatArray, covariance: FloatArray, sampling_prob: float) -> FloatArray:
-    """Return each canary's score: higher if it was more likely in training.
+    """Return each canary's score, the module's average of two likelihood ratios, in logarithms: higher if likelier in.
 
     Args:
-        signals: [canaries, steps].
+        signals: [canaries, steps] inner products with the noised sums.
         covariance: [steps, steps] of a canary that was left out.
         sampling_prob: q, chance that a canary joins a step.
     """
     num_steps = covariance.shape[0]
-    ridge = _RIDGE * max(float(np.trace(covariance)) / num_steps, 1e-30)
+    ridge = _RIDGE * max(float(np.trace(covariance)) / num_steps, 1e-30)  # never 0, or nothing could be inverted
     whole = np.linalg.inv(covariance + ridge * np.eye(num_steps))
     alone = np.diag(1.0 / (np.diag(covariance) + ridge))
     return np.logaddexp(*(_log_ratio(signals, inverse, sampling_prob) for inverse in (alone, whole)))
 
 
 def _log_ratio(signals: FloatArray, inverse: FloatArray, sampling_prob: float) -> FloatArray:
+    """Return the module's sum over steps for each canary, with a_t row t of ``inverse`` and b_t its diagonal."""
     ratios = signals @ inverse - np.diag(inverse) / 2.0
-    with np.errstate(divide="ignore"):
+    with np.errstate(divide="ignore"):  # log 0 = -inf is right where every unit joins every step
         absent, present = np.log([1.0 - sampling_prob, sampling_prob])
     return np.logaddexp(absent, present + ratios).sum(axis=1)
 
@@ -147,7 +162,10 @@ def _check(path: pathlib.Path, digest: str, num_coordinates: int) -> None:
 
 
 def _sampling_prob(statement: PrivacyStatement) -> float:
-    """Return about how likely a unit is to join a step; the score alone depends on it, no bound does."""
+    """Return about how likely a unit is to join a step; it sharpens the score, and no bound depends on it.
+
+    A scheme without a probability has one participation an epoch: 1 / steps, or 1/2 where no epoch is stated.
+    """
     if statement.sampling.sampling_prob is not None:
         return statement.sampling.sampling_prob
     return 1.0 / max(getattr(statement.sampling, "steps_per_epoch", None) or 2, 1)

@@ -1,1 +1,1 @@
-"""Record membership attacks, one a file. Each is lifted to users by the analysis."""
+"""Record membership attacks, one a file. The analysis averages each over a user's documents, too."""

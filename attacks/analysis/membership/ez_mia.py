@@ -14,13 +14,16 @@ from attacks.signals import DocumentSignals
 
 
 def score(row: DocumentSignals) -> float:
-    """Return the share of gains among all changes at tokens that the model gets wrong; 1 where it gets none wrong."""
+    """Return gains / (gains + losses) over the tokens that the model gets wrong; 1 where it gets none wrong.
+
+    A gain is how much likelier fine-tuning made a token, in nats, a loss how much less likely.
+    """
     assert row.target_correct is not None
     if row.target_correct.all():
         return 1.0
     change = (row.target_logp.astype(np.float64) - row.base_logp.astype(np.float64))[~row.target_correct]
     gains, losses = change[change > 0.0].sum(), -change[change < 0.0].sum()
-    return float(gains / (gains + losses)) if gains + losses > 0.0 else 0.5
+    return float(gains / (gains + losses)) if gains + losses > 0.0 else 0.5  # nothing changed: neither way
 
 
 ATTACK = DocumentAttack(

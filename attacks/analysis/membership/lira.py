@@ -1,7 +1,8 @@
 """LiRA with few shadows: one variance for all units (Carlini et al. 2022, arXiv 2112.03570, section V-C).
 
-With shadows on both sides of every unit the score is a log-likelihood ratio of two normals; with shadows that lack the
-unit it is the one-sided log Φ. A two-sided density there would make a unit *far below* its OUT mean look like a member.
+A shadow model is IN for a unit if it was trained on the unit's owner, else OUT. Where every unit has shadows of both
+kinds ("online") the score is a log-likelihood ratio of two normals. With OUT shadows only ("offline") it is the
+one-sided log Φ: a two-sided density would make a unit *far below* its OUT mean look like a member.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ from attacks.analysis.arrays import BoolArray, FloatArray
 from attacks.analysis.protocol import ReferenceAttack, UnderOtherModels
 
 _MIN_ONLINE = 2
+"""IN shadows of each unit from which on the score is the online one."""
 
 
 def score(models: UnderOtherModels) -> FloatArray:
-    """Return LiRA's score: online where every unit has two shadows on each side, else offline."""
+    """Return LiRA's score of each unit: online where every unit has two IN shadows, else offline."""
     inside, outside = models.is_in, ~models.is_in
     out_mean, out_spread = models.mean_where(outside), _spread(models, outside)
     if inside.sum(axis=1).min() >= _MIN_ONLINE:
@@ -27,7 +29,7 @@ def score(models: UnderOtherModels) -> FloatArray:
 
 
 def _spread(models: UnderOtherModels, chosen: BoolArray) -> float:
-    """Return the standard deviation of the shadows about each unit's own mean, pooled over units."""
+    """Return one standard deviation for all units: of the chosen shadows' log-probabilities about each unit's mean."""
     deviations = np.where(chosen, models.shadows - models.mean_where(chosen)[:, None], 0.0)
     freedom = max(1, int((chosen.sum(axis=1) - 1).clip(min=0).sum()))
     return max(float(np.sqrt((deviations**2).sum() / freedom)), 1e-12)

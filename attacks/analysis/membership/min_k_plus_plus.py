@@ -1,7 +1,8 @@
-"""Min-K%++: the same with each token judged against its place's own distribution (Zhang et al. 2025, arXiv 2404.02936).
+"""Min-K%++: like Min-K%, with each token judged against the model's distribution there (Zhang et al. 2025).
 
-The moments are those of log p under p. Uniform moments over the vocabulary, as one public benchmark has them, are
-another statistic.
+arXiv 2404.02936. A text that was trained on has few very unlikely tokens, so the lowest fifth is read. A token counts
+as unlikely by its distance from the mean of log p under p, in standard deviations of log p under p. Moments that weigh
+the whole vocabulary equally, as one public benchmark has them, are another statistic.
 """
 
 from __future__ import annotations

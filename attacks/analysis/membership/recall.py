@@ -1,4 +1,7 @@
-"""ReCaLL: a non-member prefix hurts a text that was trained on most (Xie et al. 2024, arXiv 2406.15968)."""
+"""ReCaLL: a prefix that was not trained on lowers the likelihood of trained texts most (Xie et al. 2024).
+
+arXiv 2406.15968.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,11 @@ from attacks.signals import DocumentSignals
 
 
 def score(row: DocumentSignals) -> float:
-    """Return a ratio of two negative means over the same tokens: above 1 where the prefix made the text less likely."""
-    # A text of certain tokens has mean 0; nothing can be said of it.
+    """Return mean log p after the prefix / mean log p without it, over the same tokens.
+
+    Both means are negative, so the ratio is above 1 where the prefix made the text less likely.
+    """
+    # A text that the model is certain of has mean 0; the score is then 1, as if the prefix changed nothing.
     plain = row.variants["recall_plain"]
     return row.variants["recall"] / plain if plain < 0.0 else 1.0
 

@@ -9,7 +9,7 @@ from attacks.signals import DocumentSignals
 
 
 def score(row: DocumentSignals) -> float:
-    """Return the mean log-probability per token over the compressed size; both grow less negative with membership."""
+    """Return the mean log-probability per token over the text's compressed size in bytes; near 0 for members."""
     return float(row.target_logp.mean(dtype=np.float64)) / max(row.zlib_bytes, 1)
 
 

@@ -1,4 +1,10 @@
-"""The panel of planted canaries: exposure by repetition tier, held-out canaries beside it, and how well users tell."""
+"""The panel of planted canaries: exposure by number of repetitions, beside that of held-out canaries, and the AUROC.
+
+A canary is an invented user whose records hold a random secret, or a real user whose records were changed: a phrase of
+one of them was inserted into all. A coin decided whether training used it: held in, or held out as the control.
+Exposure says how far the model prefers the secret to other secrets drawn alike ("references"), in bits; see
+:mod:`attacks.analysis.memorisation.exposure`.
+"""
 
 from __future__ import annotations
 
@@ -31,12 +37,12 @@ class Scored:
 
     Attributes:
         canary: which one.
-        is_held_in: whether its coin let it in.
-        num_drawn: records of it that entered steps; None where training did not say.
-        gains: of each of its documents, mean log p_tuned - log p_base.
-        exposures: by model; empty for changed users, who have no other secrets to be compared with.
-        pool: log-likelihoods under the tuned model of the references, where all canaries are ranked among the same
-            ones, the canary's own at the end; else None.
+        is_held_in: whether its coin put it into training.
+        num_drawn: how often its records entered a step; None where training did not say.
+        gains: mean log p_tuned - log p_base of each of its documents.
+        exposures: model (``"tuned"`` or ``"base"``) to exposure; empty for changed users, who have no references.
+        pool: where all canaries share their references: log-likelihoods under the tuned model of those references, and
+            of the canary itself as the last entry; else None.
     """
 
     canary: Canary
@@ -48,7 +54,7 @@ class Scored:
 
     @property
     def gain(self) -> float:
-        """Over its documents."""
+        """The mean of ``gains``."""
         return float(np.mean(self.gains))
 
 
@@ -91,7 +97,7 @@ def panel(run: pathlib.Path, statement: PrivacyStatement, seed: int) -> dict[str
 
 
 def read_canaries(run: pathlib.Path) -> list[Scored]:
-    """Return the scored canaries of a run, in the manifest's order."""
+    """Return the scored canaries of a run, in the order of its split manifest; those without scores are left out."""
     directory = RunDirectory(run)
     if not directory.manifest.is_file():
         return []
@@ -114,7 +120,7 @@ def read_canaries(run: pathlib.Path) -> list[Scored]:
             gains = [float((row.target_logp - row.base_logp).mean(dtype=np.float64)) for row in own]
             drawn = used.get(canary.user, {}).get("num_drawn")
             exposures = _exposures(canary, own[0], references) if references else {}
-            pool = None
+            pool = None  # the canary's own score comes last, as ``Scored.pool`` says
             if references and canary.has_shared_references:
                 pool = _logps([*references, own[0]], "target_logp")
             scored.append(Scored(canary, canary.user in held_in, drawn, gains, exposures, pool))
@@ -122,8 +128,15 @@ def read_canaries(run: pathlib.Path) -> list[Scored]:
 
 
 def _exposures(canary: Canary, own: DocumentSignals, references: Sequence[DocumentSignals]) -> dict[str, Exposure]:
-    """Return exposures under the target and under the base, by the log-likelihood of the whole text."""
+    """Return exposures under the target and under the base, by the log-likelihood of the whole text.
+
+    Args:
+        canary: whose secret has ten to the power of its digits alternatives.
+        own: its signals.
+        references: signals of secrets that were not planted.
+    """
     digits = sum(letter.isdigit() for letter in canary.secret)
+    # References are a sample, unless all other digits were scored; only from a sample is there anything to extrapolate.
     is_sample = canary.has_shared_references or len(references) + 1 < 10**digits
     by_model = {}
     for model in MODELS:
@@ -133,21 +146,23 @@ def _exposures(canary: Canary, own: DocumentSignals, references: Sequence[Docume
 
 
 def _logps(rows: Sequence[DocumentSignals], name: str) -> FloatArray:
-    """Return the log-likelihood of each whole text."""
+    """Return the log-likelihood of each whole text, from the per-token column ``name``."""
     return np.array([getattr(row, name).sum(dtype=np.float64) for row in rows])
 
 
 def _by_tier(scored: Sequence[Scored]) -> dict[int | str, list[Scored]]:
-    """Return all of one number of repetitions together; users that were changed have as many as they have records."""
+    """Return canaries by the number of records that hold their secret; changed users, who differ in it, under "all"."""
     groups: dict[int | str, list[Scored]] = collections.defaultdict(list)
     for item in scored:
         groups["all" if item.canary.kind == SHARED_SUBSTRING else item.canary.repetitions].append(item)
+    # Padded with zeros numbers sort as numbers, and "all" comes last.
     return dict(sorted(groups.items(), key=lambda group: str(group[0]).zfill(9)))
 
 
 def _row(tier: int | str, group: Sequence[Scored]) -> dict[str, Any]:
-    """Return one tier of the table."""
-    inside, outside = ([item for item in group if item.is_held_in == side] for side in (True, False))
+    """Return the table's row for the canaries of one tier, that is one number of records with the secret."""
+    inside = [item for item in group if item.is_held_in]
+    outside = [item for item in group if not item.is_held_in]
     drawn = [item.num_drawn for item in inside if item.num_drawn is not None]
     tuned = [item.exposures["tuned"] for item in inside if item.exposures]
     row: dict[str, Any] = {
@@ -177,7 +192,10 @@ def _row(tier: int | str, group: Sequence[Scored]) -> dict[str, Any]:
 
 
 def _interval_of_exposure(group: Sequence[Scored]) -> statistics.Interval:
-    """Return the interval of the mean exposure over canaries, and over their references where those are shared."""
+    """Return the confidence interval of the mean exposure of a group of canaries.
+
+    Where the canaries share their references, the references' luck is in the interval as well.
+    """
     pools = [item.pool for item in group if item.pool is not None]
     if pools:
         return statistics.mean_exposure_interval(np.array([pool[:-1] >= pool[-1] for pool in pools]))
@@ -187,7 +205,10 @@ def _interval_of_exposure(group: Sequence[Scored]) -> statistics.Interval:
 
 
 def _interval_of_top_ranks(group: Sequence[Scored], top: int) -> statistics.Interval:
-    """Return the interval of the share at rank one; against one pool it is that of a threshold from the pool."""
+    """Return the confidence interval of the share of canaries at rank one, of which there are ``top``.
+
+    Where canaries share their references, rank one is a threshold estimated from those, whose luck counts as well.
+    """
     pools = [item.pool for item in group if item.pool is not None]
     if pools:
         return statistics.rate_interval(np.array([pool[-1] for pool in pools]), pools[0][:-1], 0)
@@ -200,7 +221,10 @@ def _mean(values: Any) -> float | None:
 
 
 def _control(exposed: Sequence[Scored]) -> dict[str, Any] | None:
-    """Return the mean exposure of held-out canaries against what it must be, by a two-sided test on drawn ranks."""
+    """Return the mean exposure of held-out canaries, its known expectation, and a two-sided p-value of the difference.
+
+    None without held-out canaries. A small p-value says that canaries and references were not drawn alike.
+    """
     outside = [item for item in exposed if not item.is_held_in]
     if not outside:
         return None
@@ -215,6 +239,7 @@ def _control(exposed: Sequence[Scored]) -> dict[str, Any] | None:
 
 
 def _summary(rows: Sequence[dict[str, Any]], scored: Sequence[Scored]) -> str:
+    """Return how many canaries there are, and the tier with the highest exposure."""
     num_in = sum(item.is_held_in for item in scored)
     start = f"{len(scored)} canary users, of whom coins let {num_in} into training."
     best = max((row for row in rows if row["exposure"] is not None), key=lambda row: row["exposure"], default=None)
@@ -227,6 +252,7 @@ def _summary(rows: Sequence[dict[str, Any]], scored: Sequence[Scored]) -> str:
 
 
 def _notes(scored: Sequence[Scored], exposed: Sequence[Scored]) -> list[str]:
+    """Return the sentences below the table; ``exposed`` are the canaries that have references, so an exposure."""
     notes = ["These are results for planted users, who are more distinct than people; they speak for nobody else."]
     drawn = [item.num_drawn for item in scored if item.is_held_in and item.num_drawn is not None]
     if 0 in drawn:
@@ -257,6 +283,7 @@ def _notes(scored: Sequence[Scored], exposed: Sequence[Scored]) -> list[str]:
 
 
 def _figure(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the bar chart of mean exposure by tier."""
     names = [f"{row['tier']}×" for row in rows]
     series = {"exposure": "held-in", "exposure_base": "held-in, base model", "exposure_held_out": "held-out"}
     return {

@@ -26,6 +26,7 @@ MAX_BITS = 50.0
 """Skew-normal tails are computed no further: float64 has 53 bits."""
 
 FIT_SIGNIFICANCE = 0.05
+"""A fit is refused if its test has a smaller p-value."""
 
 _MAX_SKEWNESS = 0.99
 
@@ -37,11 +38,12 @@ class Exposure:
     """One canary among its references.
 
     Attributes:
-        bits: exposure, on ties the reference first.
-        tied_bits: the mean exposure over the ranks of its ties; what the control's expectation is for.
-        num_secrets: N, itself included.
-        extrapolated_bits: by the skew-normal tail, at most ``MAX_BITS``; None where the fit was refused.
-        fit_p_value: of the test of the fit; None with too few references.
+        bits: exposure, where a reference that ties ranks first.
+        tied_bits: exposure averaged over the ranks that the canary could take among its ties. This one has the known
+            expectation (:func:`null_mean`), so the control of held-out canaries uses it.
+        num_secrets: N, the canary included.
+        extrapolated_bits: exposure by the skew-normal tail, at most ``MAX_BITS``; None where the fit was refused.
+        fit_p_value: p-value of the test of the fit; None with too few references.
     """
 
     bits: float
@@ -57,7 +59,7 @@ def exposure(score: float, references: FloatArray, *, extrapolate: bool = True) 
     Args:
         score: its log-likelihood.
         references: those of secrets that were not planted.
-        extrapolate: whether there are more secrets of the kind than references.
+        extrapolate: whether to fit the tail; False where the references are all the secrets there are.
 
     Raises:
         ValueError: if a log-likelihood is not finite: NaN would rank first.
@@ -83,12 +85,12 @@ def null_mean(num_secrets: int) -> float:
 
 @functools.lru_cache(maxsize=8)
 def null_means(nums_secrets: tuple[int, ...], *, is_shared: bool, seed: int = 0) -> FloatArray:
-    """Draw mean exposures of canaries that were not trained on.
+    """Simulate the mean exposure of canaries that were not trained on: the null law of the control.
 
     Args:
-        nums_secrets: of each canary, N.
-        is_shared: whether all are ranked among the same N - 1 references, whose own luck does not average out: the
-            chances of the N ranks are then the gaps between uniform numbers.
+        nums_secrets: N for each canary.
+        is_shared: whether all canaries are ranked among the same N - 1 references, whose own luck does not average out:
+            the chances of the N ranks are then the gaps between uniform numbers.
         seed: of the draws; this randomness protects nobody.
 
     Returns:
@@ -98,6 +100,7 @@ def null_means(nums_secrets: tuple[int, ...], *, is_shared: bool, seed: int = 0)
     for num_secrets, num_canaries in collections.Counter(nums_secrets).items():
         bits = _bits_by_rank(num_secrets)
         for number in range(_NUM_NULL_DRAWS):
+            # Exponentials over their sum are distributed like the gaps between uniform numbers.
             gaps = rng.standard_exponential(num_secrets) if is_shared else np.ones(num_secrets)
             total[number] += rng.multinomial(num_canaries, gaps / gaps.sum()) @ bits
     return total / len(nums_secrets)
@@ -122,7 +125,10 @@ def skew_normal(values: FloatArray) -> tuple[float, float, float]:
 
 
 def _tail(score: float, references: FloatArray) -> tuple[float | None, float | None]:
-    """Return the p-value of the fit on one half judged by the other, and bits of the tail beyond the score."""
+    """Return (p-value of the fit, exposure in bits by the fitted tail beyond ``score``); Nones with few references.
+
+    The p-value is of a law fitted to every other reference and tested on the rest; the tail is of a law fitted to all.
+    """
     fitted, judged = references[::2], references[1::2]
     if judged.size < 8 or float(np.ptp(fitted)) == 0.0:
         return None, None

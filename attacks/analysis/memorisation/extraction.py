@@ -29,6 +29,7 @@ MIN_SUFFIX, MAX_SUFFIX = 8, 50
 NEAR_SHARE = 0.9
 
 _LOWEST_LOG_PROB = -700.0
+"""Below this exp underflows; no number of samples that anybody could draw would do."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,9 +64,10 @@ def recall(row: DocumentSignals, model: str, prefix: int) -> Recall | None:
     if correct is None or size < MIN_SUFFIX:
         return None
     wrong = np.flatnonzero(~correct[suffix])
-    num_first = size if wrong.size == 0 else int(wrong[0])
+    num_correct_in_a_row = size if wrong.size == 0 else int(wrong[0])
     log_prob = None if sampled is None else float(sampled[suffix].sum(dtype=np.float64))
-    return Recall(wrong.size == 0, num_first >= math.ceil(NEAR_SHARE * size), log_prob)
+    is_near = num_correct_in_a_row >= math.ceil(NEAR_SHARE * size)
+    return Recall(greedy=wrong.size == 0, near=is_near, log_prob=log_prob)
 
 
 def samples_needed(log_prob: float, probability: float) -> float:
@@ -77,7 +79,7 @@ def samples_needed(log_prob: float, probability: float) -> float:
     """
     if log_prob < _LOWEST_LOG_PROB:
         return math.inf
-    # Each form where it keeps its digits: p_z may be tiny, or all but one.
+    # log(1 - p_z), by the form that keeps its digits: p_z may be tiny, or all but one.
     log_miss = math.log1p(-math.exp(log_prob)) if log_prob < -1.0 else _log(-math.expm1(log_prob))
     return float(max(1, math.ceil(math.log1p(-probability) / log_miss)))
 

@@ -1,4 +1,8 @@
-"""The panel of extraction: how many records and users, by prompt length, beside everything that must stay lower."""
+"""The panel of extraction: how many records a model completes from their first tokens, by length of that prompt.
+
+Beside the training records of held-in users stand controls that must stay lower: the base model, held-out users, and
+prompts taken from another user.
+"""
 
 from __future__ import annotations
 
@@ -32,13 +36,13 @@ GROUPS = {
 
 @dataclasses.dataclass
 class Tally:
-    """How many of each user's records came back, in one group at one prompt length.
+    """Pseudonym to number of records that came back, in one group of ``GROUPS`` at one prompt length.
 
     Attributes:
-        records: all that are long enough to have a suffix.
-        greedy: those whose suffix greedy decoding gives back word for word.
-        near: those whose first nine tenths of it come back.
-        sampled: number of samples -> those that so many samples contain with at least ``PROBABILITY``.
+        records: records that are long enough to have a prompt and a suffix.
+        greedy: records whose suffix greedy decoding gives back word for word.
+        near: records of whose suffix the first nine tenths come back.
+        sampled: number of samples -> records whose suffix is among so many samples with at least ``PROBABILITY``.
     """
 
     records: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
@@ -56,12 +60,13 @@ class Tally:
         self.records[user] += 1
         self.greedy[user] += recalled.greedy
         self.near[user] += recalled.near
+        needed = math.inf if recalled.log_prob is None else samples_needed(recalled.log_prob, PROBABILITY)
         for count, users in self.sampled.items():
-            users[user] += recalled.log_prob is not None and samples_needed(recalled.log_prob, PROBABILITY) <= count
+            users[user] += needed <= count
 
 
 def panel(run: pathlib.Path, statement: PrivacyStatement, seed: int) -> dict[str, Any] | None:  # noqa: ARG001
-    """Return what the model gives back of training records; None if no training record was scored."""
+    """Return the panel of training records that the model gives back; None if too few users' records were scored."""
     tallies: dict[tuple[str, int], Tally] = collections.defaultdict(Tally)
     scoring = read_scoring(RunDirectory(run))
     for row in scoring.rows():
@@ -105,6 +110,7 @@ def _count(row: DocumentSignals, tallies: dict[tuple[str, int], Tally]) -> None:
 
 
 def _row(group: str, length: int, tally: Tally) -> dict[str, Any]:
+    """Return the table's row of one group (a key of ``GROUPS``) at one prompt length in tokens."""
     return {
         "prefix": length,
         "group": GROUPS[group],
@@ -118,13 +124,18 @@ def _row(group: str, length: int, tally: Tally) -> dict[str, Any]:
 
 
 def _users(tally: Tally, hits: collections.Counter[str]) -> str:
-    """Return the interval over users, who are independent; their records are not."""
+    """Return how many users had a record that came back, with a confidence interval of their share.
+
+    Users are independent of each other; records of one user are not, so the interval counts users.
+    """
     num_hit = sum(count > 0 for count in hits.values())
     interval = statistics.clopper_pearson(num_hit, len(tally.records))
     return f"{num_hit} of {len(tally.records)} ({interval.lower:.1%} to {interval.upper:.1%})"
 
 
 def _summary(tallies: dict[tuple[str, int], Tally], length: int) -> str:
+    """Return what greedy decoding gives back after ``length`` tokens, beside the controls."""
+
     def of(group: str) -> str:
         tally = tallies[group, length]
         return f"{tally.greedy.total()} of {tally.records.total()}"
@@ -137,6 +148,7 @@ def _summary(tallies: dict[tuple[str, int], Tally], length: int) -> str:
 
 
 def _notes(scheme: str, tallies: dict[tuple[str, int], Tally], headline: int) -> list[str]:
+    """Return the sentences below the table; ``scheme`` names how text is sampled, ``headline`` is a prompt length."""
     notes = [
         "“Within n samples” means at least once with probability one half, from the probability of the whole suffix "
         f"under {scheme}; the suffix is the next 50 tokens, or what is left of the record, at least 8.",
@@ -149,6 +161,7 @@ def _notes(scheme: str, tallies: dict[tuple[str, int], Tally], headline: int) ->
 
 
 def _figure(tallies: dict[tuple[str, int], Tally], length: int) -> dict[str, Any]:
+    """Return the line chart of records that come back against samples drawn, a line a group, at one prompt length."""
     return {
         "kind": "line",
         "x_label": "samples drawn, log10",

@@ -1,7 +1,8 @@
 """BCa intervals of the AUROC from resampling users, with all their records, within each side.
 
-Records of one user rise and fall together, so what is resampled is always users. Two floors stand below the resamples,
-which know nothing of scores that the sample happens to lack: the exact test of 1/2
+Records of one user rise and fall together, so what is resampled is always users. BCa is the bias-corrected and
+accelerated bootstrap interval. Resamples know nothing of scores that the sample happens to lack, so an interval is
+widened to floors: perfect separation of as many users, the exact test of 1/2
 (:func:`attacks.analysis.statistics.permutation.no_narrower_than_test`) and, where many users tie or stand between the
 same two of the other side, :func:`worst_case`.
 """
@@ -37,7 +38,7 @@ _MANY_ALIKE = 0.85
 """Share of a side's users between the same two of the other side from which on, without ties, it may lack a place."""
 
 Draw = Callable[[np.random.Generator, int, int], FloatArray]
-"""From (generator, resamples, users) to weights [resamples, users + 1], the last of them for a user more."""
+"""From (generator, resamples, users) to weights [resamples, users + 1]; the last column is of an invented user."""
 
 
 def bootstrap_interval(
@@ -70,7 +71,7 @@ def bootstrap_interval(
     placements = Placements.of(held_in, held_out)
     area = float(placements.held_in.mean())
     of_users = influences(placements, places, area)
-    ends = Interval(area, area)
+    ends = Interval(area, area)  # where no user moves the AUROC, resamples would all equal it
     if any(influence.any() for influence in of_users):
         wins, sizes, _ = _resampled(held_in, held_out, places, _multinomial, num_resamples, seed)
         # The number of records differs from resample to resample, so the weights do not cancel.
@@ -83,7 +84,7 @@ def bca_interval(area: float, influences: Sequence[FloatArray], resampled: Float
 
     Args:
         area: the statistic of the sample.
-        influences: of each independent unit, by side; not all zero.
+        influences: for each side, what each independent unit adds to the error of the statistic; not all zero.
         resampled: the statistic of each resample.
         level: confidence level.
     """
@@ -127,13 +128,13 @@ def floored(
     """Widen an AUROC interval to what every interval must allow for: luck with few users, and with ties.
 
     Args:
-        found: the interval.
-        held_in: scores.
-        held_out: scores.
+        found: the interval, of any method.
+        held_in: one score per held-in user or record.
+        held_out: one score per held-out user or record.
         level: its confidence level.
         owners: of the records; None where each score is of a user of its own.
-        num_resamples: of :func:`worst_case`, where scores tie.
-        seed: of those.
+        num_resamples: of :func:`worst_case`, which is asked where scores tie.
+        seed: of those resamples.
     """
     places = owner_places(held_in, held_out, owners)
     num_in, num_out = (int(place.max()) + 1 for place in places)
@@ -146,7 +147,10 @@ def floored(
 
 
 def _may_lack_a_value(held_in: FloatArray, held_out: FloatArray) -> bool:
-    """Return whether so many users share one value that a few unsampled users could move the AUROC."""
+    """Return whether so many scores are alike that resamples cannot show what a few further users would do.
+
+    Alike are scores that tie, and scores of one side that stand between the same two of the other.
+    """
     scores, placements = np.concatenate([held_in, held_out]), Placements.of(held_in, held_out)
     if _most_equal(scores) >= max(_MANY_TIED * scores.size, 2):
         return True
@@ -156,6 +160,7 @@ def _may_lack_a_value(held_in: FloatArray, held_out: FloatArray) -> bool:
 
 
 def _most_equal(values: FloatArray) -> int:
+    """Return how often the commonest value occurs."""
     return int(np.unique(values, return_counts=True)[1].max())
 
 
@@ -168,16 +173,18 @@ def worst_case(
     num_resamples: int = NUM_RESAMPLES,
     seed: int = 0,
 ) -> Interval:
-    """Return the Bayesian bootstrap's interval with one worst possible user more on each side.
+    """Return the AUROC's Bayesian bootstrap interval with one invented user more on each side.
 
-    With a side of n scores of which v are 1 and the others 0 the weights give that side's ends Beta(v, n - v + 1) and
-    Beta(v + 1, n - v), which are Clopper and Pearson's (Gaffke 2005 for scores in general): a value that no user of the
-    sample had may still belong to as many as the size of the sample allows.
+    For the lower end these users lose every comparison, for the upper end they win every one. With a side of n scores
+    of which v are 1 and the others 0 the weights give that side's ends Beta(v, n - v + 1) and Beta(v + 1, n - v), which
+    are Clopper and Pearson's (Gaffke 2005 for scores in general): a value that no user of the sample had may still
+    belong to as many as the size of the sample allows.
     """
     places = owner_places(held_in, held_out, owners)
     wins, sizes, extra = _resampled(held_in, held_out, places, _exponential, num_resamples, seed)
-    total = (sizes[0] + extra[0]) * (sizes[1] + extra[1])
+    total = (sizes[0] + extra[0]) * (sizes[1] + extra[1])  # weight of all pairs, with the invented users
     tail = (1.0 - level) / 2.0
+    # total - sizes[0] * sizes[1] is the weight of the pairs with an invented user: none won, or all.
     lower, upper = wins / total, (wins + total - sizes[0] * sizes[1]) / total
     return Interval(float(np.quantile(lower, tail)), float(np.quantile(upper, 1.0 - tail)))
 
@@ -205,17 +212,19 @@ def bounded_mean_interval(
     weights = np.random.default_rng(seed).standard_exponential((NUM_RESAMPLES, values.size + 1))
     total, tail = weights.sum(axis=1), (1.0 - level) / 2.0
     sums = weights[:, :-1] @ values
-    lower, upper = (np.quantile((sums + weights[:, -1] * end) / total, q) for end, q in ((low, tail), (high, 1 - tail)))
+    lower = np.quantile((sums + weights[:, -1] * low) / total, tail)
+    upper = np.quantile((sums + weights[:, -1] * high) / total, 1.0 - tail)
     return Interval(float(lower), float(upper))
 
 
 def mean_exposure_interval(
     outranked: BoolArray, level: float = interval.CONFIDENCE_LEVEL, *, seed: int = 0
 ) -> Interval:
-    """Return the mean exposure of canaries that are ranked among the same references, whose own luck all of them share.
+    """Return the interval of the mean exposure, in bits, of canaries that are all ranked among the same references.
 
-    By the Bayesian bootstrap of canaries and of references, with one more of each that is as bad for the end as can be:
-    of log2 N - log2(1 + M s) over M = N - 1 references, s the weight of those at least as likely as the canary.
+    The references' luck is common to all canaries, so both canaries and references are resampled (Bayesian bootstrap).
+    A canary's exposure is log2 N - log2(1 + M s) over M = N - 1 references, s the weight of those at least as likely as
+    the canary. For each end one invented reference and one invented canary are added, as bad for that end as can be.
 
     Args:
         outranked: [canaries, references] whether the reference is at least as likely as the canary.
@@ -228,6 +237,7 @@ def mean_exposure_interval(
     of_canaries = rng.standard_exponential((NUM_RESAMPLES, num_canaries + 1))
     above, total = of_references[:, :-1] @ outranked.T, of_references.sum(axis=1, keepdims=True)
     ends = []
+    # Lower end: the invented reference beats every canary, the invented canary has 0 bits. Upper end: the opposite.
     for extra, bits, quantile in ((of_references[:, -1:], 0.0, tail), (0.0, most, 1.0 - tail)):
         each = most - np.log2(1.0 + num_references * (above + extra) / total)
         sums = (of_canaries[:, :-1] * each).sum(axis=1) + of_canaries[:, -1] * bits
@@ -236,11 +246,13 @@ def mean_exposure_interval(
 
 
 def _multinomial(rng: np.random.Generator, num_resamples: int, num_users: int) -> FloatArray:
+    """Draw how often each user is in each resample: the ordinary bootstrap, where the invented user has weight 0."""
     times = rng.multinomial(num_users, np.full(num_users, 1.0 / num_users), num_resamples)
     return np.pad(times, ((0, 0), (0, 1))).astype(np.float64)
 
 
 def _exponential(rng: np.random.Generator, num_resamples: int, num_users: int) -> FloatArray:
+    """Draw the weights of the Bayesian bootstrap, the invented user's included."""
     return rng.standard_exponential((num_resamples, num_users + 1))
 
 
@@ -258,8 +270,10 @@ def _resampled(
         seed: of the draws.
 
     Returns:
-        Per resample: weight of the (held-in, held-out) pairs of records in order, ties one half; by side the weight of
-        all records; by side that of one invented user with an average number of records (0 where none is drawn).
+        Three arrays, resamples last. [resamples] weight of the pairs whose held-in record scores above the held-out
+        one, ties one half. [2, resamples] weight of all records of each side. [2, resamples] weight of each side's
+        invented user, with an average number of records (0 where none is drawn). The AUROC of a resample is the first
+        over the product of the second.
     """
     order = np.argsort(held_out, kind="stable")
     below, at_most = (np.searchsorted(held_out[order], held_in, side) for side in ("left", "right"))
@@ -270,7 +284,7 @@ def _resampled(
     for num, drawn in zip(nums, _drawn(draw, seed, (num_users[0], num_users[1]), nums), strict=True):
         weights_in, weights_out = drawn[0][:, places[0]], drawn[1][:, places[1][order]]
         cumulative = np.concatenate([np.zeros((num, 1)), weights_out.cumsum(axis=1)], axis=1)
-        # The weight of records strictly below, and half of that of ties.
+        # Strictly below counts twice, a tie once; half of that is the weight below, ties one half.
         wins = (weights_in * (cumulative[:, below] + cumulative[:, at_most])).sum(axis=1) / 2.0
         extra = [weights[:, -1] * place.size / (place.max() + 1) for weights, place in zip(drawn, places, strict=True)]
         blocks.append(np.stack([wins, weights_in.sum(axis=1), cumulative[:, -1], *extra]))
@@ -279,7 +293,11 @@ def _resampled(
 
 
 def _drawn(draw: Draw, seed: int, num_users: tuple[int, int], nums: tuple[int, ...]) -> Iterator[list[FloatArray]]:
-    """Yield the weights of each block by side; the many statistics of one run resample the same users alike."""
+    """Yield the weights of each block of resamples, by side.
+
+    The many statistics of one run resample the same users with the same seed, so counts are kept where they fit into
+    memory.
+    """
     if draw is _multinomial and sum(nums) * sum(num_users) <= _MAX_KEPT:
         for counts in _kept(seed, num_users, nums):
             yield [side.astype(np.float64) for side in counts]
@@ -291,5 +309,6 @@ def _drawn(draw: Draw, seed: int, num_users: tuple[int, int], nums: tuple[int, .
 
 @functools.lru_cache(maxsize=1)
 def _kept(seed: int, num_users: tuple[int, int], nums: tuple[int, ...]) -> list[list[npt.NDArray[np.uint16]]]:
+    """Return the bootstrap's counts by block and side, in two bytes each; ``nums`` are the resamples of each block."""
     rng = np.random.default_rng(seed)
     return [[_multinomial(rng, num, count).astype(np.uint16) for count in num_users] for num in nums]

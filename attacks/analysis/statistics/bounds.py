@@ -39,7 +39,7 @@ import numpy.typing as npt
 
 
 class Bound(Protocol):
-    """Anything that says how high a test's ROC may be."""
+    """A guarantee that limits how high the ROC of any membership test may be."""
 
     def max_tpr(self, fpr: npt.ArrayLike) -> npt.NDArray[np.float64]:
         """Return the largest true positive rate at each false positive rate."""

@@ -22,7 +22,7 @@ from attacks.analysis.statistics.permutation import MAX_NUMBERS, MIN_NORMAL_USER
 
 
 def delong_interval(held_in: FloatArray, held_out: FloatArray, level: float = interval.CONFIDENCE_LEVEL) -> Interval:
-    """Return DeLong's interval, floored, on the logit scale, which cannot leave [0, 1] as the Wald interval does.
+    """Return DeLong's interval of the AUROC, on the logit scale, so that it cannot leave [0, 1] as Wald's does.
 
     Args:
         held_in: one score per held-in user, at least two.
@@ -30,7 +30,7 @@ def delong_interval(held_in: FloatArray, held_out: FloatArray, level: float = in
         level: confidence level.
 
     Returns:
-        The interval, never narrower than perfect separation of as many users supports.
+        The interval, widened to the floors of :func:`attacks.analysis.statistics.bootstrap.floored`.
     """
     area = auroc(held_in, held_out)
     error = math.sqrt(delong_variance(held_in, held_out))
@@ -49,7 +49,7 @@ class PairedDifference:
     Attributes:
         difference: in [-1, 1].
         interval: Student's, cut to [-1, 1]; it holds 0 unless the test rejects at its level.
-        p_value: two-sided, of no difference; 1 where the two scores place every user alike.
+        p_value: two-sided, of no difference; 1 where the two scores rank every user alike.
     """
 
     difference: float
@@ -64,14 +64,14 @@ def paired_difference(
 ) -> PairedDifference:
     """Compare two attacks, or two checkpoints under one attack, on the same users.
 
-    Below ``MIN_NORMAL_USERS`` users on a side the test exchanges the two ranks of a user by a coin, for each user one,
-    and rejects only if Student's does too. From there on it is DeLong's. Student's degrees of freedom are Welch and
-    Satterthwaite's.
+    With at least ``MIN_NORMAL_USERS`` users on each side the test is DeLong's. With fewer it is a permutation test,
+    which exchanges each user's two ranks with chance 1/2, and rejects only if Student's test does too. The interval is
+    Student's, with Welch and Satterthwaite's degrees of freedom.
 
     Args:
-        first: held-in and held-out scores, at least two users a side.
-        second: other scores of the same users in the same order.
-        level: confidence level.
+        first: (held-in, held-out) scores, at least two users a side.
+        second: (held-in, held-out) other scores of the same users in the same order.
+        level: confidence level of the interval.
     """
     sizes = [side.size for side in first]
     assert sizes == [side.size for side in second]
@@ -80,7 +80,7 @@ def paired_difference(
     ours, theirs = Placements.of(*first), Placements.of(*second)
     changes = [ours.held_in - theirs.held_in, ours.held_out - theirs.held_out]
     difference = float(changes[0].mean())
-    # The variance of the difference is that of the differences of the placements: covariances come along by themselves.
+    # The variance of the differences of placements holds the covariance of the two AUROCs already.
     variances = [float(change.var(ddof=1)) / change.size for change in changes]
     if difference == 0.0 and sum(variances) == 0.0:
         return PairedDifference(0.0, Interval(0.0, 0.0), 1.0)
@@ -93,7 +93,8 @@ def paired_difference(
         variance**2 / (size - 1) for variance, size in zip(variances, sizes, strict=True)
     )
     if min(sizes) < MIN_NORMAL_USERS:
-        # An exchange does not rank the others anew: alone it rejects 6.4 % at 5 + 5 users.
+        # An exchange of one user's ranks leaves the others' as they are, so the permutation test alone is not exact: at
+        # 5 + 5 users it rejects 6.4 % where 5 % is nominal.
         student = float(2.0 * scipy.stats.t.sf(abs(difference) / error, freedom))
         p_value = max(_exchanged(first, second), student)
     else:
@@ -106,12 +107,17 @@ def paired_difference(
 
 
 def _exchanged(first: tuple[FloatArray, FloatArray], second: tuple[FloatArray, FloatArray]) -> float:
-    """Return the two-sided p-value over exchanges of users' ranks: all of them where few, else as many drawn ones."""
+    """Return the two-sided p-value of the AUROC difference over exchanges of each user's two ranks.
+
+    All 2^users exchanges are tried where there are at most ``NUM_PERMUTATIONS``; else as many are drawn.
+    """
     ranks = [scipy.stats.rankdata(np.concatenate(sides)) for sides in (first, second)]
     num_in, num_out = first[0].size, first[1].size
+    # What each user adds to the difference, up to a common factor; an exchange turns its sign.
     changes = (ranks[0] - ranks[1]) / np.repeat([num_in, -num_out], [num_in, num_out])
     num_users, observed = changes.size, abs(float(changes.sum())) - 1e-9
     if 2**num_users <= NUM_PERMUTATIONS:
+        # [exchanges, users] of 1 and -1: the binary digits of 0 to 2^users - 1.
         signs = 1 - 2 * (np.arange(2**num_users)[:, None] >> np.arange(num_users) & 1)
         return float(np.mean(np.abs(signs @ changes) >= observed))
     rng, num_as_far = np.random.default_rng(num_users), 0

@@ -27,7 +27,7 @@ class Interval:
         assert self.lower <= self.upper, self
 
     def no_narrower_than(self, ceiling: Interval) -> Interval:
-        """Widen this AUROC interval so that it claims no more than perfect separation would.
+        """Widen this AUROC interval so that it claims no more than perfect separation of as many users would.
 
         Bootstrap and DeLong give zero width once the two sides are separated: 3 + 3 users would "prove" an AUROC of 1.
 
@@ -37,10 +37,10 @@ class Interval:
         return Interval(min(self.lower, ceiling.lower), max(self.upper, 1.0 - ceiling.lower))
 
     def lower_at(self, level: float, area: float) -> float:
-        """Return the lower end of this AUROC interval at a higher level, for many statistics at once.
+        """Return the lower end that this AUROC interval would have at a higher level, for many statistics at once.
 
-        Its distance from the area grows, in logits, as a normal interval's would: no number of resamples would reach
-        such quantiles. Before :meth:`no_narrower_than` of that level.
+        The distance from the AUROC grows, in logits, as a normal interval's would: quantiles that far out would need
+        too many resamples. Apply :meth:`no_narrower_than` of the higher level afterwards.
 
         Args:
             level: at least ``CONFIDENCE_LEVEL``, which this interval has.

@@ -30,7 +30,10 @@ MIN_NORMAL_USERS = 50
 """Effective users on the smaller side from which on the normal law is used."""
 
 MAX_NUMBERS = 5_000_000
+"""Entries of drawn permutations in memory at once."""
+
 _MAX_PAIRS = 20_000
+"""Pairs of users up to which scipy's exact law is computed."""
 
 
 def auroc_p_value(held_in: FloatArray, held_out: FloatArray, owners: Owners | None = None) -> float:
@@ -43,7 +46,7 @@ def auroc_p_value(held_in: FloatArray, held_out: FloatArray, owners: Owners | No
 
     Returns:
         1 where all scores are equal. From ``MIN_NORMAL_USERS`` effective users on by the normal law: Mann-Whitney's
-        with the correction for ties, of records that of sums over users.
+        with the correction for ties, or, of records, that of sums over users. With fewer users exact or by permutation.
 
     Raises:
         ValueError: if a side has no score, or a score is not finite.
@@ -63,11 +66,13 @@ def auroc_p_value(held_in: FloatArray, held_out: FloatArray, owners: Owners | No
 
 
 def effective_users(held_in: FloatArray, held_out: FloatArray, owners: Owners | None = None) -> float:
-    """Return how many users of the smaller side carry the test: by Kish's number of clusters, less the largest tie.
+    """Return how many users of the smaller side the test effectively rests on.
+
+    Users whose records are unequal in number count less (Kish's effective number), and so do scores that all tie.
 
     Args:
-        held_in: scores.
-        held_out: scores.
+        held_in: one score per held-in user, or record.
+        held_out: one score per held-out user, or record.
         owners: of the records; None where each score is of a user of its own.
     """
     scores = np.concatenate([held_in, held_out])
@@ -94,14 +99,20 @@ def no_narrower_than_test(
 
 
 def owner_places(held_in: FloatArray, held_out: FloatArray, owners: Owners | None) -> list[np.ndarray]:
-    """Return the number of the owner of each record, by side."""
+    """Return, for each side, [records] the owner of each record as a number from 0 to the side's users less one."""
     if owners is None:
         return [np.arange(held_in.size), np.arange(held_out.size)]
     return [np.unique(owner, return_inverse=True)[1] for owner in owners]
 
 
 def influences(placements: Placements, places: Sequence[np.ndarray], area: float) -> list[FloatArray]:
-    """Return what the records of each user add to the AUROC's error, by side."""
+    """Return, for each side, [users] what the records of each user add to the AUROC's error; each side sums to 0.
+
+    Args:
+        placements: of each record.
+        places: :func:`owner_places`.
+        area: the AUROC.
+    """
     return [
         np.bincount(place, (side - area) / side.size).astype(np.float64)
         for place, side in zip(places, (placements.held_in, placements.held_out), strict=True)
@@ -109,7 +120,10 @@ def influences(placements: Placements, places: Sequence[np.ndarray], area: float
 
 
 def _permuted(held_in: FloatArray, held_out: FloatArray, owners: Owners | None) -> float:
-    """Return the p-value by the record AUROC of each choice of users, from sums of ranks over each user."""
+    """Return the share of choices of users as "held in" whose AUROC is at least the observed one: the exact p-value.
+
+    A user moves with all their records. The AUROC of a choice follows from the sum of ranks of its records.
+    """
     places = owner_places(held_in, held_out, owners)
     num_in, num_out = (int(place.max()) + 1 for place in places)
     user = np.concatenate([places[0], num_in + places[1]])
@@ -131,7 +145,10 @@ def _permuted(held_in: FloatArray, held_out: FloatArray, owners: Owners | None) 
 
 @functools.lru_cache(maxsize=4)
 def user_choices(num_users: int, num_chosen: int) -> tuple[IntArray, bool]:
-    """Return choices of users, [choices, num_chosen], and whether they are all that there are."""
+    """Return choices of ``num_chosen`` users as [choices, num_chosen] indices, and whether these are all choices.
+
+    Up to ``NUM_PERMUTATIONS`` all are listed; beyond, so many are drawn, or fewer where they would fill the memory.
+    """
     if math.comb(num_users, num_chosen) <= NUM_PERMUTATIONS:
         return np.array(list(itertools.combinations(range(num_users), num_chosen))), True
     rng = np.random.default_rng((num_users, num_chosen))
@@ -141,7 +158,7 @@ def user_choices(num_users: int, num_chosen: int) -> tuple[IntArray, bool]:
 
 
 def _cluster_normal(held_in: FloatArray, held_out: FloatArray, owners: Owners) -> float:
-    """Return the p-value by the normal law of sums of placements over users."""
+    """Return the p-value that the AUROC of records is above 1/2, by the normal law of sums over independent users."""
     placements = Placements.of(held_in, held_out)
     area = float(placements.held_in.mean())
     places = owner_places(held_in, held_out, owners)

@@ -76,7 +76,8 @@ class OperatingPoint:
 
 
 def num_false_positives_allowed(target_fpr: float, num_held_out: int) -> int:
-    """Return the largest k with k / num_held_out <= target_fpr, immune to 0.29 * 100 = 28.999999999999996."""
+    """Return the largest k with k / num_held_out <= target_fpr."""
+    # 0.29 * 100 = 28.999999999999996 counts as 29.
     return math.floor(target_fpr * num_held_out * (1.0 + 1e-12))
 
 
@@ -92,8 +93,8 @@ def tpr_at_fpr(
         level: of the interval.
 
     Returns:
-        The operating point with its counts. Below ``1 / num_held_out`` it is the point at zero false positives, and
-        says so.
+        The operating point with its counts. For a target below ``1 / num_held_out`` it is the point at zero false
+        positives, and ``is_resolved`` is False.
     """
     assert 0.0 <= target_fpr < 1.0, target_fpr
     check_sides(held_in, held_out)
@@ -114,13 +115,13 @@ def tpr_at_fpr(
 def rate_interval(
     held_in: FloatArray, held_out: FloatArray, num_allowed: int, level: float = interval.CONFIDENCE_LEVEL
 ) -> Interval:
-    """Return the true positive rate at a threshold estimated from the held-out side, the luck of both sides carried.
+    """Return the confidence interval of the true positive rate at a threshold estimated from the held-out side.
 
-    Derived in the module's docstring for users who are independent of each other given the model. The lower end
-    exceeds f((k + 1) / (n + 1)) with probability at most (1 - level) / 2 for *every* concave f above the attack's ROC
-    on the model at hand; without any leak exchangeable users are enough. An (epsilon, delta) cap bounds the ROC
-    averaged over models: a mechanism that releases everything with probability delta exceeds it on such models. The
-    upper end holds for attacks whose own ROC is concave. Ties widen the interval on either side.
+    It allows for the luck of both sides. Derived in the module's docstring for users who are independent of each other
+    given the model. The lower end exceeds f((k + 1) / (n + 1)) with probability at most (1 - level) / 2 for *every*
+    concave f above the attack's ROC on the model at hand; without any leak exchangeable users are enough. An (epsilon,
+    delta) cap bounds the ROC averaged over models: a mechanism that releases everything with probability delta exceeds
+    it on such models. The upper end holds for attacks whose own ROC is concave. Ties widen the interval on either side.
 
     Args:
         held_in: one score per held-in user.
@@ -133,7 +134,8 @@ def rate_interval(
     """
     check_sides(held_in, held_out)
     threshold = np.sort(held_out)[held_out.size - 1 - num_allowed]
-    above, at_least = (int(np.count_nonzero(held_in > threshold)), int(np.count_nonzero(held_in >= threshold)))
+    # Users who tie with the threshold count as below it for the lower end, and as above it for the upper end.
+    above, at_least = int(np.count_nonzero(held_in > threshold)), int(np.count_nonzero(held_in >= threshold))
     return _rate_interval(above, at_least, held_in.size, num_allowed, held_out.size, level)
 
 
@@ -141,10 +143,14 @@ def rate_interval(
 def _rate_interval(
     num_above: int, num_at_least: int, num_held_in: int, num_allowed: int, num_held_out: int, level: float
 ) -> Interval:
+    """Return :func:`rate_interval` from counts: held-in users above, and at or above, the threshold."""
     tail, luck = (1.0 - level) / 2.0, _threshold_luck(num_allowed, num_held_out)
 
     def end(law: tuple[int, int], scale: FloatArray, chance: float) -> float:
-        """Return the quantile of a Beta variable over the scale, at most 1."""
+        """Return the quantile at ``chance`` of B / scale, B a Beta variable with this law, at most 1.
+
+        ``scale`` lists equally likely values, so P(B / scale <= rate) is a mean over them.
+        """
 
         def excess(rate: float) -> float:
             return float(scipy.special.betainc(*law, np.minimum(rate * scale, 1.0)).mean()) - chance
@@ -163,7 +169,7 @@ def _rate_interval(
 
 @functools.lru_cache(maxsize=256)
 def _threshold_luck(num_allowed: int, num_held_out: int) -> FloatArray:
-    """Return X / x of the module: a threshold's true false positive rate over its mean, at equal chances."""
+    """Return X / x of the module, a threshold's true false positive rate over its mean, as equally likely values."""
     chances = (np.arange(_NUM_NODES) + 0.5) / _NUM_NODES
     rates = scipy.special.betaincinv(num_allowed + 1, num_held_out - num_allowed, chances)
     return np.asarray(rates * (num_held_out + 1) / (num_allowed + 1), dtype=np.float64)
@@ -183,7 +189,7 @@ def roc_points(held_in: FloatArray, held_out: FloatArray) -> tuple[FloatArray, F
         np.concatenate([[0], scores.size - np.searchsorted(np.sort(scores), thresholds, side="left")])
         for scores in (held_out, held_in)
     )
-    # A vertex in the middle of a straight edge adds nothing but size.
+    # Drop vertices in the middle of a straight edge, where the slope does not change.
     across, up = np.diff(num_false), np.diff(num_true)
     is_corner = np.concatenate([[True], across[:-1] * up[1:] != across[1:] * up[:-1], [True]])
     return num_false[is_corner] / held_out.size, num_true[is_corner] / held_in.size

@@ -40,7 +40,20 @@ KINDS = ("plays", "fortunes")
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """What is trained, and for how long."""
+    """What is trained, and for how long.
+
+    Attributes:
+        vocabulary: tokens of the tokenizer.
+        width: of the hidden states.
+        hidden: width of the feed-forward layers.
+        layers: transformer layers.
+        heads: attention heads of a layer.
+        length: tokens of a training row.
+        batch: rows of a step.
+        num_steps: optimizer steps.
+        learning_rate: the largest of the schedule.
+        checkpoint_interval: steps between checkpoints.
+    """
 
     vocabulary: int = 4096
     width: int = 192
@@ -68,6 +81,9 @@ def main(directory: pathlib.Path, kinds: Sequence[str]) -> None:
 def make(texts: Sequence[str], size: Size, cache: pathlib.Path) -> pathlib.Path:
     """Return the directory of the trained model, trained now unless it is kept.
 
+    It is ``cache/<digest>``, named after everything that decides the weights: text, sizes and software. While it is
+    trained it is ``cache/.<digest>``, which a killed job leaves behind and the next one goes on from.
+
     Raises:
         ConfigError: if a kept model is not what it was.
     """
@@ -94,8 +110,9 @@ def make(texts: Sequence[str], size: Size, cache: pathlib.Path) -> pathlib.Path:
 
 
 def _train(texts: Sequence[str], size: Size, directory: pathlib.Path) -> dict[str, Any]:
+    """Train from the last checkpoint in ``directory``, if any; save model and tokenizer there and return the facts."""
     tokenizer, rows = _tokenised(texts, size)
-    num_held_out = max(1, len(rows) // 50)
+    num_held_out = max(1, len(rows) // 50)  # 2 %, for the loss that is printed
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(1))
     held_out, training = rows[order[:num_held_out]], rows[order[num_held_out:]]
     torch.manual_seed(0)
@@ -137,6 +154,10 @@ def _train(texts: Sequence[str], size: Size, directory: pathlib.Path) -> dict[st
 
 
 def _tokenised(texts: Sequence[str], size: Size) -> tuple[PreTrainedTokenizerFast, torch.Tensor]:
+    """Return a byte-pair tokenizer trained on the texts, and the texts as rows of ``size.length`` token ids.
+
+    Texts follow each other in one stream with an end mark (id 0) after each; what does not fill a row is cut off.
+    """
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
@@ -151,6 +172,7 @@ def _tokenised(texts: Sequence[str], size: Size) -> tuple[PreTrainedTokenizerFas
 
 
 def _config(size: Size) -> LlamaConfig:
+    """Return a small Llama whose only special token is the end mark, id 0."""
     return LlamaConfig(
         vocab_size=size.vocabulary,
         hidden_size=size.width,
@@ -167,6 +189,7 @@ def _config(size: Size) -> LlamaConfig:
 
 
 def _save(path: pathlib.Path, step: int, model: Any, optimizer: Any, schedule: Any) -> None:
+    """Write a checkpoint after ``step`` steps; a crash leaves the one before."""
     temporary = path.with_suffix(".part")
     parts = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
     torch.save({"step": step, **parts}, temporary)
@@ -175,6 +198,7 @@ def _save(path: pathlib.Path, step: int, model: Any, optimizer: Any, schedule: A
 
 @torch.no_grad()
 def _loss(model: LlamaForCausalLM, rows: torch.Tensor) -> float:
+    """Return the mean loss in nats per token over at most 512 rows."""
     losses = [model(input_ids=part, labels=part).loss.item() * len(part) for part in rows[:512].split(64)]
     return sum(losses) / min(len(rows), 512)
 

@@ -21,7 +21,12 @@ VOCABULARY, WIDTH, LENGTH, BATCH, NUM_STEPS, LEARNING_RATE = 1024, 128, 64, 32, 
 
 
 def main(directory: pathlib.Path, plays: Sequence[str] = ()) -> None:
-    """Train tokenizer and model and save both."""
+    """Train a tokenizer and a model and save both.
+
+    Args:
+        directory: where to.
+        plays: titles of the plays to train on; all if none is given.
+    """
     texts = [text for user, text in read_plays() if text and (not plays or user.split("/")[0] in plays)]
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -30,6 +35,7 @@ def main(directory: pathlib.Path, plays: Sequence[str] = ()) -> None:
     trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=["<end>"], initial_alphabet=alphabet)
     core.train_from_iterator(texts, trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<end>", bos_token="<end>", pad_token="<end>")
+    # One stream with the end mark (id 0) after each text, cut into rows of LENGTH tokens.
     tokens = [token for encoded in core.encode_batch(texts) for token in (*encoded.ids, 0)]
     rows = torch.tensor(tokens[: len(tokens) // LENGTH * LENGTH]).view(-1, LENGTH)
     torch.manual_seed(0)
