@@ -98,7 +98,7 @@ class _RecordCounter:
 
     def __init__(self, drops_equal: bool) -> None:
         self._num_records = 0
-        self._seen: set[bytes] | None = set() if drops_equal else None
+        self._seen: set[bytes] | None = set() if drops_equal else None  # digests of the user's records so far
 
     def next_index(self, content: str) -> int | None:
         """Return the next row's index; None if the corpus dropped it because the user has an equal one."""
@@ -122,6 +122,7 @@ def spans_of(value: object, offset: int) -> list[tuple[int, int]]:
         AttackInputError: if the cell is something else.
     """
     try:
+        # An empty cell has no spans.
         items = json.loads(value) if isinstance(value, str) and value.strip() else (value or [])
         assert isinstance(items, list)
         pairs = [(item["start"], item["end"]) if isinstance(item, dict) else tuple(item) for item in items]

@@ -114,6 +114,7 @@ def sampled_logp(logits: torch.Tensor, labels: torch.Tensor, scheme: SamplingSch
         # Drop a token if those before it hold the share top_p already.
         shares = kept.softmax(dim=-1)
         kept = kept.masked_fill(shares.cumsum(dim=-1) - shares >= scheme.top_p, -math.inf)
+    # The lowest logit that can still be drawn; a label below it cannot.
     lowest = kept.masked_fill(kept == -math.inf, math.inf).min(dim=-1, keepdim=True).values
     logp = label_logits - kept.logsumexp(dim=-1, keepdim=True)
     return logp.masked_fill(label_logits < lowest, -math.inf)[:, 0]

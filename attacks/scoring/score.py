@@ -252,13 +252,15 @@ def score_documents(job: Job, documents: Sequence[Document], target: Scorer, bas
     batch_tokens = job.options.batch_tokens
     target_signals, base_signals = (score_sequences(scorer, tokens, batch_tokens) for scorer in (target, base))
     names = [attack_pseudonym(job.key, document.user) for document in documents]
+    # For each document: name of a re-written text to its mean log-probability under the target.
     means = _variant_means(job, names, documents, texts, tokens, target, base)
     rows = []
     for place, document in enumerate(documents):
         of_target, of_base = target_signals[place], base_signals[place]
         if rewriting.RECALL in means[place]:
             assert job.prefix is not None
-            # The plain mean over as many tokens as fit behind the prefix; the first token is predicted by none.
+            # To compare with: the mean without the prefix, over the same tokens, as many as fit behind it. A document's
+            # first token is predicted by nothing, so it does not count.
             num_shared = min(len(tokens[place]), job.max_length - len(job.prefix) + 1) - 1
             means[place][rewriting.RECALL_PLAIN] = float(of_target.logp[:num_shared].mean(dtype=np.float64))
         rows.append(

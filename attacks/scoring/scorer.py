@@ -42,5 +42,5 @@ class Scorer(Protocol):
         ...
 
     def likeliest(self, sequences: Sequence[npt.NDArray[np.int64]], count: int) -> list[npt.NDArray[np.int64]]:
-        """Return by sequence of n tokens [n - 1, count] most likely tokens after each prefix, best first."""
+        """Return, for each sequence of n tokens, [n - 1, count] the likeliest tokens after each prefix, best first."""
         ...

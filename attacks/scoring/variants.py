@@ -150,6 +150,7 @@ def rewrite(
         rewritten += [Rewritten(place, "lowercase", ids) for place, ids in enumerate(lowered)]
     if prefix is not None:
         for place, ids in enumerate(tokens):
+            # Without the document's first token, the begin mark: the prefix begins with one.
             joined = np.concatenate([prefix, ids[1:]])[:max_length]
             rewritten.append(Rewritten(place, RECALL, joined, first=len(prefix) - 1))
     return rewritten

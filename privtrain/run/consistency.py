@@ -32,7 +32,7 @@ _NAMES = {"delta": "target_delta", "records_per_unit": "records_per_user"}
 
 
 def statement_faults(statement: dict[str, Any]) -> list[str]:
-    """Return what in a privacy statement contradicts the plan that it carries, one text a fault.
+    """Return what in a privacy statement (``privacy.json``) contradicts the plan that it carries, one text a fault.
 
     Each begins with the name of the statement's field. Some faults, such as an unreadable plan, end the search.
     """

@@ -19,7 +19,7 @@ from privtrain.tracking.wandb_tracker import WandbTracker
 
 
 def sync_run(path: pathlib.Path) -> str:
-    """Send the rows of ``metrics.jsonl`` to W&B, and the release if the run is finished; return what was sent, in words.
+    """Send the rows of ``metrics.jsonl`` to W&B, and the release if the run is finished; return a summary in words.
 
     Raises:
         ConfigError: if there is no run, or no key to send it with.

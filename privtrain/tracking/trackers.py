@@ -89,7 +89,7 @@ class JsonlTracker(QuietTracker):
                     row = json.loads(line)
                 except ValueError:
                     continue  # the torn last line of a killed run
-                # The evaluation after from_step steps comes after the checkpoint, so it is made again.
+                # The resumed job measures the model after from_step steps again, and logs it again.
                 if row["train/step"] < from_step or (row["train/step"] == from_step and not _is_evaluation(row)):
                     kept.append(line)
         write_atomically(path, "".join(line + "\n" for line in kept), mode)

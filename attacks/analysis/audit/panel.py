@@ -103,6 +103,7 @@ def natural_coins(prob_in: float | None, scored: Scored, models: Mapping[str, Un
     """
     if prob_in is None:
         return None
+    # Both are the mean gain per token, log p_target - log p_base: of training documents, else of fresh ones.
     kind, name = signals.TRAINING, "ratio"
     if name not in scored.documents[kind].scores:
         kind, name = signals.FRESH, "token_mean"

@@ -59,6 +59,9 @@ def of_points(bound: Bound) -> InverseCurve:
 def is_possible(inverse: InverseCurve, num_coins: int, num_guesses: int, num_correct: int, tail: float) -> bool:
     """Return whether the curve leaves room for at least ``num_correct`` right guesses with probability ``tail``.
 
+    The tail is placed on the count that forces least. Then, for each smaller count in turn, the module's inequality
+    says how much probability must lie there at least. If all of it adds up to more than 1, the tail is impossible.
+
     Args:
         inverse: of the trade-off curve; concave, and the same in both directions of the relation.
         num_coins: m.
@@ -66,7 +69,8 @@ def is_possible(inverse: InverseCurve, num_coins: int, num_guesses: int, num_cor
         num_correct: c.
         tail: a.
     """
-    # The sums of the module's inequality, on either side. All of the tail at exactly c forces the least.
+    # The two sums of the module's inequality over the probability placed so far: (1/m) sum i p_i of right guesses, and
+    # (1/m) sum (c' - i) p_i of wrong ones. All of the tail at exactly c forces the least.
     right = tail * num_correct / num_coins
     wrong = tail * (num_guesses - num_correct) / num_coins
     for count in range(num_correct - 1, -1, -1):

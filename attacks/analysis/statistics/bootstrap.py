@@ -154,6 +154,7 @@ def _may_lack_a_value(held_in: FloatArray, held_out: FloatArray) -> bool:
     scores, placements = np.concatenate([held_in, held_out]), Placements.of(held_in, held_out)
     if _most_equal(scores) >= max(_MANY_TIED * scores.size, 2):
         return True
+    # Users have the same placement (share of the other side below or above) if they stand between the same two.
     return any(
         _most_equal(side) >= max(_MANY_ALIKE * side.size, 2) for side in (placements.held_in, placements.held_out)
     )
@@ -175,12 +176,13 @@ def worst_case(
 ) -> Interval:
     """Return the AUROC's Bayesian bootstrap interval with one invented user more on each side.
 
-    For the lower end these users lose every comparison, for the upper end they win every one. With a side of n scores
-    of which v are 1 and the others 0 the weights give that side's ends Beta(v, n - v + 1) and Beta(v + 1, n - v), which
-    are Clopper and Pearson's (Gaffke 2005 for scores in general): a value that no user of the sample had may still
-    belong to as many as the size of the sample allows.
+    For the lower end every pair with an invented user counts against the AUROC, for the upper end for it. A value that
+    no user of the sample had may still belong to as many users as the size of the sample allows. With a side of n
+    scores of which v are 1 and the others 0 the weights give that side's ends Beta(v, n - v + 1) and Beta(v + 1, n -
+    v), which are Clopper and Pearson's (Gaffke 2005 for scores in general).
     """
     places = owner_places(held_in, held_out, owners)
+    # Of each resample: weight of the pairs that the held-in record wins; of each side's records; of its invented user.
     wins, sizes, extra = _resampled(held_in, held_out, places, _exponential, num_resamples, seed)
     total = (sizes[0] + extra[0]) * (sizes[1] + extra[1])  # weight of all pairs, with the invented users
     tail = (1.0 - level) / 2.0
@@ -222,9 +224,11 @@ def mean_exposure_interval(
 ) -> Interval:
     """Return the interval of the mean exposure, in bits, of canaries that are all ranked among the same references.
 
-    The references' luck is common to all canaries, so both canaries and references are resampled (Bayesian bootstrap).
-    A canary's exposure is log2 N - log2(1 + M s) over M = N - 1 references, s the weight of those at least as likely as
-    the canary. For each end one invented reference and one invented canary are added, as bad for that end as can be.
+    A canary is a planted secret; references are secrets drawn alike that were not planted. A canary that ranks r-th
+    among N secrets has an exposure of log2 N - log2 r. All canaries share the luck of the references, so the Bayesian
+    bootstrap draws weights of both. With M = N - 1 references of which the share s (by weight) is at least as likely as
+    the canary, r = 1 + M s. For each end one invented reference and one invented canary are added, as bad for that end
+    as can be.
 
     Args:
         outranked: [canaries, references] whether the reference is at least as likely as the canary.
@@ -232,15 +236,16 @@ def mean_exposure_interval(
         seed: of the weights; this randomness protects nobody.
     """
     num_canaries, num_references = outranked.shape
-    rng, tail, most = np.random.default_rng(seed), (1.0 - level) / 2.0, np.log2(num_references + 1.0)
+    rng, tail, most_bits = np.random.default_rng(seed), (1.0 - level) / 2.0, np.log2(num_references + 1.0)
+    # [resamples, references + 1] and [resamples, canaries + 1] weights; the last column is the invented one's.
     of_references = rng.standard_exponential((NUM_RESAMPLES, num_references + 1))
     of_canaries = rng.standard_exponential((NUM_RESAMPLES, num_canaries + 1))
     above, total = of_references[:, :-1] @ outranked.T, of_references.sum(axis=1, keepdims=True)
     ends = []
     # Lower end: the invented reference beats every canary, the invented canary has 0 bits. Upper end: the opposite.
-    for extra, bits, quantile in ((of_references[:, -1:], 0.0, tail), (0.0, most, 1.0 - tail)):
-        each = most - np.log2(1.0 + num_references * (above + extra) / total)
-        sums = (of_canaries[:, :-1] * each).sum(axis=1) + of_canaries[:, -1] * bits
+    for extra, bits, quantile in ((of_references[:, -1:], 0.0, tail), (0.0, most_bits, 1.0 - tail)):
+        exposures = most_bits - np.log2(1.0 + num_references * (above + extra) / total)
+        sums = (of_canaries[:, :-1] * exposures).sum(axis=1) + of_canaries[:, -1] * bits
         ends.append(float(np.quantile(sums / of_canaries.sum(axis=1), quantile)))
     return Interval(*ends)
 
@@ -275,15 +280,17 @@ def _resampled(
         invented user, with an average number of records (0 where none is drawn). The AUROC of a resample is the first
         over the product of the second.
     """
+    # Held-out records in ascending order, and for each held-in record how many of them are below, and at most equal.
     order = np.argsort(held_out, kind="stable")
     below, at_most = (np.searchsorted(held_out[order], held_in, side) for side in ("left", "right"))
-    num_users = [int(place.max()) + 1 for place in places]
+    num_users = (int(places[0].max()) + 1, int(places[1].max()) + 1)
     num_per_block = max(1, _DRAWS_PER_BLOCK // (held_in.size + held_out.size))
-    nums = tuple(min(num_per_block, num_resamples - start) for start in range(0, num_resamples, num_per_block))
+    block_sizes = tuple(min(num_per_block, num_resamples - start) for start in range(0, num_resamples, num_per_block))
     blocks = []
-    for num, drawn in zip(nums, _drawn(draw, seed, (num_users[0], num_users[1]), nums), strict=True):
+    for size, drawn in zip(block_sizes, _drawn(draw, seed, num_users, block_sizes), strict=True):
+        # A record weighs what its user weighs. Column j of ``cumulative`` is the weight of the j lowest records.
         weights_in, weights_out = drawn[0][:, places[0]], drawn[1][:, places[1][order]]
-        cumulative = np.concatenate([np.zeros((num, 1)), weights_out.cumsum(axis=1)], axis=1)
+        cumulative = np.concatenate([np.zeros((size, 1)), weights_out.cumsum(axis=1)], axis=1)
         # Strictly below counts twice, a tie once; half of that is the weight below, ties one half.
         wins = (weights_in * (cumulative[:, below] + cumulative[:, at_most])).sum(axis=1) / 2.0
         extra = [weights[:, -1] * place.size / (place.max() + 1) for weights, place in zip(drawn, places, strict=True)]
@@ -292,23 +299,25 @@ def _resampled(
     return sums[0], sums[1:3], sums[3:5]
 
 
-def _drawn(draw: Draw, seed: int, num_users: tuple[int, int], nums: tuple[int, ...]) -> Iterator[list[FloatArray]]:
+def _drawn(
+    draw: Draw, seed: int, num_users: tuple[int, int], block_sizes: tuple[int, ...]
+) -> Iterator[list[FloatArray]]:
     """Yield the weights of each block of resamples, by side.
 
     The many statistics of one run resample the same users with the same seed, so counts are kept where they fit into
     memory.
     """
-    if draw is _multinomial and sum(nums) * sum(num_users) <= _MAX_KEPT:
-        for counts in _kept(seed, num_users, nums):
+    if draw is _multinomial and sum(block_sizes) * sum(num_users) <= _MAX_KEPT:
+        for counts in _kept(seed, num_users, block_sizes):
             yield [side.astype(np.float64) for side in counts]
         return
     rng = np.random.default_rng(seed)
-    for num in nums:
-        yield [draw(rng, num, count) for count in num_users]
+    for size in block_sizes:
+        yield [draw(rng, size, count) for count in num_users]
 
 
 @functools.lru_cache(maxsize=1)
-def _kept(seed: int, num_users: tuple[int, int], nums: tuple[int, ...]) -> list[list[npt.NDArray[np.uint16]]]:
-    """Return the bootstrap's counts by block and side, in two bytes each; ``nums`` are the resamples of each block."""
+def _kept(seed: int, num_users: tuple[int, int], block_sizes: tuple[int, ...]) -> list[list[npt.NDArray[np.uint16]]]:
+    """Return the bootstrap's counts, [resamples, users + 1], by block and side, in two bytes each."""
     rng = np.random.default_rng(seed)
-    return [[_multinomial(rng, num, count).astype(np.uint16) for count in num_users] for num in nums]
+    return [[_multinomial(rng, size, count).astype(np.uint16) for count in num_users] for size in block_sizes]

@@ -14,7 +14,7 @@ from attacks.analysis.arrays import FloatArray
 
 
 def check_sides(held_in: FloatArray, held_out: FloatArray, fewest: int = 1) -> None:
-    """Raise ValueError unless each side has that many scores, all of them finite: NaN would rank above everybody."""
+    """Raise ValueError unless each side has ``fewest`` scores, all of them finite: NaN would rank above everybody."""
     for side, scores in (("held-in", held_in), ("held-out", held_out)):
         if scores.size < fewest:
             raise ValueError(f"there are {scores.size} {side} scores; expected at least {fewest}")
@@ -37,11 +37,14 @@ class Placements:
 
     @classmethod
     def of(cls, held_in: FloatArray, held_out: FloatArray) -> Placements:
-        """Rank the two sides against each other in O(n log n), in the order of the scores.
+        """Rank the two sides against each other in O(n log n).
 
         Args:
             held_in: one score per held-in user.
             held_out: one score per held-out user.
+
+        Returns:
+            The placements, in the order in which the scores are given.
         """
         check_sides(held_in, held_out)
         num_lower = _rank(held_in, held_out)

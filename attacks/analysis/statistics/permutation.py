@@ -76,11 +76,11 @@ def effective_users(held_in: FloatArray, held_out: FloatArray, owners: Owners | 
         owners: of the records; None where each score is of a user of its own.
     """
     scores = np.concatenate([held_in, held_out])
-    untied = 1.0 - float(np.unique(scores, return_counts=True)[1].max()) / scores.size
+    share_untied = 1.0 - float(np.unique(scores, return_counts=True)[1].max()) / scores.size  # outside the largest tie
     if owners is None:
-        return untied * min(held_in.size, held_out.size)
-    counts = [np.unique(owner, return_counts=True)[1].astype(np.float64) for owner in owners]
-    return untied * min(float(count.sum() ** 2 / (count**2).sum()) for count in counts)
+        return share_untied * min(held_in.size, held_out.size)
+    num_records = [np.unique(owner, return_counts=True)[1].astype(np.float64) for owner in owners]  # by side and user
+    return share_untied * min(float(counts.sum() ** 2 / (counts**2).sum()) for counts in num_records)
 
 
 def no_narrower_than_test(
@@ -130,10 +130,12 @@ def _permuted(held_in: FloatArray, held_out: FloatArray, owners: Owners | None) 
     ranks = scipy.stats.rankdata(np.concatenate([held_in, held_out]))
     sums, counts = np.bincount(user, ranks), np.bincount(user)
     is_in = np.arange(num_in + num_out) < num_in
-    # Choosing the smaller side is cheaper; the larger one is what is left.
+    # Choosing the smaller side is cheaper; the larger one is what is left. If the held-out side is chosen, its own
+    # AUROC counts the other way.
     sign, chosen = (1.0, is_in) if num_in <= num_out else (-1.0, ~is_in)
 
     def area(rank_sum: FloatArray, count: FloatArray) -> FloatArray:
+        """Return the AUROC, with its sign, of ``count`` chosen records with these ranks against all others."""
         return sign * (rank_sum - count * (count + 1) / 2.0) / (count * (user.size - count))
 
     choices, is_every = user_choices(num_in + num_out, min(num_in, num_out))
