@@ -73,7 +73,13 @@ def separation(
     lower = statistics.delong_interval(held_in, held_out, level).lower
     ceiling: Interval = statistics.perfect_separation(held_in.size, held_out.size, level)
     cap = None if claim is None else claim.max_auroc()
-    return Separation(lower, ceiling.lower, cap, gaussian_epsilon(lower, delta), gaussian_epsilon(ceiling.lower, delta))
+    return Separation(
+        auroc_lower=lower,
+        auroc_ceiling=ceiling.lower,
+        auroc_cap=cap,
+        epsilon=gaussian_epsilon(lower, delta),
+        epsilon_ceiling=gaussian_epsilon(ceiling.lower, delta),
+    )
 
 
 def gaussian_epsilon(auroc: float, delta: float) -> float:

@@ -118,7 +118,8 @@ def natural_coins(prob_in: float | None, scored: Scored, models: Mapping[str, Un
         # The gain is target - base, so target - gain is the base's own log-probability.
         base = of_users.target - scores[known]
         chosen = shadow_models.strongest(of_users, base, registry.reference_attacks())
-    return Coins(chosen.values, scored.is_held_in[known], prob_in, "user", NATURAL, score=str(chosen))
+    is_in = scored.is_held_in[known]
+    return Coins(chosen.values, is_in, prob_in=prob_in, unit="user", name=NATURAL, score=str(chosen))
 
 
 def canary_coins(scoring: Scoring, statement: PrivacyStatement) -> Coins | None:
@@ -147,9 +148,9 @@ def canary_coins(scoring: Scoring, statement: PrivacyStatement) -> Coins | None:
     return Coins(
         scores,
         is_in,
-        0.5,
-        unit,
-        CANARIES,
+        prob_in=0.5,
+        unit=unit,
+        name=CANARIES,
         most_records=max(row["user_num_records"] for row in rows),
         score=shadow_models.GAIN,
     )
@@ -174,19 +175,21 @@ def claim_of(statement: PrivacyStatement, cap: verdict.Cap, unit: str) -> Claim:
     """
     if unit == verdict.ATTACKED_UNIT:
         if cap.bound is None or cap.reason:
-            return Claim(None, None, cap.reason, is_made=not cap.claims_nothing)
+            return Claim(pair=None, curve=None, reason=cap.reason, is_made=not cap.claims_nothing)
+        # The stated pair is one more point of the curve.
         curve = None if cap.curve is None else CurveBound((*cap.curve.points, cap.bound), cap.curve.source)
-        return Claim(cap.bound, curve, cap.conversion)
+        return Claim(pair=cap.bound, curve=curve, reason=cap.conversion)
     if math.isinf(statement.effective_epsilon):
-        return Claim(None, None, "the run is not private, so it claims nothing", is_made=False)
+        return Claim(pair=None, curve=None, reason="the run is not private, so it claims nothing", is_made=False)
     pair = DpBound(statement.effective_epsilon, statement.delta)
     if statement.unit == unit:
-        return Claim(pair, None, "")
+        return Claim(pair=pair, curve=None, reason="")
     from accountants.units import group_delta_of
 
-    # One record in or out leaves a changed user: one user out and another one in.
+    # A guarantee for users, asked for one record: a user with a record more or less is one user out and another one in.
     epsilon, delta = group_delta_of(pair.epsilon, pair.delta, 2)
-    return Claim(DpBound(epsilon, min(delta, 1.0)), None, "a user with one record more or less is two steps away")
+    converted = DpBound(epsilon, min(delta, 1.0))
+    return Claim(pair=converted, curve=None, reason="a user with one record more or less is two steps away")
 
 
 def _at_delta(claim: Claim, statement: PrivacyStatement, delta: float | None) -> Claim:

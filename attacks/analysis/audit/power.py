@@ -105,10 +105,12 @@ def plan(
     mu = mu_of(epsilon, delta)
     rows = tuple(
         Row(
-            count,
-            epsilon_ceiling(count, delta, significance),
-            one_run.correct_guesses_needed(count, count, target, delta, _share(count, delta, significance)),
-            {failure: reached(count, failure * mu, delta, significance, power) for failure in FAILURES},
+            num_coins=count,
+            ceiling=epsilon_ceiling(count, delta, significance),
+            correct_needed=one_run.correct_guesses_needed(
+                count, count, target, delta, _share(count, delta, significance)
+            ),
+            bounds={failure: reached(count, failure * mu, delta, significance, power) for failure in FAILURES},
         )
         for count in num_coins
     )

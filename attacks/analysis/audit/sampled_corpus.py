@@ -215,9 +215,9 @@ def _coins(
             Coins(
                 np.array([scores[user] for user in users]),
                 np.array([user in held_in for user in users], dtype=np.bool_),
-                chance,
-                "example" if is_example else verdict.ATTACKED_UNIT,
-                name,
+                prob_in=chance,
+                unit="example" if is_example else verdict.ATTACKED_UNIT,
+                name=name,
                 most_records=most_records,
                 score="gain of word pairs",
                 access=ACCESS,

@@ -67,9 +67,9 @@ def gradient_coins(run: RunDirectory, statement: PrivacyStatement) -> Coins | No
     return Coins(
         scores,
         is_in,
-        0.5,
-        statement.unit,
-        GRADIENTS,
+        prob_in=0.5,
+        unit=statement.unit,
+        name=GRADIENTS,
         score=f"likelihood ratio over inner products with {covariance.shape[0]} noised sums",
         access=ACCESS,
         are_independent=True,
