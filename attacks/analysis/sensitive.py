@@ -91,7 +91,7 @@ def _stack(users: dict[str, _User]) -> FloatArray:
 def _gain(sums: FloatArray) -> FloatArray:
     """Return how much tuning lowered the loss, in nats per token: [..., 2 kinds of tokens]; NaN without such tokens."""
     with np.errstate(invalid="ignore"):
-        return (sums[..., 2] - sums[..., 1]) / sums[..., 0]
+        return (sums[..., 2] - sums[..., 1]) / sums[..., 0]  # (loss under the base - under the tuned model) / tokens
 
 
 def _differences(train: FloatArray, test: FloatArray) -> dict[str, Any]:
@@ -126,7 +126,7 @@ def _differences(train: FloatArray, test: FloatArray) -> dict[str, Any]:
 
 def _gaps(train: FloatArray, test: FloatArray) -> FloatArray:
     """Return the three differences, [..., 3], from sums over a split's users, [..., 2, 3]; NaN without such tokens."""
-    gap = _gain(train) - _gain(test)
+    gap = _gain(train) - _gain(test)  # [..., 2]: of sensitive tokens, of others
     return np.stack([gap[..., 0], gap[..., 1], gap[..., 0] - gap[..., 1]], axis=-1)
 
 
@@ -142,16 +142,24 @@ def _num_effective(sums: FloatArray) -> FloatArray:
 
 
 def _student(points: FloatArray, train: FloatArray, test: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """Return the ends of Student's interval of each difference, from what every user adds to its error.
+    """Return the ends of Student's interval of each difference: (lower [3], upper [3]).
 
-    The degrees of freedom are Welch and Satterthwaite's over Kish's numbers of users.
+    The variance follows from what every user adds to the error; the degrees of freedom are Welch and Satterthwaite's
+    over effective numbers of users.
+
+    Args:
+        points: [3] the differences.
+        train: [users, 2, 3] sums of held-in users; see ``_User``.
+        test: [users, 2, 3] sums of held-out users.
     """
     variances, freedoms = [], []
     for sums in (train, test):
         counts = sums[..., 0]
         with np.errstate(invalid="ignore", divide="ignore"):
+            # A user's gain (loss under the base less under the tuned model) less the gain that as many average tokens
+            # have, over all tokens.
             errors = (sums[..., 2] - sums[..., 1] - _gain(sums.sum(axis=0)) * counts) / counts.sum(axis=0)
-        # What each user adds to the error of the mean gain per token, a ratio of sums, for the three differences.
+        # The same for the three differences: on sensitive tokens, on others, the first less the second.
         parts = np.stack([errors[:, 0], errors[:, 1], errors[:, 0] - errors[:, 1]], axis=1)
         variances.append((parts**2).sum(axis=0) * len(sums) / (len(sums) - 1.0))
         freedoms.append(np.maximum(_num_effective(sums) - 1.0, 1.0))

@@ -63,7 +63,7 @@ def write_recipes(run_path: pathlib.Path, count: int) -> list[pathlib.Path]:
     write_atomically(data, "\n".join(lines) + "\n", mode=0o600)
     recipes = []
     for number in range(count):
-        tree = config.model_dump(mode="json", exclude_unset=True)
+        tree = config.model_dump(mode="json", exclude_unset=True)  # the attacked run's, with what must differ replaced
         tree["run"] = {"name": f"{run_path.resolve().name}-shadow-{number}", "output_dir": str(folder / "runs")}
         tree["data"] |= {
             "source": {"kind": "files", "paths": [str(data)]},

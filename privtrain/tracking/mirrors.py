@@ -29,18 +29,18 @@ Row = tuple[int, Values]
 
 
 class Mirror(Protocol):
-    """Something that shows released rows to people."""
+    """A tracking service that shows rows of released metrics to people."""
 
     def log_rows(self, rows: Sequence[Row]) -> None:
         """Show rows of (step, values), all of them under one time stamp."""
         ...
 
     def alert(self, title: str, text: str) -> None:
-        """Call somebody's attention. Both texts are public."""
+        """Alert people; both texts are public."""
         ...
 
     def publish(self, run: RunDirectory) -> None:
-        """Take up what the finished run released."""
+        """Show what the finished run released: its statement, and the adapter or model if the service takes files."""
         ...
 
     def close(self) -> None:

@@ -190,7 +190,10 @@ def coins_needed(target: float, mu: float, delta: float, significance: float, po
 
 
 def _right(guess: Guess, num_coins: int, mu: float, power: float) -> int:
-    """Return the number of right guesses that is reached with chance ``power``."""
+    """Return the number of right guesses that an attack of this mu reaches with chance ``power``.
+
+    Each guess is right independently with the chance :func:`accuracy`, so their number is binomial.
+    """
     # ``accuracy`` is of guesses on both sides. Guesses of "in" alone are the upper half of twice as many on both sides.
     share = (2.0 if guess.only_in else 1.0) * guess.num / num_coins
     return int(scipy.stats.binom.ppf(1.0 - power, guess.num, accuracy(mu, min(share, 1.0))))

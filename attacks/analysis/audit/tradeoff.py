@@ -125,6 +125,7 @@ def mu_lower_bound(num_coins: int, num_guesses: int, num_correct: int, significa
 
     if num_guesses == 0 or not contradicts(0.0):
         return 0.0
+    # Double until it is not contradicted any more, then bisect; ``low`` is contradicted throughout.
     low, high = 0.0, 1.0
     while contradicts(high):
         low, high = high, 2.0 * high

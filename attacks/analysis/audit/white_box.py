@@ -91,6 +91,7 @@ def projections(run: RunDirectory, canaries: list[Canary]) -> tuple[FloatArray, 
         DamagedFile: if sums are not as they were sealed.
     """
     index = read_sealed_file(run, run.noised_sums_index, schema=NOISED_SUMS_SCHEMA, remedy="restore it")
+    # "tensors" lists (name, number of coordinates), "steps" lists (step, SHA-256 of the file of its noised sum).
     num_coordinates = sum(num for _, num in index["tensors"])
     paths = [run.noised_sum(step) for step, _ in index["steps"]]
     for path, (_, digest) in zip(paths, index["steps"], strict=True):
@@ -98,6 +99,8 @@ def projections(run: RunDirectory, canaries: list[Canary]) -> tuple[FloatArray, 
     key = run.load_key("root")
     products = np.zeros((len(canaries), len(paths)))
     gram = np.zeros((len(paths), len(paths)))
+    # Directions are made anew from the key, a block of a tensor's coordinates at a time, since all would fill the
+    # memory.
     begin = 0  # of the tensor, in the flat vector of all coordinates
     for name, num in index["tensors"]:
         for number, start, size in blocks(num):
@@ -109,6 +112,7 @@ def projections(run: RunDirectory, canaries: list[Canary]) -> tuple[FloatArray, 
                     gram += 0.0 if first else part.astype(np.float64).T @ part
                     products[first : first + len(chosen)] += _products(directions[:, at : at + len(part)], part)
         begin += num
+    # ``signs`` are 1 and -1; a direction is those over sqrt(d).
     return products / np.sqrt(num_coordinates), gram / num_coordinates
 
 

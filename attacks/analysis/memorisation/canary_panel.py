@@ -165,6 +165,7 @@ def _row(tier: int | str, group: Sequence[Scored]) -> dict[str, Any]:
     outside = [item for item in group if not item.is_held_in]
     drawn = [item.num_drawn for item in inside if item.num_drawn is not None]
     tuned = [item.exposures["tuned"] for item in inside if item.exposures]
+    # Exposures are in bits, means over the canaries that have references; None where there is none.
     row: dict[str, Any] = {
         "tier": tier,
         "num_held_in": len(inside),
@@ -180,7 +181,7 @@ def _row(tier: int | str, group: Sequence[Scored]) -> dict[str, Any]:
         ranked = [item for item in inside if item.exposures]
         ends = _interval_of_exposure(ranked)
         row["exposure_interval"] = f"{ends.lower:.2f} to {ends.upper:.2f}"
-        top = sum(each.bits == math.log2(each.num_secrets) for each in tuned)
+        top = sum(each.bits == math.log2(each.num_secrets) for each in tuned)  # the exposure of rank one
         interval = _interval_of_top_ranks(ranked, top)
         row["top_rank"] = f"{top} of {len(tuned)} ({interval.lower:.0%} to {interval.upper:.0%})"
     if min(len(inside), len(outside)) >= 2:
