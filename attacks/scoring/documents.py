@@ -135,11 +135,15 @@ def sides_of(own: Mapping[str, Any], attacked: Mapping[str, Any]) -> dict[str, s
 def attack_pseudonym(key: SecretKey, user: str) -> str:
     """Return a user's name in signals, the same in every scoring of a run and of its shadows.
 
-    Not the ledger's pseudonym: signals hold token ids, so with the data set at hand they would tell whose rows of the
-    ledger are whose, also after its key was destroyed.
+    It is not the user's pseudonym in the ledger. Signals hold token ids, so whoever has the data set can tell whose
+    they are; a shared name would tell whose rows of the ledger are whose, even after the ledger's key was destroyed.
+
+    Args:
+        key: the run's pseudonym key.
+        user: id in the data.
 
     Returns:
-        HMAC-SHA-256 under that key with another purpose, 128 bits of it in hex.
+        32 hex digits of an HMAC-SHA-256 under the key, for a purpose of its own.
     """
     return key.derive(PSEUDONYM_PURPOSE, user).hex()[:32]
 

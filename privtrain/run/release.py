@@ -28,7 +28,8 @@ def write_adapter(directory: pathlib.Path, model: Any, tokenizer: Any, card: str
     Raises:
         RuntimeError: if a saved tensor is not what is in memory; nothing is released then.
     """
-    model.save_pretrained(str(directory), save_embedding_layers=False)  # unless modules_to_save names them
+    # PEFT saves embedding layers all the same where they were trained (modules_to_save).
+    model.save_pretrained(str(directory), save_embedding_layers=False)
     tokenizer.save_pretrained(str(directory))
     write_atomically(directory / "README.md", card)
     _check_tensors(directory / "adapter_model.safetensors", model)

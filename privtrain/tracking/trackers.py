@@ -137,12 +137,12 @@ class ReleaseGate:
             self.alert(title, text)
 
     def alert(self, title: str, text: str) -> None:
-        """Pass it on."""
+        """Pass the alert on to the public trackers."""
         for tracker in self._public:
             tracker.alert(title, text)
 
     def publish(self, run: RunDirectory) -> None:
-        """Pass it on."""
+        """Pass the release on to the public trackers."""
         for tracker in self._public:
             tracker.publish(run)
 
@@ -161,6 +161,6 @@ class ReleaseGate:
         return alerts
 
     def close(self) -> None:
-        """Close them all."""
+        """Close all trackers."""
         for tracker in [*self._public, self._private]:
             tracker.close()

@@ -72,7 +72,8 @@ class WandbTracker:
     def publish(self, run: RunDirectory) -> None:
         """Put ε into the summary; online, log the adapter or model with its card and statement as an artifact.
 
-        An offline file would hold this machine's paths of the artifact's files: ``privtrain track sync`` sends it.
+        Offline no artifact is logged, since W&B's file would hold this machine's paths; ``privtrain track sync`` sends
+        it later.
         """
         statement = json.loads(run.privacy.read_text(encoding="utf-8"))
         self._summarise(statement)
