@@ -393,6 +393,7 @@ def _confounded_by(families: dict[str, blind.BlindResult]) -> str:
 
 
 def _blind_facts(result: blind.BlindResult) -> dict[str, Any]:
+    """Return one family of the blind baseline as the report shows it."""
     return {
         "auroc": result.auroc,
         "interval": [result.interval.lower, result.interval.upper],

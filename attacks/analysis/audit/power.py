@@ -171,6 +171,7 @@ def coins_needed(target: float, mu: float, delta: float, significance: float, po
     """
 
     def is_enough(num_coins: int) -> bool:
+        """Return whether some declared guess among so many coins would contradict ``target``."""
         return any(
             one_run.p_value(num_coins, guess.num, _right(guess, num_coins, mu, power), target, delta)
             <= _share(num_coins, delta, significance)

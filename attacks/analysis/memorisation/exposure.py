@@ -117,6 +117,8 @@ def skew_normal(values: FloatArray) -> tuple[float, float, float]:
     """
     spread = float(values.std())
     skewness = float(np.clip(scipy.stats.skew(values), -_MAX_SKEWNESS, _MAX_SKEWNESS))
+    # ``delta`` in (-1, 1) is the usual second form of the shape: shape = delta / sqrt(1 - delta^2). Its formula inverts
+    # that of the skewness.
     power = abs(skewness) ** (2 / 3)
     delta = math.copysign(math.sqrt(math.pi / 2 * power / (power + ((4 - math.pi) / 2) ** (2 / 3))), skewness)
     scale = spread / math.sqrt(1 - 2 * delta**2 / math.pi)
