@@ -36,7 +36,12 @@ _ALLOCATION_GRID = 0.2
 
 
 class Verdict(enum.StrEnum):
-    """What a result says about the claim; :func:`judge` has the rule for each."""
+    """What a result says about the claim; :func:`judge` has the rule for each.
+
+    ``FALSIFIED``: more leaked than the claim allows. ``CONSISTENT``: the result could have shown that and did not.
+    ``UNINFORMATIVE``: no result on this sample could have shown it. ``CONFOUNDED``: the sides differ even without a
+    model. ``NO_CLAIM``: the run is not private.
+    """
 
     FALSIFIED = "falsified"
     CONSISTENT = "consistent"
