@@ -89,7 +89,8 @@ class JsonlTracker(QuietTracker):
                     row = json.loads(line)
                 except ValueError:
                     continue  # the torn last line of a killed run
-                # The resumed job measures the model after from_step steps again, and logs it again.
+                # A row's step is the number of steps done. The row of the step that reached from_step is kept, but not
+                # the evaluation of that model: the resumed job makes and logs it again.
                 if row["train/step"] < from_step or (row["train/step"] == from_step and not _is_evaluation(row)):
                     kept.append(line)
         write_atomically(path, "".join(line + "\n" for line in kept), mode)
