@@ -56,7 +56,7 @@ def describe_cluster(config: Config, plan: PrivacyPlan, layout: LaunchLayout, cl
     memory = model_size(config, layout, num_bands).memory_bytes
     usable = _USABLE_MEMORY * cluster.gpu.memory_bytes
     changes = list(_changes(job, memory))
-    if job.checkpoints:  # without it, alone and together with each further setting
+    if job.checkpoints:  # without gradient checkpointing: by itself, and together with each further setting
         without = performance.model_copy(update={"gradient_checkpointing": False})
         memory_without = model_size(config.model_copy(update={"performance": without}), layout, num_bands).memory_bytes
         is_two_pass = _is_two_pass(performance.clipping_route, is_full, checkpoints=False)

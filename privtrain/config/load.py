@@ -151,7 +151,7 @@ def to_yaml(tree: dict[str, Any]) -> str:
 
 
 def public_tree(config: Config) -> dict[str, Any]:
-    """Return the resolved configuration without this machine's paths."""
+    """Return the configuration as it is published: every key, but no path of this machine; of files their names."""
     tree = config.model_dump(
         mode="json", exclude={"run": {"output_dir"}, "registry": {"url"}, "performance": {"index_dir"}, "release": True}
     )

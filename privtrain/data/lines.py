@@ -69,8 +69,8 @@ class Line:
         target_mask: [1, tokens] bool: whether the token at this position is predicted, from those of its record before.
         token_weight: [1, tokens] float32: 1 / (number of predicted tokens of the token's unit in this step); 0 for
             padding.
-        records: tokens of each record, in order; a token of no record is padding.
-        units: tokens of each unit of ``owners``: all of its records in this line.
+        records: (first token, one past the last) of each record, in order; a token of no record is padding.
+        units: (first token, one past the last) of each unit of ``owners``: all of its records in this line.
         owners: positions of the units that have a record here, in the list of the rank's units; in order.
         last_continues: whether the last owner has more records in the next line.
         num_slots: how many units a line of this kind may hold: a constant.

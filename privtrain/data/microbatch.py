@@ -48,7 +48,8 @@ class Microbatch:
         owners: positions of the units that have a row here, in the list of the rank's units; in row order.
         last_continues: whether the last owner has more rows in the next microbatch.
         pad_id: token id of padding.
-        is_joint: whether the ranks of a shard group have this same microbatch and work on its units together.
+        is_joint: whether the ranks of a shard group (which divide one model's weights and gradients among them) have
+            this same microbatch and work on its units together.
     """
 
     input_ids: torch.Tensor

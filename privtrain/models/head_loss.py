@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -53,7 +54,8 @@ class FrozenHead:
 
         The model may scale hidden states, or cap logits, in code of its own. So logits of a few tokens are compared.
         """
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model  # without PEFT's wrapper
+        # transformers says in base_model_prefix which attribute is the decoder: "model", "transformer", ...
         decoder = getattr(base, getattr(base, "base_model_prefix", None) or "", None)
         head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
         if not isinstance(decoder, nn.Module) or decoder is base or type(head) is not nn.Linear:
@@ -95,16 +97,18 @@ class _OfLogits(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        parts = [_losses(*chunk) for chunk in zip(*_chunks(logits, targets), strict=True)]
-        losses, normalisers = (torch.cat(of_chunks) for of_chunks in zip(*parts, strict=True))
-        ctx.save_for_backward(logits, targets, normalisers)
-        return losses
+        losses, normalisers = [], []
+        for logits_chunk, targets_chunk in _chunks(logits, targets):
+            chunk_losses, chunk_normalisers = _losses(logits_chunk, targets_chunk)
+            losses.append(chunk_losses)
+            normalisers.append(chunk_normalisers)
+        ctx.save_for_backward(logits, targets, torch.cat(normalisers))
+        return torch.cat(losses)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
         result = torch.empty_like(ctx.saved_tensors[0])  # as large as all logits, written chunk by chunk
-        chunks = _chunks(*ctx.saved_tensors, gradients[0], result)
-        for logits, targets, normalisers, gradient_of_loss, out in zip(*chunks, strict=True):
+        for logits, targets, normalisers, gradient_of_loss, out in _chunks(*ctx.saved_tensors, gradients[0], result):
             out.copy_(_gradient(logits, targets, normalisers).mul_(gradient_of_loss[:, None]))
         return result, None
 
@@ -126,7 +130,7 @@ class _OfHidden(torch.autograd.Function):
         dtype = torch.get_autocast_dtype(device_type) if is_autocast else head.weight.dtype
         weight = head.weight.to(dtype)
         bias = None if head.bias is None else head.bias.to(dtype)
-        for hidden_chunk, targets_chunk, out in zip(*_chunks(hidden, targets, gradients_of_hidden), strict=True):
+        for hidden_chunk, targets_chunk, out in _chunks(hidden, targets, gradients_of_hidden):
             logits = nn.functional.linear(hidden_chunk.to(dtype), weight, bias)
             chunk_losses, normalisers = _losses(logits, targets_chunk)
             losses.append(chunk_losses)
@@ -142,16 +146,16 @@ class _OfHidden(torch.autograd.Function):
         return chained, None, None, None  # nothing for head, targets and needs_gradient
 
 
-def _chunks(*tensors: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
-    """Split each tensor along its first dimension, tokens, into equal chunks; return a list with each one's chunks.
+def _chunks(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Yield the same chunk of tokens, the first dimension, of every tensor, as views that can be written to.
 
-    The size of a chunk is a divisor of the number of tokens. Chunks are views, which can be written to.
+    All chunks are equally long: a divisor of the number of tokens.
     """
     num_tokens, device = len(tensors[0]), tensors[0].device
     size = math.gcd(num_tokens, _CPU_CHUNK if device.type == "cpu" else CHUNK)
     if size < _SMALLEST_CHUNK:
         size = num_tokens
-    return [tensor.split(size) for tensor in tensors]
+    return zip(*(tensor.split(size) for tensor in tensors), strict=True)
 
 
 def _losses(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

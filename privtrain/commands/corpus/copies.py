@@ -178,7 +178,8 @@ def _first_places(numbers: IntArray, size: int) -> IntArray:
     if len(numbers) < size:
         return np.empty(0, np.int64)
     runs = np.lib.stride_tricks.sliding_window_view(numbers, size)
-    return np.sort(np.unique(runs, axis=0, return_index=True)[1])
+    _, first_places = np.unique(runs, axis=0, return_index=True)
+    return np.sort(first_places)
 
 
 def _hashes(tokens: IntArray, size: int) -> npt.NDArray[np.uint64]:

@@ -176,6 +176,7 @@ def _values(texts: Sequence[Text], split: _Split, data: DataSection) -> dict[str
         (written(record, data) for record in split.training()),
         (written(record, data) for record in split.held_out()),
     )
+    # prompt → the label that it stands for
     labels = {text.condition.prompt: text.condition.label for text in texts if text.condition.label is not None}
     if data.format != "prompt_completion" or not labels:
         reason = "labels are known where data.format: prompt_completion was sampled with --label or labelled prompts"
@@ -183,10 +184,12 @@ def _values(texts: Sequence[Text], split: _Split, data: DataSection) -> dict[str
 
     def labelled(records: Iterator[str]) -> list[tuple[str, str]]:
         """Return (completion, label) of the records whose prompt is that of a label; leave out the others."""
-        pairs = map(json.loads, records)
-        return [
-            (pair["completion"], label) for pair in pairs if (label := labels.get(pair["prompt"].strip())) is not None
-        ]
+        pairs = []
+        for record in map(json.loads, records):
+            label = labels.get(record["prompt"].strip())
+            if label is not None:
+                pairs.append((record["completion"], label))
+        return pairs
 
     corpus = [(text.written, text.condition.label) for text in texts if text.condition.label is not None]
     training, tests = labelled(split.training()), labelled(split.held_out())

@@ -233,7 +233,7 @@ def chosen_engine(engine: Engine, config: Config) -> Literal["transformers", "vl
 def vllm_sampler(
     config: Config, section: ModelSection, run: RunDirectory, settings: SamplingSettings, ends: Sequence[int]
 ) -> VllmSampler:
-    """Return a sampler of what a run released."""
+    """Return a sampler of what a run released: all weights, or an adapter on the base model that ``section`` names."""
     is_whole = config.training.releases_model
     path = str(run.model) if is_whole else locate(section).path
     return VllmSampler(path, run.released, None if is_whole else run.adapter, config.lora.rank, settings, ends=ends)
