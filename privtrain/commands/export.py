@@ -151,6 +151,7 @@ def _describe(manifest: ReleaseManifest, target: pathlib.Path, dtype: str) -> No
         "release": manifest.digest,
         "released": weights_of(manifest.files),
         "base_model": dict(manifest.base_model),
+        # An adapter as it is gets no export.json, so where an adapter was released it has been merged.
         "merged": any(path.startswith("adapter/") for path in manifest.files),
         "dtype": dtype,
         "files": {path: bundle.sha256_of(target / path) for path in bundle.files_under(target)},
