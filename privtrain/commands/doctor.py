@@ -193,10 +193,14 @@ def _wandb(config: Config | None) -> Finding:
 
 
 def _registry(config: Config | None) -> Finding:
-    """Return whether the registry of privacy budgets, a database shared by runs, can be used; nothing is reserved."""
+    """Return whether the registry of privacy budgets can be used; nothing is reserved.
+
+    The registry is a database, shared by runs, of how much ε may be spent on each data set. It is optional.
+    """
     section = config.registry if config is not None else RegistrySection()
     url = registry_url(section)
-    if os.environ.get("RANK", "0") != "0" or url is None:
+    is_other_rank = os.environ.get("RANK", "0") != "0"  # rank 0 alone asks the registry, and prints its findings
+    if is_other_rank or url is None:
         return Finding("registry", "ok", "none: this run's budget alone counts (registry.dataset)")
     if config is not None and section.dataset is None:
         return Finding("registry", "fault", "a registry without a data set", "set registry.dataset: who is charged")

@@ -342,24 +342,22 @@ def price_list(privacy: PrivacySection, plan: PrivacyPlan, training: TrainingSec
 
 def _changes(privacy: PrivacySection, plan: PrivacyPlan) -> dict[str, dict[str, Any]]:
     """Return what is changed, in words → keys of the ``privacy`` section with their new values."""
-    return {
+    changes: dict[str, dict[str, Any]] = {
         "ε ÷ 2": {"target_epsilon": plan.epsilon / 2},
         "ε × 2": {"target_epsilon": plan.epsilon * 2},
-        **{f"{_bands_text(b)}, same ε and compute": {"num_bands": b} for b in _other_bands(plan)},
-        "batch ÷ 2, same ε": _batch(privacy, 0.5),
-        "batch × 2, same ε": _batch(privacy, 2),
-        "batch × 4, same ε": _batch(privacy, 4),
-        **{
-            f"batch × {factor}, steps ÷ {factor}, same ε and compute": {
-                **_batch(privacy, factor),
-                "num_steps": round(privacy.num_steps / factor),
-            }
-            for factor in (4, 16)
-            if privacy.num_steps >= 4 * factor  # fewer steps train nothing
-        },
-        "steps ÷ 2, same ε": {"num_steps": max(1, privacy.num_steps // 2)},
-        "steps × 2, same ε": {"num_steps": privacy.num_steps * 2},
     }
+    for num_bands in _other_bands(plan):
+        changes[f"{_bands_text(num_bands)}, same ε and compute"] = {"num_bands": num_bands}
+    changes["batch ÷ 2, same ε"] = _batch(privacy, 0.5)
+    changes["batch × 2, same ε"] = _batch(privacy, 2)
+    changes["batch × 4, same ε"] = _batch(privacy, 4)
+    for factor in (4, 16):
+        if privacy.num_steps >= 4 * factor:  # fewer than four steps train nothing
+            change = f"batch × {factor}, steps ÷ {factor}, same ε and compute"
+            changes[change] = {**_batch(privacy, factor), "num_steps": round(privacy.num_steps / factor)}
+    changes["steps ÷ 2, same ε"] = {"num_steps": max(1, privacy.num_steps // 2)}
+    changes["steps × 2, same ε"] = {"num_steps": privacy.num_steps * 2}
+    return changes
 
 
 def _other_bands(plan: PrivacyPlan) -> list[int]:

@@ -49,6 +49,7 @@ def _plan_table(d: dict[str, Any]) -> Table:
         table.add_row("rows dropped", f"{d['rows_without_user']} without user, {d['rows_empty']} empty")
         table.add_row("records of a user", f"median {d['records_of_median_user']}, most {d['records_of_largest_user']}")
     table.add_row("units trained on (expected)", f"{d['expected_training_units']:,}")
+    # The bound is k, the most records of a user that count: in a step, or in the whole training set.
     above = f"; {d['users_above_bound']:,} users have more" if "users_above_bound" in d else ""
     if "records_within_bound" in d:
         beyond_bound = d["num_records"] - d["records_within_bound"]

@@ -65,7 +65,7 @@ def _children(spec: dict[str, Any], definitions: dict[str, Any]) -> list[dict[st
 
 
 def _table(section: dict[str, Any], definitions: dict[str, Any]) -> str:
-    """Return the Markdown table of a section's keys."""
+    """Return the Markdown table of the keys in ``section``, a JSON schema that refers to ``definitions``."""
     rows = ["| key | type, limits | default | meaning |", "|---|---|---|---|"]
     for key, spec in section.get("properties", {}).items():
         is_section = bool(_children(spec, definitions))
