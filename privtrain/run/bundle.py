@@ -344,7 +344,7 @@ def check_digests(name: str, value: Any) -> None:
     if not isinstance(value, dict):
         raise ValueError(f"{name} is no object of file names and digests")
     for path, digest in value.items():
-        if path != _safe(path):
+        if not _is_safe(path):
             raise ValueError(f"{name} holds the path {path!r}, which leaves the directory")
         _check_digest(f"{name}: {path}", digest)
 
@@ -355,14 +355,15 @@ def _check_digest(name: str, value: Any) -> None:
         raise ValueError(f"{name} is no SHA-256 in hexadecimal")
 
 
-def _safe(path: str) -> str:
-    """Return the normal form of a relative path that stays below its directory; empty if it does not.
+def _is_safe(path: str) -> bool:
+    """Return whether a relative path stays below its directory and is in normal form, which gives a file one name.
 
-    The caller compares: only a path that equals its normal form is accepted.
+    ``"adapter/config.json"`` is; ``"/etc/passwd"``, ``"../x"``, ``"a//b"`` and names with a backslash are not.
     """
     pure = pathlib.PurePosixPath(path)
     try:
         os.fsencode(path)
     except UnicodeEncodeError:
-        return ""
-    return "" if pure.is_absolute() or ".." in pure.parts or "\\" in path or "\0" in path else pure.as_posix()
+        return False
+    leaves = pure.is_absolute() or ".." in pure.parts or "\\" in path or "\0" in path
+    return not leaves and path == pure.as_posix()

@@ -238,12 +238,14 @@ def _remade_faults(tree: dict[str, Any], plan: PrivacyPlan, uncovered: list[str]
     section = PrivacySection.model_validate(tree["privacy"])
     # Noise and accountant may be "chosen by the program" in the configuration; the statement's are filled in.
     given = {"noise_multiplier": plan.noise_multiplier, "accountant": section.accountant or plan.accountant}
+    # Uncertified: made without asking the accountant, as ε was checked from the statement already.
     remade = PrivacyPlan.uncertified(section.model_copy(update=given), strategy=plan.strategy).body()
     faults = [
         f"privacy.{_NAMES.get(name, name)} gives {_short(remade[name])}, by the statement it is {_short(value)}"
         for name, value in plan.body().items()
         if name != "epsilon" and remade[name] != value
     ]
+    # "Bands" are the steps over which noise is correlated; 1 means that each step has noise of its own.
     bands = 1 if plan.strategy is None else plan.strategy.num_bands
     if section.num_bands not in (None, "auto", bands):
         faults.append(f"privacy.num_bands is {section.num_bands}, by the statement it is {bands}")

@@ -313,7 +313,7 @@ def _adaptive(plan: PrivacyPlan) -> dict[str, Any] | None:
         return None
     return {
         **dataclasses.asdict(plan.adaptive_clipping),
-        "count_sensitivity": 0.5,
+        "count_sensitivity": 0.5,  # a unit adds between -1/2 (norm above the clipping norm) and 1/2 (within)
         "gradient_noise_multiplier": plan.gradient_noise_multiplier,
     }
 
@@ -324,7 +324,7 @@ def _noised_metrics(plan: PrivacyPlan) -> dict[str, Any] | None:
         return None
     return {
         **dataclasses.asdict(plan.noised_metrics),
-        "sum_sensitivity": 0.5,
+        "sum_sensitivity": 0.5,  # a unit adds between -1/2 and 1/2 to each sum
         "gradient_noise_multiplier": plan.gradient_noise_multiplier,
         "noise_stddev": plan.metric_stddevs,
     }
