@@ -104,9 +104,14 @@ def _null_variance(held_in: FloatArray, held_out: FloatArray) -> float:
 
 
 def _scores(features: Matrix, labels: BoolArray, fitted: IntArray, judged: IntArray, seed: int) -> FloatArray:
-    """Return the scores of the users ``judged`` by a fit on the users ``fitted``; both are row numbers.
+    """Fit on some users and return the scores of others; inner folds choose how strongly the fit is regularised.
 
-    Inner folds of the fitted users choose how strongly the fit is regularised.
+    Args:
+        features: [users, columns].
+        labels: [users] whether the user is held in.
+        fitted: row numbers of the users to fit on.
+        judged: row numbers of the users to score.
+        seed: of the inner folds.
     """
     from sklearn.model_selection import StratifiedKFold
 
@@ -123,9 +128,16 @@ def _scores(features: Matrix, labels: BoolArray, fitted: IntArray, judged: IntAr
 def _fit_and_score(
     features: Matrix, labels: BoolArray, fitted: IntArray, judged: IntArray, strength: float
 ) -> FloatArray:
-    """Fit a logistic regression on the users ``fitted`` and return its scores of the users ``judged``.
+    """Fit a logistic regression on some users and return its scores of others.
 
     Columns are scaled to unit variance over the fitted users; constant columns are dropped by a scale of 0.
+
+    Args:
+        features: [users, columns].
+        labels: [users] whether the user is held in.
+        fitted: row numbers of the users to fit on.
+        judged: row numbers of the users to score.
+        strength: inverse of the penalty; small values regularise more.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.utils.sparsefuncs import mean_variance_axis

@@ -161,7 +161,7 @@ def under_other_models(table: DocumentTable, scored: Scored, references: Iterabl
 
 @dataclasses.dataclass(frozen=True)
 class _Summary:
-    """A document without its tokens."""
+    """What is kept of a document once its tokens are dropped: its scores, and what is known without a model."""
 
     user: tuple[str, str]  # side, pseudonym
     document: str
@@ -181,7 +181,13 @@ class _Summary:
 
 
 def _table(kept: list[_Summary], place: Mapping[tuple[str, str], int], missing: Mapping[str, str]) -> DocumentTable:
-    """Return the kept documents as arrays, sorted by user and document."""
+    """Return documents of one kind as arrays, sorted by side, user and document.
+
+    Args:
+        kept: the documents, in any order.
+        place: (side, user) to the user's index in ``Scored.users``.
+        missing: attacks that lack a signal of some document, which get no column, to that signal.
+    """
     rows = sorted(kept, key=lambda item: (item.user, item.document))
     names = [name for name in (rows[0].scores if rows else ()) if name not in missing]
     return DocumentTable(

@@ -231,6 +231,13 @@ def _event(
     """Return the mechanism as an event for accountants, as it treats a unit of ``num_records`` records.
 
     None for several records where no accounting of them is known.
+
+    Args:
+        scheme: how units are sampled for a step.
+        relation: the neighbouring relation, as the statement spells it.
+        noise_multiplier: noise over the clipping norm.
+        num_steps: steps that are charged.
+        num_records: records of a unit that are sampled apart; 1 if the unit itself is sampled.
     """
     if num_records == 1:
         return scheme.event_of_steps(noise_multiplier, num_steps)
@@ -241,7 +248,7 @@ def _event(
 
 
 def _point(event: dp_accounting.DpEvent, epsilon: float, accountant: str, relation: str) -> statistics.DpBound:
-    """Return the certified point of the privacy curve at ``epsilon``."""
+    """Return the point (epsilon, certified delta) of an event's privacy curve, by one accountant."""
     import accountants
     from accountants.methods.allocation import AllocationAccountant
 

@@ -38,10 +38,16 @@ def digest_of(keys: Iterable[DocumentKey]) -> str:
 
 
 class PlannedFacts(TypedDict):
-    """What a record says of the documents: digest, documents by kind and side, users."""
+    """What the record of a scoring says of the documents.
+
+    Attributes:
+        sha256: digest over their keys.
+        num: "kind side", such as ``"fresh held_in"`` → number of documents.
+        num_users: users that own one.
+    """
 
     sha256: str
-    num: dict[str, int]  # "kind side" → documents
+    num: dict[str, int]
     num_users: int
 
 

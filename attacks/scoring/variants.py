@@ -56,7 +56,7 @@ class Rewritten:
 
 @dataclasses.dataclass(frozen=True)
 class Variants:
-    """What ``--variants`` asks for."""
+    """What ``--variants`` asks for; see the module for what each variant is."""
 
     lowercase: bool = False
     recall: bool = False
@@ -85,7 +85,15 @@ class Variants:
 
 
 def recall_prefix(manifest: Mapping[str, Any], corpus: Corpus, encoder: Encoder, max_length: int) -> Tokens:
-    """Return a prefix of held-out text whose owner is not attacked, so that no scored user meets their own words in it.
+    """Return the prefix for the variant ``recall``: text of held-out users who are not attacked.
+
+    So the model was not trained on it, and no scored user meets their own words in it.
+
+    Args:
+        manifest: the split of the attacked run.
+        corpus: its data.
+        encoder: texts to tokens, as training does.
+        max_length: tokens of a training record at most; the prefix has a quarter of them.
 
     Raises:
         AttackInputError: if there is no such user.

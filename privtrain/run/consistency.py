@@ -128,7 +128,13 @@ def is_our_version(statement: dict[str, Any]) -> bool:
 
 
 def _differences(stated: Any, expected: Any, name: str) -> Iterator[str]:
-    """Yield every field in which two JSON values differ; ``name`` is the dotted place of both."""
+    """Yield a text for every field in which two JSON values differ.
+
+    Args:
+        stated: the value in the statement.
+        expected: the value that follows from the plan.
+        name: dotted name of the field, such as ``mechanism.kind``; empty for the whole statement.
+    """
     if isinstance(expected, dict) and isinstance(stated, dict):
         for key in sorted({*stated, *expected}):
             inner = f"{name}.{key}" if name else key

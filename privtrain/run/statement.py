@@ -67,8 +67,16 @@ class Ledger(_Part):
 class Mechanism(_Part):
     """What makes a step private.
 
-    ``unit`` is what is sampled and clipped; None means the unit of the guarantee. The norm and the noise multiplier are
-    those of the plan; dictionaries describe options that the plan has, and are None without them.
+    Attributes:
+        kind: ``"gaussian"``.
+        unit: what is sampled and clipped; None means the unit of the guarantee.
+        noise_multiplier: standard deviation of the noise over the clipping norm.
+        clipping_norm: largest norm of what a unit adds to a step's sum.
+        clipping_style: how gradients are clipped.
+        adaptive_clipping: settings, where the norm follows the data; None without.
+        noised_metrics: settings, where metrics are released with noise; None without.
+        expected_batch_size: units that a step is expected to draw; the sum is divided by it.
+        strategy: how the noise of steps is correlated; None where each step has noise of its own.
     """
 
     kind: str

@@ -86,9 +86,17 @@ def effective_users(held_in: FloatArray, held_out: FloatArray, owners: Owners | 
 def no_narrower_than_test(
     found: Interval, held_in: FloatArray, held_out: FloatArray, level: float, owners: Owners | None = None
 ) -> Interval:
-    """Widen an AUROC interval to hold 1/2 unless the test at (1 - level) / 2 rejects it on that side.
+    """Widen an AUROC interval to hold 1/2, unless the exact test says that the AUROC is on the interval's side of 1/2.
 
-    So without any leak either end is on the wrong side of 1/2 with probability at most (1 - level) / 2, at every size.
+    The test has the error (1 - level) / 2, one-sided. So without any leak either end is on the wrong side of 1/2 with
+    probability at most that, at every size.
+
+    Args:
+        found: the interval, of any method.
+        held_in: one score per held-in user, or record.
+        held_out: one score per held-out user, or record.
+        level: confidence level of the interval.
+        owners: of the records; None where each score is of a user of its own.
     """
     tail, lower, upper = (1.0 - level) / 2.0, found.lower, found.upper
     if lower > 0.5 and auroc_p_value(held_in, held_out, owners) > tail:
