@@ -202,6 +202,45 @@ def judge_no_effect(claim: Statement, difference: Estimate | None, *, margin: fl
     return _with_power(judged, difference, power.plan(difference.values, margin=margin))
 
 
+def judge_at_least(claim: Statement, share: Estimate | None, bar: float) -> Claim:
+    """Judge a target for a share: its mean is at least ``bar``, and it is above zero by the whole interval.
+
+    Contradicted if the whole interval lies below the bar, else undecided.
+    """
+    if share is None or share.interval is None:
+        return _judged(claim, "no cell is complete", Verdict.NOT_MEASURED, "fewer than two seeds are complete")
+    low, high = share.interval
+    if high < bar:
+        verdict, reason = Verdict.CONTRADICTED, f"the whole interval is below {bar:.0%}"
+    elif share.mean >= bar and low > 0:
+        below = "" if low >= bar else f", and reaches below {bar:.0%}"
+        verdict, reason = Verdict.REPRODUCED, f"the mean is at least {bar:.0%}; the interval is above zero{below}"
+    else:
+        verdict, reason = Verdict.UNDECIDED, f"the interval reaches {bar:.0%}, the mean does not, or it holds zero"
+    numbers = {"difference": share.to_json(), "same_split": share.same_split}
+    return dataclasses.replace(_judged(claim, f"{share.text(1, 100)} %", verdict, reason), numbers=numbers)
+
+
+def judge_not_worse(claim: Statement, difference: Estimate | None) -> Claim:
+    """Judge a claim that something is not worse than something else by more than the interval.
+
+    Args:
+        claim: what is claimed.
+        difference: first minus second, where less is better, paired by seed; ``None`` if nothing was measured.
+    """
+    if difference is None or difference.interval is None:
+        return _judged(claim, "no cell is complete", Verdict.NOT_MEASURED, "fewer than two seeds are complete")
+    low, high = difference.interval
+    if low > 0:
+        verdict, reason = Verdict.CONTRADICTED, "worse by the whole interval"
+    elif high < 0:
+        verdict, reason = Verdict.REPRODUCED, "better by the whole interval"
+    else:
+        verdict, reason = Verdict.REPRODUCED, "the interval holds zero"
+    numbers = {"difference": difference.to_json(), "same_split": difference.same_split}
+    return dataclasses.replace(_judged(claim, f"difference {difference.text()}", verdict, reason), numbers=numbers)
+
+
 def judge_fact(claim: Statement, holds: bool | None, *, ours: str, reason: str) -> Claim:
     """Judge a claim about computed numbers that have no noise, such as an accountant's."""
     verdict = {True: Verdict.REPRODUCED, False: Verdict.CONTRADICTED, None: Verdict.NOT_MEASURED}[holds]

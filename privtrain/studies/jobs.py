@@ -50,11 +50,13 @@ class Job:
         cells: (axis values, seed) with one configuration, and so with one digest; the first gives the job its name.
         directory: where its configuration, run and records lie.
         data: directory of the study's prepared files.
+        recipe: directory of the recipe, where scripts of the study lie.
     """
 
     cells: tuple[Cell, ...]
     directory: pathlib.Path
     data: pathlib.Path
+    recipe: pathlib.Path
 
     @property
     def name(self) -> str:
@@ -100,11 +102,12 @@ class Job:
             "run": str(self.run),
             "cell": str(self.directory),
             "data": str(self.data),
+            "recipe": str(self.recipe),
         }
         return [fill(command, places) for command in self.cells[0].commands]
 
 
-def jobs_of(cells: Sequence[Cell], root: pathlib.Path, data: pathlib.Path) -> list[Job]:
+def jobs_of(cells: Sequence[Cell], root: pathlib.Path, data: pathlib.Path, recipe: pathlib.Path) -> list[Job]:
     """Return the jobs behind a grid, in its order; cells of equal digest share one."""
     grouped: dict[str, list[Cell]] = {}
     for cell in cells:
@@ -114,7 +117,7 @@ def jobs_of(cells: Sequence[Cell], root: pathlib.Path, data: pathlib.Path) -> li
     for digest, sharing in grouped.items():
         short = digest[:_SHORT]
         directory = existing.get(short) or root / "cells" / f"{sharing[0].name}-{short}"
-        jobs.append(Job(tuple(sharing), directory, data))
+        jobs.append(Job(tuple(sharing), directory, data, recipe))
     return jobs
 
 

@@ -33,7 +33,7 @@ RECIPES = pathlib.Path(__file__).parents[2] / "launch" / "recipes" / "studies"
 TRAIN = "privtrain train {config}"
 
 #: What stands in a configuration or a command for a place that is known only when the study runs.
-PLACES = ("config", "run", "cell", "data")
+PLACES = ("config", "run", "cell", "data", "recipe")
 
 _NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
 
@@ -63,7 +63,7 @@ class Recipe(Section):
     commands: list[str] = Field(
         default=[TRAIN],
         min_length=1,
-        description="Run one after another; {config}, {run}, {cell} and {data} are paths.",
+        description="Run one after another; {config}, {run}, {cell}, {data} and {recipe} are paths.",
     )
 
 

@@ -92,7 +92,8 @@ class Study:
         root = options.output or pathlib.Path("runs/studies") / f"{name}-{options.scale}"
         recipe_of_data = json.dumps(recipe.prepare, sort_keys=True).encode()
         data = root / "data" / hashlib.sha256(recipe_of_data).hexdigest()[:16]
-        return cls(recipe, module, root, data, path.parent, tuple(cells), tuple(jobs_of(cells, root, data)))
+        jobs = jobs_of(cells, root, data, path.parent)
+        return cls(recipe, module, root, data, path.parent, tuple(cells), tuple(jobs))
 
     def chosen(self, only: Sequence[str]) -> list[Job]:
         """Return jobs with a cell that one of the patterns fits.

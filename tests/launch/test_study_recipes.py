@@ -17,6 +17,8 @@ from tests.conftest import write_config
 from tests.launch import recipe_plans
 from tests.launch.study_models import PUBLISHED, dummy_rows, save_tiny
 
+RECOMMENDED = {"overrides": {"training.learning_rate": 0.01}, "rate_now": 0.02, "rate_without_noise": 0.03}
+
 STUDIES = sorted(path.parent.name for path in RECIPES.glob("*/paper.yaml"))
 
 
@@ -38,8 +40,9 @@ def _covering(cells: list[Cell]) -> list[Cell]:
 
 @pytest.fixture(autouse=True)
 def _noise_for_nothing(monkeypatch):
-    """Accountants take a minute to say how much noise EW-Tune's settings take; here any will do."""
+    """Accountants take a minute to say how much noise EW-Tune's settings take, or which plan is best; here any do."""
     monkeypatch.setattr("privtrain.studies.noise.Setting.noise", lambda setting, name: 0.8)
+    monkeypatch.setattr("privtrain.studies.more_per_epsilon.recommended", lambda *given: RECOMMENDED)
 
 
 def test_there_are_paper_scale_studies_and_each_has_a_small_one():

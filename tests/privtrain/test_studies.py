@@ -24,10 +24,12 @@ from privtrain.studies import jobs
 from privtrain.studies.findings import (
     Statement,
     Verdict,
+    judge_at_least,
     judge_best,
     judge_direction,
     judge_fact,
     judge_no_effect,
+    judge_not_worse,
     summary,
 )
 from privtrain.studies.recipe import Recipe, expand, fill
@@ -393,6 +395,38 @@ def test_differences_know_whether_their_arms_had_the_same_split(recipe, tmp_path
     assert same(None) is True
     assert same({"split_commitment": "another"}) is False
     assert same({}) is None
+
+
+@pytest.mark.parametrize(
+    ("values", "verdict"),
+    [
+        ((0.4, 0.41, 0.39), Verdict.REPRODUCED),
+        ((0.31, 0.35, 0.27), Verdict.REPRODUCED),  # the mean is above, the interval is not
+        ((0.9, -0.2, 0.4), Verdict.UNDECIDED),  # above on average, and zero is within
+        ((0.29, 0.31, 0.27), Verdict.UNDECIDED),
+        ((0.1, 0.11, 0.09), Verdict.CONTRADICTED),
+        ((0.4,), Verdict.NOT_MEASURED),
+    ],
+)
+def test_a_target_for_a_share_needs_mean_and_interval(values, verdict):
+    claim = judge_at_least(CLAIM, Estimate(values), 0.3)
+    assert claim.verdict is verdict
+    assert f"{100 * Estimate(values).mean:.1f}" in claim.ours or verdict is Verdict.NOT_MEASURED
+
+
+@pytest.mark.parametrize(
+    ("values", "verdict"),
+    [
+        ((0.0, 0.0, 0.0), Verdict.REPRODUCED),  # the same plan
+        ((0.1, -0.1, 0.02), Verdict.REPRODUCED),
+        ((-1.0, -1.1, -0.9), Verdict.REPRODUCED),
+        ((0.1, 0.11, 0.09), Verdict.CONTRADICTED),
+        ((0.4,), Verdict.NOT_MEASURED),
+    ],
+)
+def test_not_worse_is_judged_by_the_interval(values, verdict):
+    assert judge_not_worse(CLAIM, Estimate(values)).verdict is verdict
+    assert judge_not_worse(CLAIM, None).verdict is Verdict.NOT_MEASURED
 
 
 def test_a_verdict_without_noise_and_without_numbers():
