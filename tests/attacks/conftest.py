@@ -13,7 +13,7 @@ import pytest
 
 from attacks import evidence, signals
 from attacks.analysis import analyse
-from attacks.reporting import record
+from attacks.reporting import record, report
 from privtrain.files.private import make_private_directory
 from privtrain.run.directory import RunDirectory
 
@@ -166,7 +166,7 @@ def make_run(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Callabl
 
 @pytest.fixture(scope="session")
 def analysed_runs(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """Analysed runs by the arguments that made them; copied, never changed."""
+    """Analysed and reported runs by what made them; copied, never changed."""
     return tmp_path_factory.mktemp("analysed")
 
 
@@ -177,13 +177,43 @@ def analysed(
     """Writes and analyses a run as ``make_run`` does; equal arguments are analysed once a session."""
 
     def make(num_units: int = 40, **arguments: Any) -> pathlib.Path:
-        text = repr((num_units, sorted(arguments.items())))
-        kept = analysed_runs / hashlib.sha256(text.encode()).hexdigest()
-        if not kept.exists():
+        def make_analysed() -> pathlib.Path:
             run = make_run(num_units, **arguments)
             analyse.analyse_run(run)
-            shutil.copytree(run, kept)
             return run
-        return shutil.copytree(kept, tmp_path / arguments.get("name", "run"))
+
+        kept = analysed_runs / _digest(num_units, arguments)
+        return _copied(kept, make_analysed, tmp_path / arguments.get("name", "run"))
 
     return make
+
+
+@pytest.fixture
+def reported(
+    analysed: Callable[..., pathlib.Path], analysed_runs: pathlib.Path, tmp_path: pathlib.Path
+) -> Callable[..., pathlib.Path]:
+    """As ``analysed``, with the report, which is written once for equal arguments."""
+
+    def make(num_units: int = 40, **arguments: Any) -> pathlib.Path:
+        def make_reported() -> pathlib.Path:
+            run = analysed(num_units, **arguments)
+            report.write_report(run)
+            return run
+
+        kept = analysed_runs / f"reported-{_digest(num_units, arguments)}"
+        return _copied(kept, make_reported, tmp_path / arguments.get("name", "run"))
+
+    return make
+
+
+def _digest(num_units: int, arguments: dict[str, Any]) -> str:
+    return hashlib.sha256(repr((num_units, sorted(arguments.items()))).encode()).hexdigest()
+
+
+def _copied(kept: pathlib.Path, make: Callable[[], pathlib.Path], place: pathlib.Path) -> pathlib.Path:
+    """A copy of what is kept; what is not there yet is made, and a copy of it kept."""
+    if kept.exists():
+        return shutil.copytree(kept, place)
+    made = make()
+    shutil.copytree(made, kept)
+    return made

@@ -16,7 +16,7 @@ from attacks.alone import alone
 from attacks.analysis import analyse
 from attacks.analysis.analyse import analyse_run
 from attacks.errors import AttackInputError
-from attacks.reporting import record, report, verify
+from attacks.reporting import record, verify
 from attacks.reporting.report import write_report
 from attacks.scoring import score
 from attacks.signals import REFERENCES_PATH, SIGNALS_PATH
@@ -108,9 +108,8 @@ def test_a_planted_report_directory_is_refused(make_run, leave, why):
     assert not (run / "elsewhere" / "attacks.json").exists()
 
 
-def test_opened_report_directory_is_refused(make_run):
-    run = make_run()
-    analyse_run(run)
+def test_opened_report_directory_is_refused(analysed):
+    run = analysed()
     (run / "report").chmod(0o777)
     with pytest.raises(UnsafePath, match="chmod go-w"):
         write_report(run)
@@ -126,10 +125,8 @@ def test_without_its_check_results_are_written_behind_a_link(make_run, monkeypat
 
 
 @pytest.mark.parametrize("name", ["evil.html", "index.html.bak", "index\u0301.html"])
-def test_a_page_that_is_not_the_reports_is_named(make_run, name, monkeypatch):
-    run = make_run()
-    analyse_run(run)
-    write_report(run)
+def test_a_page_that_is_not_the_reports_is_named(reported, name, monkeypatch):
+    run = reported()
     monkeypatch.setattr(verify, "_check_target", lambda *_: None)
     verify.verify_report(run)
     (run / "report" / name).write_text("verdict: consistent")
@@ -139,10 +136,8 @@ def test_a_page_that_is_not_the_reports_is_named(make_run, name, monkeypatch):
     verify.verify_report(run)
 
 
-def test_a_report_behind_a_link_is_told(make_run, monkeypatch):
-    run = make_run()
-    analyse_run(run)
-    write_report(run)
+def test_a_report_behind_a_link_is_told(reported, monkeypatch):
+    run = reported()
     monkeypatch.setattr(verify, "_check_target", lambda *_: None)
     (run / "report").rename(run / "elsewhere")
     (run / "report").symlink_to(run / "elsewhere")
@@ -150,20 +145,15 @@ def test_a_report_behind_a_link_is_told(make_run, monkeypatch):
         verify.verify_report(run)
 
 
-def test_the_report_knows_its_own_files(make_run):
-    run = make_run()
-    analyse_run(run)
-    report.write_report(run)
-    verify._check_nothing_else(run / "report")
+def test_the_report_knows_its_own_files(reported):
+    verify._check_nothing_else(reported() / "report")
 
 
 @pytest.mark.parametrize("value", [None, [], "x", 3])
 @pytest.mark.parametrize(("file", "name"), [("report", "files"), ("attacks", "target"), ("attacks", "scoring")])
-def test_a_published_report_of_another_form_is_one_line(make_run, file, name, value):
+def test_a_published_report_of_another_form_is_one_line(reported, file, name, value):
     """Without the key, whoever hands it over may have written anything."""
-    run = make_run()
-    analyse_run(run)
-    write_report(run)
+    run = reported()
     shutil.rmtree(run / "secret")
     for path in (run / "report" / "attacks.json", run / "report" / "report.json"):
         facts = json.loads(path.read_text())
