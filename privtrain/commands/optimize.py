@@ -27,8 +27,6 @@ _MOST_MEASURED = 256
 BANDS = (1, 4, 16, 64)
 #: Records of a user in a step that are compared, beside the configuration's.
 _RECORDS = (1, 4)
-#: A plan whose predicted gain is at most this share below the best is as good, as far as the law can tell.
-_AS_GOOD = 0.02
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +77,7 @@ class Optimum:
         record_draws: the compute, in records that pass through the model.
         now: the plan as it stands; ``None`` where the law knows no such plan.
         frontier: for each number of steps the choice with the largest predicted gain.
-        best: the most steps among those as good as the best.
+        best: of these, the one with the largest predicted gain.
         rests_on: what the recommendations rest on, for readers.
     """
 
@@ -147,10 +145,7 @@ def ranked(choices: Sequence[Choice], num_trained: int) -> tuple[tuple[Choice, .
     offered = _where_bands_help(choices, num_trained)
     steps = sorted({choice.num_steps for choice in offered})
     frontier = tuple(max((c for c in offered if c.num_steps == n), key=lambda c: c.predicted_gain) for n in steps)
-    most = max(choice.predicted_gain for choice in frontier)
-    # More steps cost nothing in gain here, and forgive more: the law is least sure where steps are few.
-    best = max((c for c in frontier if c.predicted_gain >= (1 - _AS_GOOD) * most), key=lambda choice: choice.num_steps)
-    return frontier, best
+    return frontier, max(frontier, key=lambda choice: choice.predicted_gain)
 
 
 def record_draws_of(privacy: PrivacySection) -> float:

@@ -13,10 +13,11 @@ of a user in a step.
 
 **Gain**, what training takes off the loss, relative to other plans of the same model and data:
 
-    gain ~ 1 / ((1 + (T₀ / T)^a) (1 + (N / (N₀ r^h k^b))^p))
+    gain ~ 1 / (1 + (T₀ / T)^a + (N / (N₀ r^h k^b))^p)
 
-A larger rank has more weights and so more noise, of which more goes where it does no harm; k records make a user's
-gradient steadier.
+Few steps and much noise add up: noise harms little where steps are what is missing. A larger rank has more weights and
+so more noise, of which more goes where it does no harm; k records make a user's gradient steadier. The batch counts
+through N alone: 8, 64 and 256 users at the same T and N gained the same.
 
 **Learning rate** of AdamW (decaying to zero), at which that gain is had: the weights may move the less, the longer and
 the noisier the run is. It hardly depends on the noise of one step, by whose norm AdamW divides; noise that cancels
@@ -40,7 +41,7 @@ import numpy as np
 from scipy import optimize
 
 #: Purposes of trainings that the law is judged by, and never fitted to.
-JUDGES = ("grid", "choice", "other-grid", "other-choice")
+JUDGES = ("grid", "choice", "other-grid", "other-choice", "last-grid", "last-choice")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -244,10 +245,13 @@ def _gain(
     record_power: float,
     rank_power: float,
 ) -> np.ndarray:
-    """Return the share of the gain: half at ``half_steps``, and half at a noise that records and rank raise."""
+    """Return the share of the gain: without noise half at ``half_steps``, after many steps half at a noise.
+
+    Records and rank raise that noise.
+    """
     steps, noise, records, rank, _ = points
     half = half_noise * rank**rank_power * records**record_power
-    return 1 / ((1 + (half_steps / steps) ** step_power) * (1 + (noise / half) ** noise_power))
+    return 1 / (1 + (half_steps / steps) ** step_power + (noise / half) ** noise_power)
 
 
 def _log_rate(

@@ -5,11 +5,12 @@ delete the file to measure everything again (about half an hour of one core). Th
 ``privtrain study user-level-dp``: a Llama of half a million weights trained on Shakespeare's plays, and synthetic
 customers. Every run is the product's own trainer under a public seed, which decides users, initial weights and noise.
 
-Purposes: ``fit`` (steps x noise x learning rate, at one batch), ``rank``, ``records`` and ``bands`` (the same for
-other ranks, records of a user in a step, and bands) are what the law is fitted to. ``grid`` and ``other-grid`` (one
-compute budget and one ε each, over batch, bands and learning rate), ``choice`` and ``other-choice`` (what the law takes
-of each grid, at the law's own learning rate) are what it is judged by; the regrets are printed last. A grid and its
-choice need the same base model: where that was trained again, delete their rows.
+Purposes: ``fit`` (steps x noise x learning rate, at one batch), ``batch``, ``rank``, ``records`` and ``bands`` (the same
+for other batches, ranks, records of a user in a step, and bands) are what the law is fitted to. ``grid``,
+``other-grid`` and ``last-grid`` (one compute budget and one ε each, over batch, bands and learning rate), ``choice``,
+``other-choice`` and ``last-choice`` (what the law takes of each grid, at the law's own learning rate) are what it is
+judged by; the regrets are printed last. A grid and its choice need the same base model: where that was trained again,
+delete their rows.
 """
 
 from __future__ import annotations
@@ -40,11 +41,11 @@ NUM_USERS, HELD_OUT, MAX_LENGTH = 2000, 0.2, 24
 
 DELTA = 1e-5
 #: Grid → user-draws of a run and ε.
-GRIDS = {"grid": (2048, 4.0), "other-grid": (1024, 8.0)}
+GRIDS = {"grid": (2048, 4.0), "other-grid": (1024, 8.0), "last-grid": (4096, 1.0)}
 #: What the law takes → of which grid.
-CHOICES = {"choice": "grid", "other-choice": "other-grid"}
+CHOICES = {"choice": "grid", "other-choice": "other-grid", "last-choice": "last-grid"}
 GRID_RATES = (3e-3, 1e-2, 3e-2, 1e-1)
-PURPOSES = ("fit", "rank", "records", "bands", "grid", "choice", "other-grid", "other-choice")
+PURPOSES = ("fit", "batch", "rank", "records", "bands", *itertools.chain(*zip(GRIDS, CHOICES, strict=True)))
 
 
 def settings(purpose: str) -> Iterator[Setting]:
@@ -53,6 +54,10 @@ def settings(purpose: str) -> Iterator[Setting]:
         for seed, steps, noise in itertools.product((0, 1), (8, 24, 72, 200), (0.0, 0.1, 0.25, 0.7, 2.0)):
             for rate in _rates(steps, noise):
                 yield Setting(purpose, steps, 8, noise, 1, 4, 1, rate, seed)
+    elif purpose == "batch":
+        for (steps, batch), noise in itertools.product(((8, 64), (24, 64), (72, 64), (8, 256), (24, 256)), (0.06, 0.25, 0.7)):
+            for rate in _rates(steps, noise):  # the multiplier grows with the batch: the noise in the mean stays
+                yield Setting(purpose, steps, batch, noise * batch / 8, 1, 4, 1, rate, 0)
     elif purpose == "rank":
         for rank, noise in itertools.product((1, 4, 16), (0.1, 0.7)):
             for rate in _rates(32, noise):
