@@ -5,8 +5,8 @@ delete the file to measure everything again (about half an hour of one core). Th
 ``privtrain study user-level-dp``: a Llama of half a million weights trained on Shakespeare's plays, and synthetic
 customers. Every run is the product's own trainer under a public seed, which decides users, initial weights and noise.
 
-Purposes: ``fit`` (steps x noise x learning rate, at one batch), ``batch``, ``rank``, ``records`` and ``bands`` (the same
-for other batches, ranks, records of a user in a step, and bands) are what the law is fitted to. ``grid``,
+Purposes: ``fit`` (steps x noise x learning rate, at one batch), ``batch``, ``rank``, ``records`` and ``bands`` (the
+same for other batches, ranks, records of a user in a step, and bands) are what the law is fitted to. ``grid``,
 ``other-grid`` and ``last-grid`` (one compute budget and one ε each, over batch, bands and learning rate), ``choice``,
 ``other-choice`` and ``last-choice`` (what the law takes of each grid, at the law's own learning rate) are what it is
 judged by; the regrets are printed last. A grid and its choice need the same base model: where that was trained again,
@@ -55,7 +55,8 @@ def settings(purpose: str) -> Iterator[Setting]:
             for rate in _rates(steps, noise):
                 yield Setting(purpose, steps, 8, noise, 1, 4, 1, rate, seed)
     elif purpose == "batch":
-        for (steps, batch), noise in itertools.product(((8, 64), (24, 64), (72, 64), (8, 256), (24, 256)), (0.06, 0.25, 0.7)):
+        shapes = ((8, 64), (24, 64), (72, 64), (8, 256), (24, 256))
+        for (steps, batch), noise in itertools.product(shapes, (0.06, 0.25, 0.7)):
             for rate in _rates(steps, noise):  # the multiplier grows with the batch: the noise in the mean stays
                 yield Setting(purpose, steps, batch, noise * batch / 8, 1, 4, 1, rate, 0)
     elif purpose == "rank":
