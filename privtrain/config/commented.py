@@ -104,7 +104,9 @@ def _value(key: str, value: Any) -> str:
 
 
 def _comment(text: str, indent: str, further: str = "") -> str:
-    """Return the lines of two texts, wrapped, as lines of a YAML comment."""
-    whole = "\n".join(part for part in (text.strip(), further.strip()) if part)
-    lines = [line for part in whole.splitlines() for line in (textwrap.wrap(part, _WIDTH) or [""])]
+    """Return two texts, one under the other, as lines of a YAML comment, wrapped and indented; either may be empty."""
+    lines: list[str] = []
+    for part in (text.strip(), further.strip()):
+        for line in part.splitlines():
+            lines += textwrap.wrap(line, _WIDTH) or [""]  # an empty line stays one
     return "".join(f"{indent}# {line}".rstrip() + "\n" for line in lines)

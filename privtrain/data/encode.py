@@ -226,10 +226,13 @@ def _without_marks(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
     """Strip leading begin marks and trailing end marks from a text, for a tokenizer that adds its own."""
     begins = [str(mark) for mark in (tokenizer.bos_token, tokenizer.cls_token) if mark]
     ends = [str(mark) for mark in (tokenizer.eos_token, tokenizer.sep_token) if mark]
-    while marker := next((mark for mark in begins if text.startswith(mark)), ""):
-        text = text.removeprefix(marker)
-    while marker := next((mark for mark in ends if text.endswith(mark)), ""):
-        text = text.removesuffix(marker)
+    # As long as a mark stands there: a text may carry several.
+    while any(text.startswith(mark) for mark in begins):
+        for mark in begins:
+            text = text.removeprefix(mark)
+    while any(text.endswith(mark) for mark in ends):
+        for mark in ends:
+            text = text.removesuffix(mark)
     return text
 
 
