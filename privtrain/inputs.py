@@ -21,6 +21,9 @@ from privtrain.run.base_model import check_model, is_at_hand
 from privtrain.run.directory import RunDirectory
 from privtrain.run.signing import Keys, password_from_environment, signing_faults
 
+#: What W&B knows as its mode, set in the environment.
+_WANDB_MODES = ("offline", "online", "disabled", "shared", "dryrun", "run")
+
 
 def load_checked(path: pathlib.Path, overrides: Sequence[str] = ()) -> Config:
     """Read a configuration and check what it names: all faults are reported at once.
@@ -63,6 +66,9 @@ def check_inputs(config: Config) -> None:
     for name in ("tensorboard", "mlflow", "trackio"):
         if getattr(config.tracking, name) and importlib.util.find_spec(name) is None:
             faults.append(Fault(f"tracking.{name}", f"is not installed: pip install {name}"))
+    mode = os.environ.get("WANDB_MODE", "offline")
+    if config.tracking.wandb and mode not in _WANDB_MODES:
+        faults.append(Fault("WANDB_MODE", f"given {mode!r}; must be one of {', '.join(_WANDB_MODES)}"))
     keys = Keys.of(config.release)
     is_main = os.environ.get("RANK", "0") == "0"
     if is_main and (problem := why_unwritable(config.run.directory)):

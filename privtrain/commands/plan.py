@@ -237,7 +237,10 @@ def _cost(config: Config, plan: PrivacyPlan, layout: LaunchLayout, options: Plan
     num_bands = 1 if plan.strategy is None else plan.strategy.num_bands
     try:
         size, problem = model_size(config, layout, num_bands), ""
-    except ConfigError as error:  # the plan is still worth showing where the model is not at hand
+    except ConfigError as error:
+        if any(fault.path.startswith("lora.") for fault in error.faults):  # wrong for this model, as training will say
+            raise
+        # The plan is still worth showing where the model is not at hand.
         size, problem = ModelSize(0, {}), str(error)
     # Both relative to the clipping norm: noise is independent on every coordinate, and the sum is largest if all units
     # of a batch agree.

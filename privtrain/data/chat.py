@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import bisect
 import collections
+import datetime
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,12 @@ Messages = list[dict[str, Any]]
 #: What a template raises at a conversation that it was not written for.
 _UNRENDERABLE = (jinja2.TemplateError, TypeError, ValueError)
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+#: What a template reads an undefined name or key of a turn as.
+_UNDEFINED = re.compile(r"has no (?:attribute|element) '?([^']+)'?$|^'([^']+)' is undefined$")
+#: Where a template writes today's date, by a format that stands in it.
+_DATE = re.compile(r"\bstrftime_now\(\s*(['\"])((?:(?!\1)[^\\])*)\1\s*\)")
+#: The day that is written instead: a record must be the same tokens on every rank and after a resume.
+_TODAY = datetime.datetime(2024, 7, 26, tzinfo=datetime.UTC)
 #: The public conversation that templates are tried on.
 _PROBE: Messages = [
     {"role": "user", "content": "Which way?"},
@@ -38,12 +45,28 @@ _PROBE: Messages = [
 ]
 
 
+def rendered(tokenizer: PreTrainedTokenizerBase, messages: Messages, *, add_generation_prompt: bool = False) -> Any:
+    """Return a conversation by the tokenizer's chat template, the same whatever day it is."""
+    template: Any = tokenizer.chat_template
+    return tokenizer.apply_chat_template(
+        messages,
+        chat_template=undated(template) if isinstance(template, str) else None,
+        tokenize=False,
+        add_generation_prompt=add_generation_prompt,
+    )
+
+
+def undated(template: str) -> str:
+    """Return a chat template that writes one fixed day where it would write today's."""
+    return _DATE.sub(lambda found: repr(_TODAY.strftime(found[2])), template)
+
+
 def end_marks(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return the special token that the chat template puts after an answer, as a list of its id.
 
     The list is empty if the template puts only plain text there.
     """
-    answered: Any = tokenizer.apply_chat_template(_PROBE[:2], tokenize=False)
+    answered: Any = rendered(tokenizer, _PROBE[:2])
     _, _, after_answer = answered.rpartition(_PROBE[1]["content"])
     encoded: Any = tokenizer(after_answer, add_special_tokens=False, verbose=False)
     special_ids = {*tokenizer.all_special_ids, *getattr(tokenizer, "added_tokens_decoder", {})}
@@ -104,11 +127,10 @@ class ChatRenderer:
                 ]
             )
 
-        if self._marks_itself:
-            self._check_ends(whole, spans, key)
+        self._check_ends(whole, spans, key)
 
     def _check_ends(self, whole: str, spans: list[tuple[int, int]], key: str) -> None:
-        """Raise unless a template that marks answers marks what ends them too: else the model never learns to stop.
+        """Raise unless what is predicted of an answer ends in something that is no part of it: a mark, or words.
 
         Args:
             whole: the probe conversation, rendered.
@@ -116,7 +138,7 @@ class ChatRenderer:
             key: key of the configuration, for the error.
 
         Raises:
-            ConfigError: if a generation block closes before the end mark.
+            ConfigError: if the template ends no answer, or closes a generation block before the end mark.
         """
         special_tokens = tuple(mark for mark in self._tokenizer.all_special_tokens if mark)
         answers = [message["content"] for message in _PROBE if message["role"] == "assistant"]
@@ -125,6 +147,12 @@ class ChatRenderer:
             after_block = whole[end:].lstrip()
             # White space in the block may end an answer by itself, unless the end mark comes right after the block.
             is_blank = not marked_after_answer.strip()
+            if not self._marks_itself and is_blank:
+                problem = (
+                    "the chat template puts no mark after an answer, so the model would never learn to stop; give a "
+                    "template that writes {{ eos_token }} there"
+                )
+                raise ConfigError([Fault(key, problem)])
             if is_blank and (not marked_after_answer or after_block.startswith(special_tokens)):
                 problem = (
                     "the chat template closes {% endgeneration %} before the mark that ends an answer, so the model "
@@ -158,27 +186,27 @@ class ChatRenderer:
     def _own_words(self, error: Exception) -> str:
         """Return the error's message if it is the template's own text; else, since it may quote a record, its type."""
         words = " ".join(str(error).split())
-        return words if words and words in str(self._tokenizer.chat_template) else type(error).__name__
-
-    def _render(self, messages: Messages, add_generation_prompt: bool = False) -> Any:
-        return self._tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
+        template = str(self._tokenizer.chat_template)
+        if words and words in template:
+            return words
+        missing = _UNDEFINED.search(words) if isinstance(error, jinja2.UndefinedError) else None
+        name = next(filter(None, missing.groups()), "") if missing else ""
+        return f"it reads {name!r}, which a turn lacks" if name and name in template else type(error).__name__
 
     def _spans(self, messages: Messages) -> tuple[str, list[tuple[int, int]]]:
         """Return the rendered text, and (start, end) of the characters of each assistant turn in it.
 
         The second is empty if the assistant's turns cannot be told apart.
         """
-        whole: str = self._render(messages)
+        whole: str = rendered(self._tokenizer, messages)
         if self._marks_itself:
             return whole, self._marked_spans(messages)
         spans = []
         for index, message in enumerate(messages):
             if message["role"] != "assistant" or index == 0:  # a turn that answers nothing is context
                 continue
-            before: str = self._render(messages[:index], add_generation_prompt=True)
-            through: str = self._render(messages[: index + 1])
+            before: str = rendered(self._tokenizer, messages[:index], add_generation_prompt=True)
+            through: str = rendered(self._tokenizer, messages[: index + 1])
             if not (through.startswith(before) and whole.startswith(through)):
                 return whole, []
             spans.append((len(before), len(through)))
@@ -191,11 +219,11 @@ class ChatRenderer:
         template = self._tokenizer.chat_template
         assert isinstance(template, str)
         special_tokens: Any = self._tokenizer.special_tokens_map
-        rendered: Any = render_jinja_template(
+        marked: Any = render_jinja_template(
             conversations=[messages],  # pyright: ignore[reportArgumentType]
-            chat_template=template,
+            chat_template=undated(template),
             return_assistant_tokens_mask=True,
             **special_tokens,
         )
-        _, spans_of_conversations = rendered
+        _, spans_of_conversations = marked
         return list(spans_of_conversations[0])

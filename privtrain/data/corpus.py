@@ -21,7 +21,7 @@ from privtrain.data import formats, index
 from privtrain.data.digest import RecordDigest
 from privtrain.data.formats import Unusable
 from privtrain.data.packaged import PACKAGED
-from privtrain.data.rows import file_columns, file_rows, hub_rows
+from privtrain.data.rows import file_columns, file_rows, hub_rows, other_kind
 from privtrain.errors import ConfigError, Fault
 from privtrain.files import reading
 
@@ -142,6 +142,8 @@ def columns_of(file: pathlib.Path, path_key: str = "data.source.paths") -> tuple
         if file.suffix.lower() in _FORMATS:
             hint = "; write its ending in lower case"
         return [], [Fault(path_key, f"{file} is not one of {', '.join(_FORMATS)}{hint}")]
+    if problem := other_kind(file):
+        return [], [Fault(path_key, f"{file} {problem}")]
     try:
         columns = file_columns(file)
     except ConfigError as error:
@@ -182,8 +184,15 @@ def _check_file(file: pathlib.Path, data: DataSection, path_key: str, keys: Sequ
     for key, name in wanted.items():
         if columns.count(name) != 1:
             problem = f"column {name!r} stands twice in {file}" if name in columns else f"no column {name!r} in {file}"
-            faults.append(Fault(f"data.{key}", f"{problem}; {shown}"))
+            near = next((column for column in columns if column != name and _bare(column) == _bare(name)), None)
+            hint = f"; its column {near!r} is written otherwise: set data.{key}: {near}" if near else f"; {shown}"
+            faults.append(Fault(f"data.{key}", problem + hint))
     return faults
+
+
+def _bare(name: str) -> str:
+    """Return a column's name without what people do not see as a difference: case, white space and quotes."""
+    return "".join(name.split()).strip("'\"\ufeff").lower()
 
 
 def _visible(name: str) -> str:
@@ -306,7 +315,8 @@ def _no_row(counts: RowCounts) -> Fault:
     """Return the fault of a source without a usable row, with how many were dropped for which reason."""
     reasons = counts.why_dropped()
     shown = f": {'; '.join(reasons)}" if reasons else ""
-    return Fault("data.source", f"no usable row among {counts.num_rows}{shown}")
+    among = f"no usable row among {counts.num_rows}" if counts.num_rows else "the source holds no row"
+    return Fault("data.source", f"{among}{shown}")
 
 
 def _usable_rows(rows: Iterable[tuple[object, object]], tally: dict[str, Any]) -> Iterator[tuple[str, str]]:

@@ -106,9 +106,23 @@ def why_unusable(data: DataSection, values: Sequence[object]) -> Unusable:
                     f"{_kind(values[0])} that is neither whole nor text for a label ({keys[0]}); convert it"
                 )
             if _label_number(data, values[0]) is None:
-                return Unusable(f"a label that data.labels does not name ({keys[0]})")
+                return Unusable(f"{_label_problem(data, values[0])} ({keys[0]})")
             texts = zip(values[1:], keys[1:], strict=True)
             return Unusable(next(_text_problem(text, key) for text, key in texts if not _content(text).strip()))
+
+
+def _label_problem(data: DataSection, label: object) -> str:
+    """Return why a value is none of the declared labels, without quoting it."""
+    if label is None or label == "":
+        return "no label"
+    if not isinstance(label, int | str):
+        return f"{_kind(label)} where one label is needed"
+    text, names = str(label).strip(), [str(name) for name in data.labels or ()]
+    if text.casefold() in map(str.casefold, names):
+        return "a label that data.labels writes in other case"
+    if text.endswith(".0") and text[:-2] in names:
+        return "a label with .0 behind, which data.labels names without; convert the column to whole numbers"
+    return "a label that data.labels does not name"
 
 
 def _text_problem(value: object, key: str) -> str:

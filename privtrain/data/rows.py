@@ -26,6 +26,19 @@ _MOST_FIELD_CHARACTERS = (1 << 31) - 1
 #: What to do about a file that does not hold one object a line.
 _ONE_A_LINE = "a .jsonl file holds one object with named columns a line; convert an array with: jq -c '.[]' FILE"
 
+#: How files begin that are something else than their ending says, and what to do.
+_OTHER_KINDS = (
+    (b"\x1f\x8b", "is compressed by gzip; unpack it: gunzip FILE"),
+    (b"\x28\xb5\x2f\xfd", "is compressed by zstd; unpack it: zstd -d FILE"),
+    (b"BZh", "is compressed by bzip2; unpack it: bunzip2 FILE"),
+    (b"PK\x03\x04", "is a ZIP archive or a spreadsheet (.xlsx); unpack it, or save it as CSV"),
+    (b"version https://git-lfs", "is a Git LFS pointer, not the file itself; fetch it with: git lfs pull"),
+    (b"<!DOCTYPE", "is a web page, not the file; download it again"),
+    (b"<html", "is a web page, not the file; download it again"),
+    (b"PAR1", "is Parquet; name it .parquet"),
+    (b"ARROW1", "is an Arrow file; convert it to Parquet"),
+)
+
 #: What reading a damaged file of rows raises.
 READ_FAULTS = (OSError, ValueError, OverflowError, RecursionError, KeyError, csv.Error, pyarrow.ArrowException)
 #: What the library datasets raises at names, scripts and files that it cannot load, beside its own errors.
@@ -154,6 +167,22 @@ def file_columns(file: pathlib.Path) -> list[str]:
     except READ_FAULTS as error:
         unit = "row" if file.suffix == ".csv" else "line"
         raise ConfigError([Fault("data.source.paths", unreadable(file, number + 1, error, unit))]) from None
+
+
+def other_kind(file: pathlib.Path) -> str:
+    """Return what a file is if its first bytes say that it is something else than its ending does; else nothing."""
+    try:
+        with open(file, "rb") as opened:
+            head = opened.read(64)
+    except OSError:
+        return ""  # reading it says why
+    own = {".parquet": b"PAR1"}.get(file.suffix, b"")
+    for start, problem in _OTHER_KINDS:
+        if start != own and head.lower().startswith(start.lower()):
+            return problem
+    if file.suffix != ".parquet" and b"\0" in head[:2] and head[:2] not in (b"\xff\xfe", b"\xfe\xff"):
+        return "is not UTF-8 text (UTF-16 without a mark, or no text at all); save it as UTF-8"
+    return ""
 
 
 def unreadable(file: pathlib.Path, number: int, error: Exception, unit: str = "row") -> str:

@@ -9,7 +9,7 @@ import torch
 from privtrain.config import Config
 from privtrain.config.model import ModelSection
 from privtrain.errors import ConfigError, Fault
-from privtrain.models.load import LOADING_FAILURES
+from privtrain.models.load import LOADING_FAILURES, NO_FOREIGN_CODE, reason_of
 from privtrain.run.base_model import locate
 
 if TYPE_CHECKING:
@@ -52,9 +52,9 @@ def _text_config(model: ModelSection) -> PretrainedConfig:
 
     location = locate(model)
     try:
-        return AutoConfig.from_pretrained(location.path, **location.arguments).get_text_config()
+        return AutoConfig.from_pretrained(location.path, **NO_FOREIGN_CODE, **location.arguments).get_text_config()
     except LOADING_FAILURES as error:
-        problem = f"cannot read the configuration in {location.path}: {str(error).strip().splitlines()[0]}"
+        problem = f"cannot read the configuration in {location.path}: {reason_of(error)}"
         raise ConfigError([Fault("model", problem)]) from None
 
 

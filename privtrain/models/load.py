@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub import errors as hub_errors
 from safetensors import SafetensorError
 
 from privtrain.config.model import ModelSection
@@ -31,7 +32,11 @@ LOADING_FAILURES = (
     EOFError,
     pickle.UnpicklingError,
     SafetensorError,
+    hub_errors.StrictDataclassError,  # a value of config.json that cannot be
 )
+
+#: Code that lies beside a model's weights is never run.
+NO_FOREIGN_CODE = {"trust_remote_code": False}
 
 
 #: How files begin that a tokenizer is loaded from.
@@ -48,9 +53,9 @@ def load_tokenizer(model: ModelSection) -> PreTrainedTokenizerBase:
 
     location = locate(model)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(location.path, **location.arguments)
+        tokenizer = AutoTokenizer.from_pretrained(location.path, **NO_FOREIGN_CODE, **location.arguments)
     except LOADING_FAILURES as error:
-        reason = _first_line(error)
+        reason = reason_of(error)
         directory = pathlib.Path(location.path)
         has_tokenizer_file = any(any(directory.glob(f"{name}*")) for name in _TOKENIZER_FILES)
         if directory.is_dir() and not has_tokenizer_file and model.gguf_file is None:
@@ -126,13 +131,14 @@ def _load(
             dtype=dtype,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
+            **NO_FOREIGN_CODE,
             **options,
             **location.arguments,
         )
     except (torch.OutOfMemoryError, MemoryError):  # no fault of the configuration
         raise
     except LOADING_FAILURES as error:
-        reason = _first_line(error)
+        reason = reason_of(error)
         if reason.startswith("Unrecognized configuration class"):
             task = "sequence classifier" if is_classifier else "causal language model"
             reason = f"transformers has no {task} of its kind (model_type in config.json); take another base model"
@@ -229,5 +235,13 @@ def _cpu_has_bf16() -> bool:
     return any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16", "bf16"))
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def reason_of(error: Exception) -> str:
+    """Return in one line why a model, its configuration or its tokenizer cannot be loaded."""
+    words = str(error)
+    if isinstance(error, hub_errors.StrictDataclassError):
+        return f"config.json is no configuration of a model: {' '.join(words.split())}"
+    if "trust_remote_code" in words:
+        return "it needs code that lies beside its weights, which is never run; take a model that transformers knows"
+    if "weights_only" in words:
+        return "pytorch_model.bin is damaged, or holds more than weights; save the model as safetensors"
+    return (words.strip().splitlines() or [type(error).__name__])[0]

@@ -151,15 +151,16 @@ def meta_model(config: Config, dtype: torch.dtype) -> tuple[Any, Any]:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
+    from privtrain.models.load import LOADING_FAILURES, NO_FOREIGN_CODE, reason_of
     from privtrain.models.trainable import make_trainable
 
     if config.training.has_virtual_tokens:
         raise ConfigError([Fault("training.method", f"memory is not estimated for {config.training.method}")])
     location = locate(config.model)
     try:
-        architecture = AutoConfig.from_pretrained(location.path, **location.arguments)
-    except (OSError, ValueError) as error:
-        problem = f"cannot load the model's config from {location.path}: {str(error).splitlines()[0]}"
+        architecture = AutoConfig.from_pretrained(location.path, **NO_FOREIGN_CODE, **location.arguments)
+    except LOADING_FAILURES as error:
+        problem = f"cannot load the model's config from {location.path}: {reason_of(error)}"
         raise ConfigError([Fault("model", problem)]) from None
     architecture.use_cache = False
     kind = AutoModelForCausalLM

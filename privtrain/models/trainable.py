@@ -18,7 +18,7 @@ import torch
 from privtrain.config import Config
 from privtrain.config.model import LoraSection
 from privtrain.errors import ConfigError, Fault
-from privtrain.models.load import _first_line
+from privtrain.models.load import reason_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -88,7 +88,7 @@ def _add_prompt(base: PreTrainedModel, method: str, num_virtual_tokens: int, ini
         try:
             model = peft.get_peft_model(base, kind(task_type="CAUSAL_LM", num_virtual_tokens=num_virtual_tokens))
         except _PEFT_FAILURES as error:
-            raise ConfigError([Fault("training.method", f"{method}: PEFT refuses: {_first_line(error)}")]) from None
+            raise ConfigError([Fault("training.method", f"{method}: PEFT refuses: {reason_of(error)}")]) from None
     model.peft_config["default"].base_model_name_or_path = public_name
     return model
 
@@ -159,7 +159,7 @@ def add_lora(
         try:
             model = peft.get_peft_model(base, config)
         except _PEFT_FAILURES as error:
-            raise ConfigError([Fault("lora.target_modules", f"PEFT refuses: {_first_line(error)}")]) from None
+            raise ConfigError([Fault("lora.target_modules", f"PEFT refuses: {reason_of(error)}")]) from None
     if lora.freeze_a:
         for name, parameter in model.named_parameters():
             if ".lora_A." in name or ".lora_embedding_A." in name:

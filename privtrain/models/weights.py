@@ -20,7 +20,7 @@ import torch
 
 from privtrain.config.model import LoraSection, ModelSection
 from privtrain.errors import ConfigError, Fault
-from privtrain.models.load import load_base, load_classifier, switch_cache_off
+from privtrain.models.load import NO_FOREIGN_CODE, load_base, load_classifier, switch_cache_off
 from privtrain.run.base_model import locate
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ class BaseSource:
 
         self._refuse_parts()
         location = locate(self.model)
-        config = AutoConfig.from_pretrained(location.path, **location.arguments)
+        config = AutoConfig.from_pretrained(location.path, **NO_FOREIGN_CODE, **location.arguments)
         if getattr(config, "quantization_config", None) is not None and self.model.gguf_file:
             delattr(config, "quantization_config")
         model = AutoModelForCausalLM.from_config(config, dtype=self.dtype)

@@ -9,7 +9,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 
-from privtrain.errors import PrivtrainError
+from privtrain.errors import ConfigError, Fault, PrivtrainError
 
 
 def join_processes(timeout_seconds: int) -> tuple[PartialState, torch.device]:
@@ -20,8 +20,9 @@ def join_processes(timeout_seconds: int) -> tuple[PartialState, torch.device]:
 
     Raises:
         PrivtrainError: if accelerate sees another number of processes than the launcher started.
+        ConfigError: if what the launcher set of ranks cannot be.
     """
-    num_launched = int(os.environ.get("WORLD_SIZE", "1"))
+    num_launched = _num_launched()
     # Under torchrun accelerate looks for GPUs by default; without one each rank would believe it is alone.
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     # A job of one process gets no process group, and PartialState refuses a timeout then.
@@ -34,3 +35,27 @@ def join_processes(timeout_seconds: int) -> tuple[PartialState, torch.device]:
         )
     assert state.device is not None
     return state, state.device
+
+
+def _num_launched() -> int:
+    """Return the number of processes, by the launcher's environment; a rank that nobody waits for would wait for ever.
+
+    Raises:
+        ConfigError: naming the variables that are no numbers, or too large.
+    """
+    names = ("WORLD_SIZE", "RANK", "LOCAL_RANK")
+    numbers: dict[str, int] = {"WORLD_SIZE": 1, "RANK": 0, "LOCAL_RANK": 0}
+    faults = []
+    for name in names:
+        given = os.environ.get(name, "").strip() or str(numbers[name])
+        if given.isdecimal():
+            numbers[name] = int(given)
+        elif (name, given) != ("LOCAL_RANK", "-1"):  # older launchers' word for one process
+            faults.append(Fault(name, f"given {given!r}; must be a whole number, as accelerate or torchrun set it"))
+    size = max(1, numbers["WORLD_SIZE"])
+    for name in names[1:]:
+        if not faults and numbers[name] >= size:
+            faults.append(Fault(name, f"given {numbers[name]}; WORLD_SIZE={size} has ranks 0 to {size - 1}"))
+    if faults:
+        raise ConfigError(faults, "environment")
+    return size

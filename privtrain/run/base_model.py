@@ -6,6 +6,7 @@ import dataclasses
 import importlib.metadata
 import importlib.util
 import pathlib
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,6 +24,8 @@ _NOT_LOADED = (
 _WEIGHTS = (".safetensors", ".bin", ".gguf", ".index.json")
 #: Files of this project that may lie beside a model, and beginnings of names of legal texts.
 _NO_PART = ("release.json", "export.json", "corpus.json", "privacy.json")
+#: What a hub calls a model: its owner, where it has one, and its name.
+_HUB_NAME = re.compile(r"(?:[A-Za-z0-9_.-]+/)?[A-Za-z0-9_.-]+")
 _LEGAL = ("license", "notice", "use_policy", "readme", "copying")
 
 
@@ -84,7 +87,20 @@ def check_model(model: ModelSection) -> list[Fault]:
     # What looks like a path must exist; anything else may be a name on a hub, which is not asked here.
     if path.exists() or path.is_absolute() or location.path.startswith("."):
         return [Fault("model.name_or_path", f"no such model directory: {path}")]
+    if not _HUB_NAME.fullmatch(location.path):
+        problem = f"given {location.path!r}, which is no directory here and no name of a hub{_name_hint(location.path)}"
+        return [Fault("model.name_or_path", problem)]
     return []
+
+
+def _name_hint(name: str) -> str:
+    if name.startswith("~"):
+        return "; write the home directory out"
+    if "$" in name:
+        return "; variables of the environment are not read in a configuration"
+    if "://" in name:
+        return "; of an address, give the owner and the name of the model alone: owner/name"
+    return ""
 
 
 def directory_of(model: ModelSection) -> pathlib.Path | None:

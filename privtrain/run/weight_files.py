@@ -54,6 +54,10 @@ def weights_read(directory: pathlib.Path) -> tuple[list[pathlib.Path], list[str]
         index = directory / f"{whole}.index.json"
         if index.is_file():
             return _parts(index)
+    stem = _WHOLE[0].partition(".")[0]
+    if parts := sorted(directory.glob(f"{stem}-*-of-*.safetensors")):
+        problem = f"{directory} holds {parts[0].name} and no {_WHOLE[0]}.index.json, which names the parts; fetch it"
+        return [], [problem]
     return [], []
 
 

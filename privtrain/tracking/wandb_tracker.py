@@ -36,7 +36,11 @@ class WandbTracker:
 
     def __init__(self, config: Config, plan: PrivacyPlan, run: RunDirectory, run_id: str) -> None:
         machine = machine_label(0) if config.tracking.system_metrics else None
-        settings = careful_settings(machine)
+        remedy = "mend it, or set tracking.wandb: false; then start the same command again"
+        try:
+            settings = careful_settings(machine)
+        except ValueError as error:  # a variable of W&B's that it does not understand
+            raise PrivtrainError(f"W&B's settings cannot be read: {' '.join(str(error).split())}; {remedy}") from None
         import wandb
 
         tags = [plan.unit, plan.sampling, *(["not private"] if plan.not_private_reasons else [])]
@@ -54,7 +58,6 @@ class WandbTracker:
                 settings=settings,
             )
         except wandb.Error as error:
-            remedy = "mend it, or set tracking.wandb: false; then start the same command again"
             raise PrivtrainError(f"W&B cannot be opened: {error}; {remedy}") from None
         self._run.define_metric("train/step")
         self._run.define_metric("*", step_metric="train/step")

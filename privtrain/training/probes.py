@@ -361,6 +361,11 @@ class Probe:
         of_shape = self._tolerance(_OTHER_SHAPE)
         of_bits = of_shape if self._has_experts() else _SAME_SHAPE
         plain = self._logits(record, width, length)
+        if torch.isnan(plain).any() or (plain == torch.inf).any():
+            return (
+                f"the outputs of {name} on made-up tokens are not finite: its weights hold NaN or infinity, or it "
+                "overflows; fetch the model again, or set performance.precision: fp32"
+            )
         of_ids = _moved(plain, self._logits(record, width, length, pad_id=self._quiet))
         of_width = _moved(plain, self._logits(record, widest, length))
         cut = -(-length // 2)

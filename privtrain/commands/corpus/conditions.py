@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from privtrain.config.data import DataSection
-from privtrain.data.chat import end_marks
+from privtrain.data.chat import end_marks, rendered
 from privtrain.data.encode import context_ids
 from privtrain.data.formats import has_half_pair
 from privtrain.errors import ConfigError, Fault
@@ -44,10 +44,9 @@ class Condition:
         """Return the tokens that come before the text, as training encoded them."""
         if data.format != "chat":
             return context_ids(self.prompt, tokenizer)
-        rendered: Any = tokenizer.apply_chat_template(
-            [dict(message) for message in self.messages], tokenize=False, add_generation_prompt=True
-        )
-        encoded: Any = tokenizer(rendered, add_special_tokens=False, verbose=False)
+        messages = [dict(message) for message in self.messages]
+        text: Any = rendered(tokenizer, messages, add_generation_prompt=True)
+        encoded: Any = tokenizer(text, add_special_tokens=False, verbose=False)
         return encoded["input_ids"]
 
     def row(self, text: str, data: DataSection) -> dict[str, Any]:

@@ -1,0 +1,248 @@
+"""Files, names and templates as users of other stacks bring them: used as meant, or refused by key before training."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import pickle
+import shutil
+
+import pytest
+
+from privtrain import cli
+from privtrain.commands.corpus.conditions import Condition
+from privtrain.config import validate
+from privtrain.config.data import DataSection
+from privtrain.config.model import ModelSection
+from privtrain.data.corpus import check_source, load_corpus
+from privtrain.data.encode import Encoder
+from privtrain.errors import ConfigError
+from privtrain.models.limits import num_ids_of
+from privtrain.models.load import load_base, load_tokenizer
+from privtrain.run.base_model import check_model
+from tests.conftest import write_config
+from tests.privtrain.bases import save_base, save_tokenizer
+
+TURN = "[{{ m.role }}]{{ m.content }}"
+PROMPT = "{% if add_generation_prompt %}[assistant]{% endif %}"
+ENDED = "{% for m in messages %}" + TURN + "{{ eos_token }}{% endfor %}" + PROMPT
+TALK = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n"
+
+
+def section(path, **changes) -> DataSection:
+    return DataSection.model_validate({"source": {"kind": "files", "paths": [str(path)]}, **changes})
+
+
+def source_faults(folder, name: str, content: str | bytes, **changes) -> dict[str, str]:
+    path = folder / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return {fault.path: fault.problem for fault in check_source(section(path, **changes))}
+
+
+def encoder_with(folder, template: str) -> Encoder:
+    save_tokenizer(folder / "t", template)
+    return Encoder(section("x.jsonl", format="chat"), load_tokenizer(ModelSection(name_or_path=str(folder / "t"))))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("d.jsonl", gzip.compress(b'{"user": "u", "text": "x"}\n'), "gunzip"),
+        ("d.csv", b"PK\x03\x04\x14\x00", "save it as CSV"),
+        ("d.parquet", POINTER, "git lfs pull"),
+        ("d.jsonl", POINTER, "git lfs pull"),
+        ("d.jsonl", "<!doctype html>\n", "web page"),
+        ("d.csv", "user,text\nu,x\n".encode("utf-16-le"), "save it as UTF-8"),
+        ("d.csv", b"PAR1\x00\x00", "name it .parquet"),
+        ("d.parquet", b"ARROW1\x00\x00", "convert it to Parquet"),
+    ],
+)
+def test_a_file_that_its_ending_does_not_name_says_what_it_is(tmp_path, name, content, words):
+    faults = source_faults(tmp_path, name, content)
+    assert list(faults) == ["data.source.paths"]
+    assert words in faults["data.source.paths"]
+
+
+@pytest.mark.parametrize("content", ["User, Text\nu,x\n", '"USER","Text "\nu,x\n'])
+def test_a_column_in_other_case_is_named_with_its_key(tmp_path, content):
+    faults = source_faults(tmp_path, "d.csv", content)
+    assert set(faults) == {"data.user_column", "data.text_column"}
+    assert all("is written otherwise: set data." in problem for problem in faults.values())
+
+
+def test_a_table_without_a_header_shows_nothing_of_its_first_row(tmp_path):
+    assert not any("diary" in problem for problem in source_faults(tmp_path, "d.csv", "ann,my diary\n").values())
+
+
+@pytest.mark.parametrize(
+    ("label", "words"),
+    [
+        (None, "no label"),
+        (["no"], "a list where one label is needed"),
+        ("NO", "in other case"),
+        ("1.0", "with .0 behind"),
+        ("maybe", "does not name"),
+    ],
+)
+def test_a_label_that_is_none_of_the_declared_says_how(tmp_path, label, words):
+    (tmp_path / "d.jsonl").write_text(json.dumps({"user": "u", "text": "x", "label": label}) + "\n")
+    with pytest.raises(ConfigError, match=f"1 × .*{words}.*label_column") as refused:
+        load_corpus(section(tmp_path / "d.jsonl", format="classification", labels=["no", 1]))
+    assert "maybe" not in str(refused.value)
+
+
+def test_a_template_without_an_end_mark_is_refused(tmp_path):
+    """What is predicted of an answer would be the answer alone; nothing would ever end one."""
+    for end in ("", "{{ '\\n' }}"):
+        with pytest.raises(ConfigError, match="would never learn to stop") as refused:
+            encoder_with(tmp_path, "{% for m in messages %}" + TURN + end + "{% endfor %}" + PROMPT)
+        assert [fault.path for fault in refused.value.faults] == ["data.chat_template_file"]
+    encoder_with(tmp_path, "{% for m in messages %}" + TURN + "\n### end\n{% endfor %}" + PROMPT)
+
+
+@pytest.mark.parametrize("marks", ["", "{% generation %}"])
+def test_a_template_with_todays_date_is_the_same_on_any_day(tmp_path, marks):
+    """Ranks on two sides of midnight, and a job that is resumed on another day, must read the same records."""
+    dated = "{{ strftime_now('%d %b %Y') }}" + ENDED
+    if marks:
+        own = "{% if m.role == 'assistant' %}{% generation %}X{% endgeneration %}{% else %}X{% endif %}"
+        dated = dated.replace(TURN + "{{ eos_token }}", own.replace("X", TURN + "{{ eos_token }}"))
+    encoder = encoder_with(tmp_path, dated)
+    (record,) = encoder.encode([json.dumps(TALK)]).records
+    text = encoder.tokenizer.decode(record.tokens)
+    assert text.startswith("26 Jul 2024")
+    assert record.num_targets
+    context = Condition(messages=tuple(TALK[:1])).context(section("x.jsonl", format="chat"), encoder.tokenizer)
+    assert text.startswith(encoder.tokenizer.decode(context))
+
+
+def test_a_turn_that_lacks_what_a_template_reads_is_named(tmp_path):
+    encoder = encoder_with(
+        tmp_path, ENDED.replace(TURN, TURN + "{% if m.tool_calls %}{{ m.tool_calls[0].function.name }}{% endif %}")
+    )
+    encoder.encode([json.dumps([*TALK, {**TALK[1], "tool_calls": [{"secret": "f"}]}])])
+    assert list(encoder.complaints) == ["the chat template refuses it: it reads 'function', which a turn lacks"]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("~/models/m", "write the home directory out"),
+        ("${MODELS}/m", "variables of the environment are not read"),
+        ("https://huggingface.co/owner/name", "owner/name"),
+        (" m ", "no name of a hub"),
+        ("a/b/c", "no name of a hub"),
+    ],
+)
+def test_a_model_that_no_hub_could_have_is_refused(tree, tmp_path, monkeypatch, capsys, name, words):
+    tree["model"]["name_or_path"] = name
+    monkeypatch.setattr("sys.argv", ["privtrain", "plan", str(write_config(tree, tmp_path / "c.yaml"))])
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    assert left.value.code == 2
+    (fault,) = check_model(validate(tree).model)
+    assert fault.path == "model.name_or_path"
+    assert words in fault.problem
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["gpt2", "owner/name-1.5_b"])
+def test_names_of_a_hub_are_taken(name):
+    assert check_model(ModelSection(name_or_path=name)) == []
+
+
+def changed(base, **values):
+    path = base / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    return ModelSection(name_or_path=str(base))
+
+
+def test_a_configuration_that_no_model_could_have_is_one_fault(tmp_path):
+    for values in ({"hidden_size": "32"}, {"num_attention_heads": 5}):
+        model = changed(save_base(tmp_path / "m"), **values)
+        for load in (load_base, num_ids_of):
+            with pytest.raises(ConfigError) as refused:
+                load(model)
+            assert [fault.path for fault in refused.value.faults] == ["model"]
+
+
+def test_code_beside_the_weights_is_never_run(tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked whether to run it"))
+    base = save_base(tmp_path / "m")
+    (base / "code.py").write_text("raise SystemExit('it ran')\n")
+    model = changed(base, model_type="none", auto_map={"AutoConfig": "code.A", "AutoModelForCausalLM": "code.B"})
+    for load in (load_base, num_ids_of):
+        with pytest.raises(ConfigError, match="never run"):
+            load(model)
+
+
+def test_a_pickle_of_more_than_weights_is_refused(tmp_path):
+    base = save_base(tmp_path / "m")
+    (base / "model.safetensors").unlink()
+    (base / "pytorch_model.bin").write_bytes(pickle.dumps({"a": print}))
+    with pytest.raises(ConfigError, match="save the model as safetensors") as refused:
+        load_base(ModelSection(name_or_path=str(base)))
+    assert "weights_only" not in str(refused.value)
+
+
+def test_parts_without_their_index_are_named(tmp_path):
+    base = save_base(tmp_path / "m")
+    shutil.move(base / "model.safetensors", base / "model-00001-of-00002.safetensors")
+    (fault,) = check_model(ModelSection(name_or_path=str(base)))
+    assert "no model.safetensors.index.json" in fault.problem
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_said(tree, tmp_path, value):
+    """They would give every user a gradient of zero: noise alone would be trained on."""
+    from safetensors.torch import load_file, save_file
+
+    from privtrain.errors import SelfTestFailed
+    from privtrain.job.train import train
+
+    base = save_base(tmp_path / "m")
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"][3, 3] = value
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    tree["model"]["name_or_path"] = str(base)
+    with pytest.raises(SelfTestFailed, match="not finite: its weights hold NaN or infinity"):
+        train(write_config(tree, tmp_path / "c.yaml"), [])
+
+
+def test_a_module_that_is_not_there_is_said_by_plan_too(tree, tmp_path, monkeypatch, capsys):
+    tree["lora"]["target_modules"] = [".*q_proj"]
+    monkeypatch.setattr("sys.argv", ["privtrain", "plan", str(write_config(tree, tmp_path / "c.yaml"))])
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    assert left.value.code == 2
+    assert "lora.target_modules" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("values", "names"),
+    [
+        ({"WORLD_SIZE": "x", "RANK": "y"}, ["WORLD_SIZE", "RANK"]),
+        ({"WORLD_SIZE": "2", "RANK": "2", "LOCAL_RANK": "0"}, ["RANK"]),
+        ({"WORLD_SIZE": "2", "RANK": "-1"}, ["RANK"]),
+    ],
+)
+def test_ranks_that_cannot_be_are_refused_before_anybody_waits(monkeypatch, values, names):
+    from privtrain.process.group import join_processes
+
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError) as refused:
+        join_processes(10)
+    assert [fault.path for fault in refused.value.faults] == names
+
+
+def test_a_mode_that_wandb_does_not_know_is_refused_at_the_start(tree, monkeypatch):
+    from privtrain.inputs import check_inputs
+
+    monkeypatch.setenv("WANDB_MODE", "offlin")
+    check_inputs(validate(tree))  # nothing is shown to it
+    tree["tracking"]["wandb"] = True
+    with pytest.raises(ConfigError) as refused:
+        check_inputs(validate(tree))
+    assert [fault.path for fault in refused.value.faults] == ["WANDB_MODE"]
