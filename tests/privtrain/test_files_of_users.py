@@ -110,11 +110,11 @@ def test_a_template_with_todays_date_is_the_same_on_any_day(tmp_path, marks):
         dated = dated.replace(TURN + "{{ eos_token }}", own.replace("X", TURN + "{{ eos_token }}"))
     encoder = encoder_with(tmp_path, dated)
     (record,) = encoder.encode([json.dumps(TALK)]).records
-    text = encoder.tokenizer.decode(record.tokens)
+    text = str(encoder.tokenizer.decode(record.tokens))
     assert text.startswith("26 Jul 2024")
     assert record.num_targets
     context = Condition(messages=tuple(TALK[:1])).context(section("x.jsonl", format="chat"), encoder.tokenizer)
-    assert text.startswith(encoder.tokenizer.decode(context))
+    assert text.startswith(str(encoder.tokenizer.decode(context)))
 
 
 def test_a_turn_that_lacks_what_a_template_reads_is_named(tmp_path):
