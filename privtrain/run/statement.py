@@ -41,7 +41,7 @@ class ContributionBound(_Part):
 
 
 class Sampling(_Part):
-    """How units enter a step."""
+    """How units enter a step: the sampling scheme's name and a unit's chance, with the scheme's other settings."""
 
     scheme: str
     sampling_prob: float | None

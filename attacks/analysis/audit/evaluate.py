@@ -156,6 +156,14 @@ def audit(
         inverse = tradeoff.of_points(claim.pair if claim.curve is None else claim.curve)
         p_values = [tradeoff.p_value(inverse, num_coins, guess.num, right) for guess, right in num_right.items()]
         p_floors = [tradeoff.p_value(inverse, num_coins, guess.num, guess.num) for guess in num_right]
+    gaussian_bounds = [
+        tradeoff.gaussian_epsilon_lower_bound(num_coins, guess.num, right, delta, shown_share)
+        for guess, right in num_right.items()
+    ]
+    gaussian_ceilings = [
+        tradeoff.gaussian_epsilon_lower_bound(num_coins, num, num, delta, shown_share)
+        for num in {guess.num for guess in num_right}
+    ]
     finding = Finding(
         name=coins.name,
         unit=coins.unit,
@@ -165,20 +173,8 @@ def audit(
         epsilon=epsilons.get(best, 0.0),
         epsilon_ceiling=epsilon_ceiling(num_coins, delta, significance),
         counts=Counts(best.num, num_right.get(best, 0), best.only_in),
-        gaussian_epsilon=max(
-            (
-                tradeoff.gaussian_epsilon_lower_bound(num_coins, guess.num, right, delta, shown_share)
-                for guess, right in num_right.items()
-            ),
-            default=0.0,
-        ),
-        gaussian_ceiling=max(
-            (
-                tradeoff.gaussian_epsilon_lower_bound(num_coins, num, num, delta, shown_share)
-                for num in {guess.num for guess in num_right}
-            ),
-            default=0.0,
-        ),
+        gaussian_epsilon=max(gaussian_bounds, default=0.0),
+        gaussian_ceiling=max(gaussian_ceilings, default=0.0),
         clopper_epsilon=clopper.epsilon_lower_bound(*sides, delta, SIGNIFICANCE),
         clopper_ceiling=clopper.ceiling(num_in, num_coins - num_in, delta, SIGNIFICANCE),
         curve_p_value=_corrected(p_values),

@@ -103,6 +103,7 @@ def correct_guesses_needed(
         return None
     while low < high:
         middle = (low + high) // 2
+        # The bound exceeds ``epsilon`` exactly if the guesses reject it.
         if p_value(num_coins, num_guesses, middle, epsilon, delta) <= significance:
             high = middle
         else:
