@@ -27,6 +27,12 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("privtrain")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put files with slow tests first: in the end short ones are left, and no worker waits long for the other."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 def save_llama(directory: pathlib.Path, core: Any, **shape: Any) -> pathlib.Path:
     """A random Llama, 32 wide, for a tokenizer whose token 0 marks begin and end; always the same weights."""
     import torch
