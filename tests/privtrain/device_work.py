@@ -1,7 +1,5 @@
 """Whole steps on the simulated device, in a process of their own.
 
-    python -m tests.privtrain.device_work BASE OUT [--self-test]
-
 Writes one JSON object: for each route, how far its trained tensors are from the CPU's, what the host waited for and
 what was copied in the microbatches of a step; for each planted mistake, what was found.
 """
@@ -11,8 +9,8 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import pathlib
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -175,9 +173,10 @@ def planted(base: pathlib.Path) -> dict[str, Any]:
     return found
 
 
-def main() -> None:
-    base, out = map(pathlib.Path, sys.argv[1:3])
-    with_self_test = "--self-test" in sys.argv  # many passes, each operation by hand
+def main(base: pathlib.Path, out: pathlib.Path, with_self_test: bool) -> None:
+    """Write the object to ``out``, and what a failure says beside it; a self-test takes many passes by hand."""
+    log = os.open(out.with_suffix(".log"), os.O_WRONLY | os.O_CREAT)
+    os.dup2(log, 2)
     torch.set_num_threads(1)
     simulated_device.register()
     with contextlib.redirect_stdout(io.StringIO()):
@@ -187,7 +186,3 @@ def main() -> None:
         }
         found = {"cells": cells, "planted": planted(base)}
     out.write_text(json.dumps(found, indent=1))
-
-
-if __name__ == "__main__":
-    main()

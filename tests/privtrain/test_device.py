@@ -1,21 +1,19 @@
 """A step belongs on the device that the model is on: nothing is mixed, nothing waits or is copied without a budget.
 
-On a device that is simulated on the CPU, in a process of its own, since autograd starts a thread for each kind of
-device that it knows at its first backward pass.
+On a device that is simulated on the CPU, in a process of its own that has made no backward pass yet, since autograd
+starts a thread for each kind of device that it knows at its first one.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import pathlib
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 
-from tests.jobs import REPOSITORY
+from tests.cluster import fork_server
+from tests.privtrain import device_work
 
 #: How often the host may wait for the device in a microbatch, the model's own waits included. Lower it when it falls.
 MOST_WAITS = {"lora batched": 1, "lora one_unit": 5, "full two_pass": 1}
@@ -25,11 +23,11 @@ MOST_COPIES = {"lora batched": 1, "lora one_unit": 1, "full two_pass": 3}
 MOST_COPIES_THERE = {"lora batched": 6, "lora one_unit": 12, "full two_pass": 40}
 
 
-def work(base: pathlib.Path, out: pathlib.Path, *options: str) -> dict[str, Any]:
-    work = [sys.executable, "-m", "tests.privtrain.device_work", str(base), str(out), *options]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-    done = subprocess.run(work, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+def work(base: pathlib.Path, out: pathlib.Path, with_self_test: bool = False) -> dict[str, Any]:
+    process = fork_server().Process(target=device_work.main, args=(base, out, with_self_test))
+    process.start()
+    process.join()
+    assert process.exitcode == 0, out.with_suffix(".log").read_text()[-3000:]
     return json.loads(out.read_text())
 
 
@@ -62,7 +60,7 @@ def test_microbatches_stay_within_their_waits_and_copies(found, cell):
 
 @pytest.mark.campaign
 def test_self_test_passes_on_the_device(tiny_llama, tmp_path):
-    assert set(work(tiny_llama, tmp_path / "found.json", "--self-test")["cells"]) == set(MOST_WAITS)
+    assert set(work(tiny_llama, tmp_path / "found.json", with_self_test=True)["cells"]) == set(MOST_WAITS)
 
 
 def test_planted_tensor_of_the_cpu_is_refused(found):
