@@ -15,13 +15,16 @@ from privtrain.files.private import locked_file, make_private_directory
 from privtrain.privacy.secret import SecretKey, load_key_file
 
 DIRECTORY = "rows"
+#: Also the run's name, unless one is given.
+FILE = "in-memory.jsonl"
 
 
 def store_rows(rows: Iterable[Mapping[str, Any]], parent: pathlib.Path) -> pathlib.Path:
     """Write rows as JSON lines into a private directory (mode 0700); return the file, the same for the same rows.
 
-    The name is published in the configuration, so it tells nothing of the rows: it is keyed by ``rows/key``, which is
-    as private as they are. A plain hash would let anybody who has all rows but one test guesses of that one.
+    The file's name is published in the configuration, and is the default of the run's: so it is always the same. Names
+    of different rows that differ would tell, of two runs, whether anybody joined or left in between. The directory's
+    name, which is not published, tells rows apart; it is keyed by ``rows/key``, which is as private as they are.
 
     Raises:
         ConfigError: at a row that JSON cannot hold, or if there is none.
@@ -45,7 +48,8 @@ def store_rows(rows: Iterable[Mapping[str, Any]], parent: pathlib.Path) -> pathl
         if not num_rows:
             raise ConfigError([Fault("rows", "there is none")])
         name = _key(directory).derive("name of rows", digest.hexdigest()).hex()[:16]
-        path = directory / f"rows-{name}.jsonl"
+        make_private_directory(directory / name)
+        path = directory / name / FILE
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

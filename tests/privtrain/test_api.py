@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 import privtrain
 from attacks.cli import app as attacks_app
 from privtrain import api
+from privtrain.config import public_tree
 from privtrain.data.store import store_rows
 from privtrain.errors import ConfigError, Preempted
 from tests.conftest import tiny_tree
@@ -126,19 +127,40 @@ def test_a_run_is_trained_watched_resumed_verified_and_exported(tiny_llama, user
 def test_rows_are_kept_privately_and_once(tmp_path):
     first, again = store_rows(rows_of(), tmp_path), store_rows(iter(rows_of()), tmp_path)
     assert first == again
-    assert stat.S_IMODE(first.stat().st_mode) == 0o600
-    assert stat.S_IMODE(first.parent.stat().st_mode) == 0o700
-    assert {path.name for path in first.parent.iterdir()} == {first.name, "key", "key.lock"}
-    assert {stat.S_IMODE(path.stat().st_mode) for path in first.parent.iterdir()} == {0o600}
+    kept = [path for path in (tmp_path / "rows").rglob("*") if path.is_file()]
+    assert {path.name for path in kept} == {first.name, "key", "key.lock"}
+    assert {stat.S_IMODE(path.stat().st_mode) for path in kept} == {0o600}
+    assert {stat.S_IMODE(path.stat().st_mode) for path in (first.parent, first.parent.parent)} == {0o700}
     assert json.loads(first.read_text().splitlines()[0]) == rows_of()[0]
 
 
 def test_name_of_kept_rows_tells_nothing_of_them(tmp_path):
-    """It is published: a plain hash of the same rows would be the same elsewhere, and could be tried."""
+    """A plain hash of the same rows would be the same elsewhere, and could be tried."""
     here, there = store_rows(rows_of(), tmp_path / "a"), store_rows(rows_of(), tmp_path / "b")
     assert here.read_bytes() == there.read_bytes()
-    assert here.name != there.name
-    assert hashlib.sha256(here.read_bytes()).hexdigest()[:16] not in here.name
+    assert here.parent.name != there.parent.name
+    assert hashlib.sha256(here.read_bytes()).hexdigest()[:16] not in str(here)
+
+
+def published_of(model: pathlib.Path, rows: list[dict[str, str]], parent: pathlib.Path) -> dict[str, typing.Any]:
+    return public_tree(privtrain.configure(model, rows, num_users=20, output_dir=parent))
+
+
+def test_what_is_published_does_not_say_whether_rows_changed(tiny_llama, tmp_path):
+    """Two runs over rows of one directory: who joined or left in between shows in nothing that both publish."""
+    before, after = rows_of(), [*rows_of(), {"author": "u24", "text": "one more text"}]
+    assert store_rows(before, tmp_path) != store_rows(after, tmp_path)
+    assert published_of(tiny_llama, before, tmp_path) == published_of(tiny_llama, after, tmp_path)
+
+
+def test_mutant_the_name_that_tells_rows_apart_is_published(tiny_llama, tmp_path, monkeypatch):
+    def named_by_rows(rows, parent):
+        path = store_rows(rows, parent)
+        return path.rename(path.parent / f"rows-{path.parent.name}.jsonl")
+
+    monkeypatch.setattr("privtrain.data.store.store_rows", named_by_rows)
+    before, after = rows_of(), [*rows_of(), {"author": "u24", "text": "one more text"}]
+    assert published_of(tiny_llama, before, tmp_path) != published_of(tiny_llama, after, tmp_path)
 
 
 def test_what_is_no_rows_says_what_to_give(tmp_path):
@@ -159,7 +181,7 @@ def test_what_is_no_rows_says_what_to_give(tmp_path):
 def test_unusable_rows_are_refused_without_their_values(tmp_path, row):
     with pytest.raises(ConfigError, match="row 2 cannot be kept as JSON"):
         store_rows([{"user": "a", "text": "x"}, row], tmp_path)
-    assert not list((tmp_path / "rows").glob("*.jsonl"))
+    assert not list((tmp_path / "rows").rglob("*.jsonl"))
     with pytest.raises(ConfigError, match="there is none"):
         store_rows([], tmp_path)
 
