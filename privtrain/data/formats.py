@@ -21,6 +21,9 @@ from typing import Any
 from privtrain.config.data import DataSection
 from privtrain.files import strict_json
 
+#: Levels of lists and objects in a conversation: tool calls have a few, JSON and templates fail at hundreds.
+_DEEPEST = 64
+
 _ASSISTANT = "assistant"
 _ROLES = {_ASSISTANT, "developer", "system", "tool", "user"}
 
@@ -146,8 +149,10 @@ def _conversation_problem(value: object) -> str:
             value = json.loads(value, object_pairs_hook=strict_json.unique_keys)
         except strict_json.RepeatedKeyError:
             return "a turn names a key twice"
-        except ValueError:
+        except (ValueError, RecursionError):
             return "text that is no JSON where a list of turns is needed"
+    if not _is_flat(value, _DEEPEST):
+        return "a conversation is nested too deeply"
     if not isinstance(value, list):
         return "no conversation" if value is None else f"{_kind(value)} where a list of turns is needed"
     for turn in value:
@@ -174,9 +179,9 @@ def _messages(value: object) -> list[dict[str, Any]]:
     if isinstance(value, str):
         try:
             value = json.loads(value, object_pairs_hook=strict_json.unique_keys)
-        except ValueError:
+        except (ValueError, RecursionError):
             return []
-    if not isinstance(value, list):
+    if not isinstance(value, list) or not _is_flat(value, _DEEPEST):
         return []
     # In Parquet all turns have the same keys; those that a turn had not are null.
     turns = [_without_nulls(turn) for turn in value if isinstance(turn, dict)]
@@ -189,6 +194,14 @@ def _messages(value: object) -> list[dict[str, Any]]:
         isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str) for turn in turns
     )
     return turns if are_turns else []
+
+
+def _is_flat(value: object, num_levels: int) -> bool:
+    """Return whether lists and objects are nested in at most ``num_levels`` levels."""
+    if not isinstance(value, list | dict):
+        return True
+    parts = value.values() if isinstance(value, dict) else value
+    return num_levels > 0 and all(_is_flat(part, num_levels - 1) for part in parts)
 
 
 def _without_nulls(value: Any) -> Any:

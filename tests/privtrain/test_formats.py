@@ -15,7 +15,7 @@ from privtrain.config.data import DataSection
 from privtrain.config.model import ModelSection
 from privtrain.data.corpus import load_corpus
 from privtrain.data.encode import Encoder
-from privtrain.data.formats import canonical
+from privtrain.data.formats import canonical, why_unusable
 from privtrain.data.microbatch import Packer
 from privtrain.errors import ConfigError
 from privtrain.models.load import load_tokenizer
@@ -108,6 +108,15 @@ def test_conversation_refused_by_template_is_counted(tokenizer):
     assert encoded.num_without_target == 1
 
 
+def test_a_failing_template_is_counted_by_its_error(tokenizer):
+    """A record on disk is encoded when a step draws it: a job that ended there would tell who was drawn."""
+    tokenizer.chat_template = "{% for m in messages %}{{ '' if 1 / (m.content | length) }}{% endfor %}" + CHATML
+    encoder = Encoder(section(format="chat"), tokenizer)
+    emptied = [{"role": "user", "content": ""}, *TALK[2:3]]
+    assert encoder.encode([json.dumps(emptied), json.dumps(TALK)]).num_without_target == 1
+    assert dict(encoder.complaints) == {"the chat template refuses it: ZeroDivisionError": 1}
+
+
 def test_a_label_is_the_one_position_that_is_predicted(tokenizer):
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<end> $A", pair="<end> $A <end> $B:1", special_tokens=[("<end>", 0)]
@@ -120,6 +129,27 @@ def test_a_label_is_the_one_position_that_is_predicted(tokenizer):
     assert tokenizer.decode(encoded.records[0].tokens[:-1]) == "<end>ab<end>cd"
     assert tokenizer.decode(encoded.records[2].tokens[:-1]) == "<end>aaaa<end>bbb"
     assert (encoded.num_truncated, len(encoded.records[2])) == (1, 10)
+
+
+def nested(num_levels: int) -> list:
+    """A conversation whose tool call has arguments of many levels."""
+    arguments = "x"
+    for _ in range(num_levels):
+        arguments = [arguments]
+    call = {"function": {"name": "f", "arguments": arguments}}
+    return [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "tool_calls": [call]}]
+
+
+@pytest.mark.parametrize("num_levels", [100, 600, 100_000])
+def test_a_deeply_nested_conversation_is_dropped(num_levels):
+    data, text = section(format="chat"), '[{"role":' + "[" * num_levels + "]" * num_levels + "}]"
+    values = [text] if num_levels > 900 else [text, nested(num_levels)]
+    assert [canonical(data, [value]) for value in values] == [""] * len(values)
+    assert {why_unusable(data, [value]).reason for value in values} <= {
+        "a conversation is nested too deeply (data.messages_column)",
+        "text that is no JSON where a list of turns is needed (data.messages_column)",
+    }
+    assert canonical(data, [nested(20)])
 
 
 UNUSABLE = [
