@@ -81,11 +81,10 @@ def check_limits(config: Config, model: Any, tokenizer: PreTrainedTokenizerBase)
     faults, size, longest = [], num_embedded(model), learned_positions(model)
     if config.training.has_virtual_tokens and longest is not None:
         longest -= config.prompt.num_virtual_tokens
-    # The last place of a classification record is the label's, which the model does not read.
-    most = None if longest is None else longest + (1 if config.data.is_classification else 0)
-    if most is not None and config.data.max_length > most:
+    # The last place of a classification record is the label's, which the model reads as padding.
+    if longest is not None and config.data.max_length > longest:
         less_prompt = ", less prompt.num_virtual_tokens" if config.training.has_virtual_tokens else ""
-        label = f"; with the label the most is {most}" if config.data.is_classification else ""
+        label = ", the label's place among them" if config.data.is_classification else ""
         problem = (
             f"given {config.data.max_length}; the model has learned positions for at most {longest} tokens"
             f"{less_prompt}{label}"

@@ -123,11 +123,11 @@ class Classification(Objective):
         has_label = target_mask.any(dim=1)
         place = target_mask.int().argmax(dim=1, keepdim=True)  # of the label in its row; 0 in a padding row
         labels = torch.where(has_label, input_ids.gather(1, place)[:, 0], 0)
-        # The last place holds a label or padding. It is not read: the model may have no position for it.
-        texts = input_ids[:, : max(1, input_ids.shape[1] - 1)]
-        # A padding row attends to its first token: attention over nothing would be NaN.
-        attended = torch.arange(texts.shape[1], device=input_ids.device) < place.clamp(min=1)
-        ids = torch.where(attended, texts, self.pad_id)
+        # A padding row attends to its first token: attention over nothing would be NaN. Nothing attends to the last
+        # place, which holds a label or padding: a mask that leaves nothing out is dropped by transformers, and other
+        # kernels round otherwise, so that a row would be rounded by whether all rows of the batch are full.
+        attended = torch.arange(input_ids.shape[1], device=input_ids.device) < place.clamp(min=1)
+        ids = torch.where(attended, input_ids, self.pad_id)
         segments = None
         if self.separator_id is not None:  # the second text begins after the first separator
             is_separator = (ids == self.separator_id).long()

@@ -276,12 +276,13 @@ class Probe:
     def _row_that_differs(self, contribution: Callable[[Microbatch], torch.Tensor]) -> str:
         """Return what is wrong if a unit adds other bits in some row of a batch than in the first, or nothing.
 
-        Equal units fill all rows of each width at once: products of few rows and features may round every other row
-        in a way of its own, which neither the first nor the last one shows.
+        Equal units fill all rows of each width at once, to the last place: products of few rows and features may round
+        every other row in a way of its own, which neither the first nor the last one shows; and attention may run
+        another kernel where no row of a batch has padding.
         """
         num_rows = self.trainer.packer.microbatch_size
         for width in self._widths():
-            record = self._record(max(2, width - 2), 0)
+            record = self._record(width, 0)
             alone = contribution(self._batch([record], width, num_rows=num_rows))
             difference = contribution(self._batch([record] * num_rows, width)) - num_rows * alone
             if self.trainer.backend.any_rank(bool(difference.any())):
@@ -289,7 +290,7 @@ class Probe:
                 return (
                     f"{num_rows} equal units of {width} tokens do not add {num_rows} times the bits of one to the sum "
                     f"(off by {share:.2g} of its norm; precision {self._precision}): rows of a batch are rounded by "
-                    "their place"
+                    "their place, or by whether others have padding"
                 )
         return ""
 

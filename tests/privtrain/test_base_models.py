@@ -297,21 +297,21 @@ def test_ids_beyond_the_embedding_are_scored_as_marks_alone(tree, base):
     assert max(tokens_of(texts, unlimited)[1]) >= 258  # the mutant: without a limit the model is asked for no row
 
 
-def test_a_classifiers_label_takes_no_position(tree, tmp_path):
+def test_a_classifiers_label_takes_a_position(tree, tmp_path):
     gpt2 = save_base(tmp_path / "gpt2", "gpt2")
     model, tokenizer = load_base(section(gpt2)), load_tokenizer(section(gpt2))
     labels = {"format": "classification", "labels": [0, 1]}
-    check_limits(config_of(tree, gpt2, max_length=65, **labels), model, tokenizer)
-    with pytest.raises(ConfigError, match=r"at most 64 tokens; with the label the most is 65"):
-        check_limits(config_of(tree, gpt2, max_length=66, **labels), model, tokenizer)
+    check_limits(config_of(tree, gpt2, max_length=64, **labels), model, tokenizer)
+    with pytest.raises(ConfigError, match=r"at most 64 tokens, the label's place among them"):
+        check_limits(config_of(tree, gpt2, max_length=65, **labels), model, tokenizer)
     rows = [json.dumps({"label": 1, "texts": [text]}) for text in ("x" * 200, "</s>")]
-    encoded = Encoder(config_of(tree, gpt2, max_length=65).data, tokenizer).encode(rows)
-    assert [len(record) for record in encoded.records] == [65, 2]
+    encoded = Encoder(config_of(tree, gpt2, max_length=64).data, tokenizer).encode(rows)
+    assert [len(record) for record in encoded.records] == [64, 2]
     classifier = load_classifier(section(gpt2), torch.float32, labels=[0, 1], init_seed=0)
     pad_classifier(classifier, tokenizer)
     objective = Classification.of(classifier, tokenizer, num_labels=2, pad_id=0, is_pair=False)
-    batches = list(Packer(1, 65, 0).pack([[record] for record in encoded.records], 2))
-    assert batches[0].input_ids.shape == (1, 65)
+    batches = list(Packer(1, 64, 0).pack([[record] for record in encoded.records], 2))
+    assert batches[0].input_ids.shape == (1, 64)
     losses = [objective.losses(classifier, batch.input_ids, batch.target_mask) for batch in batches]
     assert torch.isfinite(torch.cat(losses)).all()
     shorter = objective.losses(classifier, batches[1].input_ids[:, :2], batches[1].target_mask[:, :2])

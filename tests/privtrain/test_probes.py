@@ -15,10 +15,11 @@ from privtrain.clipping import PerUnitClipper
 from privtrain.config.model import LoraSection
 from privtrain.config.training import TrainingSection
 from privtrain.data.microbatch import Packer
+from privtrain.data.records import Record
 from privtrain.data.units import UnitData
 from privtrain.errors import SelfTestFailed, UnsupportedLayer
 from privtrain.ledger.log import NullLedger
-from privtrain.models.losses import CausalLM, Classification
+from privtrain.models.losses import CausalLM, Classification, label_logits
 from privtrain.models.trainable import add_lora
 from privtrain.privacy.secret import SecretKey
 from privtrain.tracking import NullTracker
@@ -307,6 +308,57 @@ def test_rounding_of_rows_in_the_middle_is_found(route):
 def test_mutant_first_and_last_row_alone_are_compared(monkeypatch):
     monkeypatch.setattr(Probe, "_row_that_differs", lambda *_: "")
     assert start(with_layer(RoundsMiddleRows()), microbatch_size=5) == "auto"
+
+
+class MasksTheLabelAlone(Classification):
+    """Gives the model one place less: none is masked where all rows are full, and transformers drops the mask."""
+
+    def _read(self, model, input_ids, target_mask):
+        has_label = target_mask.any(dim=1)
+        place = target_mask.int().argmax(dim=1, keepdim=True)
+        labels = torch.where(has_label, input_ids.gather(1, place)[:, 0], 0)
+        attended = torch.arange(input_ids.shape[1] - 1) < place.clamp(min=1)
+        ids = torch.where(attended, input_ids[:, :-1], self.pad_id)
+        return label_logits(model, ids, attended), labels, has_label
+
+
+def full_rows_moved(kind: type[Classification]) -> int:
+    """How many coordinates the others of a batch of full rows change in as one unit leaves it."""
+    torch.manual_seed(0)
+    model = hf.AutoModelForSequenceClassification.from_config(CLASSIFIERS["llama_classifier"]())
+    objective = kind(num_labels=3, pad_id=0, separator_id=None)
+    trainer = trainer_of(model, precision="bf16", objective=objective, max_length=16)
+    with torch.no_grad():
+        for parameter in trainer.layout.parameters.values():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    units = [[objective.plant(np.random.default_rng(seed).integers(3, 200, size=16))] for seed in range(3)]
+
+    def added(members: list[list[Record]]) -> torch.Tensor:
+        trainer.clipper.reset()
+        for batch in trainer.packer.pack(members, trainer.packer.num_batches(members)):
+            trainer.clipper.accumulate(batch)
+        return trainer.clipper.finish().clone()
+
+    return int((added(units) - added(units[:2]) - added(units[2:])).count_nonzero())
+
+
+def test_a_full_row_adds_the_same_bits_beside_padding():
+    assert full_rows_moved(Classification) == 0
+
+
+def test_mutant_no_place_is_masked_in_full_rows():
+    """What was so once: attention without a mask, or with one, by whether every row of the batch is full."""
+    assert full_rows_moved(MasksTheLabelAlone) > 0
+
+
+def test_attention_by_whether_others_have_padding_is_found():
+    torch.manual_seed(0)
+    model = hf.AutoModelForSequenceClassification.from_config(CLASSIFIERS["llama_classifier"]())
+    trainer = trainer_of(
+        model, precision="bf16", objective=MasksTheLabelAlone(3, 0, None), max_length=16, microbatch_size=4
+    )
+    assert Probe(trainer, vocabulary_size=200).independent_route("auto") == "one_unit"
+    assert "whether others have padding" in trainer.clipper.fallback_reason
 
 
 class LetsNothingBack(torch.autograd.Function):
