@@ -9,18 +9,26 @@ from privtrain.data.corpus import Corpus
 from privtrain.privacy import noise_law
 from privtrain.privacy.plan import PrivacyPlan
 
-#: Relative gap between expected batch size and sampling_prob times users that is worth a warning.
+#: Relative gap between expected batch size and sampling_prob times units that is worth a warning.
 _BATCH_GAP = 0.25
 #: Factor between learning rates that is worth a warning: within it, small trainings lost little.
 _RATE_FACTOR = 4.0
-#: Trained weights up to which the law's rate is a rate: it knows models of width 128 to 600, and wider ones like less.
+#: Most trained weights for which the law recommends a rate: it was measured on models of width 128 to 600, and wider
+#: models need smaller rates than it says.
 MOST_TRAINED = 1_000_000
-#: Mean of a rate that decays linearly to zero, over its first.
+#: Mean learning rate over its first one, where it decays linearly to zero.
 _MEAN_OF_DECAY = 0.5
 
 
 def warnings(config: Config, plan: PrivacyPlan, num_units: float, num_users: float) -> list[str]:
-    """Return warnings about a valid but questionable plan."""
+    """Return warnings about a valid but questionable plan.
+
+    Args:
+        config: the run's.
+        plan: the run's.
+        num_units: expected number of units (users or records, by ``privacy.unit``) that are trained on.
+        num_users: expected number of users that are trained on.
+    """
     messages = []
     num_protected = num_users if plan.guaranteed_unit == "user" else num_units
     if plan.delta >= 1 / max(num_protected, 1):
@@ -47,18 +55,32 @@ def warnings(config: Config, plan: PrivacyPlan, num_units: float, num_users: flo
 def recommended_learning_rate(config: Config, plan: PrivacyPlan, num_trained: int) -> float:
     """Return AdamW's learning rate by :mod:`privtrain.privacy.noise_law`: by steps, noise and rank, never by data.
 
-    The law was measured under a linear decay; a schedule that does not decay gets the same mean rate.
+    The law was measured under a linear decay. Under another schedule the rate is such that its mean over the steps is
+    the mean of the law's.
+
+    Args:
+        config: the run's, with its schedule and LoRA's rank.
+        plan: the run's.
+        num_trained: trained weights of the model.
     """
     training, num_steps = config.training, plan.num_steps
-    noise = plan.noise_of_run(training) * math.sqrt(num_trained)
-    kept = plan.noise_kept(training)
-    point = noise_law.Point(num_steps, noise, plan.records_per_unit, config.lora.rank, kept)
+    point = noise_law.Point(
+        num_steps=num_steps,
+        relative_noise=plan.noise_of_run(training) * math.sqrt(num_trained),
+        records_per_user=plan.records_per_unit,
+        rank=config.lora.rank,
+        noise_kept=plan.noise_kept(training),
+    )
     factors = [training.learning_rate_at(step, num_steps) / training.learning_rate for step in range(num_steps)]
-    return noise_law.fitted().learning_rate(point) * _MEAN_OF_DECAY / (sum(factors) / num_steps)
+    mean_factor = sum(factors) / num_steps
+    return noise_law.fitted().learning_rate(point) * _MEAN_OF_DECAY / mean_factor
 
 
 def learning_rate_warnings(config: Config, plan: PrivacyPlan, num_trained: int) -> list[str]:
-    """Return a warning if the learning rate is far from what small trainings liked; for LoRA, which was measured."""
+    """Return a warning if the learning rate is far from :func:`recommended_learning_rate`, otherwise nothing.
+
+    Only for LoRA on texts, which is what the recommendation was measured on.
+    """
     if config.training.method != "lora" or config.data.is_classification or num_trained > MOST_TRAINED:
         return []
     rate, given = recommended_learning_rate(config, plan, num_trained), config.training.learning_rate
@@ -73,14 +95,17 @@ def learning_rate_warnings(config: Config, plan: PrivacyPlan, num_trained: int) 
 
 def expected_units(config: Config, corpus: Corpus) -> float:
     """Return the expected number of training units after the split, planted canaries included."""
-    num_canaries, num_directions = config.canaries.num_users / 2, config.canaries.num_gradient_users / 2
+    # A fair coin holds half of the planted users out.
+    num_canaries, num_gradient_canaries = config.canaries.num_users / 2, config.canaries.num_gradient_users / 2
     if config.privacy.unit == "user":
-        return expected_users(config, corpus) + num_canaries + num_directions
-    bound = config.privacy.records_per_user or math.inf
-    num = sum(min(len(records), bound) for records in corpus.records.values())
-    repetitions = [min(number, bound) for number in config.canaries.repetitions]
-    num_of_canaries = num_canaries * sum(repetitions) / len(repetitions) + num_directions
-    return num * (1 - config.data.held_out_fraction) + num_of_canaries
+        return expected_users(config, corpus) + num_canaries + num_gradient_canaries
+    most_per_user = config.privacy.records_per_user or math.inf
+    num_records = sum(min(len(records), most_per_user) for records in corpus.records.values())
+    # The canaries take the numbers of repetitions in turn, so on average each has their mean.
+    repetitions = [min(number, most_per_user) for number in config.canaries.repetitions]
+    records_per_canary = sum(repetitions) / len(repetitions)
+    num_planted = num_canaries * records_per_canary + num_gradient_canaries
+    return num_records * (1 - config.data.held_out_fraction) + num_planted
 
 
 def expected_users(config: Config, corpus: Corpus) -> float:

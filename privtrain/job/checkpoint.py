@@ -1,8 +1,11 @@
-"""Resumable state: trained tensors, optimizer, clipping norm and step, whole or not at all, verified before use.
+"""Checkpoints: trained tensors, optimizer, clipping norm and step; written whole or not at all, verified before use.
 
-The state is by name of tensor, and whole: whichever backend and number of ranks wrote it, any other can go on from it.
-Sharded backends put it together on rank 0's host memory one tensor after another (12 bytes a trained parameter), and
-hand it out the same way; no rank's accelerator ever holds more than one whole tensor of it.
+A checkpoint is a directory ``step-NNNNNNNN`` of two files: ``state.pt``, the tensors, and ``summary.json``, which holds
+the number of steps taken, the generation (which secret drew their samples and noise) and the SHA-256 of ``state.pt``.
+
+Tensors are stored whole and by name, so that a job with another backend or number of ranks can resume from them.
+Sharded backends collect them in rank 0's host memory one after another (12 bytes a trained parameter), and send them
+back the same way; no rank's accelerator ever holds more than one whole tensor.
 Everything else a resumed run needs (sample, noise, data order) is a pure function of the secret and the step.
 """
 
@@ -53,6 +56,16 @@ def save(
     """Write ``directory/step-NNNNNNNN`` atomically and drop all but the newest ``num_kept``.
 
     Every rank calls it; rank 0 writes.
+
+    Args:
+        directory: of all checkpoints.
+        step: steps taken.
+        generation: whose secret drew the last of them.
+        layout: the trained tensors, or the parts of them that this rank holds.
+        optimizer: over the same tensors.
+        clipping_norm: of the next step.
+        num_kept: checkpoints to keep.
+        backend: collects whole tensors on rank 0.
     """
     tensors, moments = _collected(layout, optimizer, backend)
     with backend.main_alone():
@@ -88,7 +101,12 @@ def _write(directory: pathlib.Path, summary: dict[str, Any], content: dict[str, 
 
 
 class _Hashing:
-    """Hashes what goes to a file, so that no serialised copy is ever in memory. torch only appends."""
+    """A file that hashes what is written to it, so that no serialised copy is ever in memory. torch only appends.
+
+    Attributes:
+        sha: over everything written.
+        error: of a write that failed; torch swallows it.
+    """
 
     def __init__(self, file: BinaryIO) -> None:
         self.sha = hashlib.sha256()
@@ -119,7 +137,10 @@ def load_newest(directory: pathlib.Path) -> Checkpoint | None:
 
 
 def listed(directory: pathlib.Path) -> list[tuple[pathlib.Path, int | None, int]]:
-    """Return path, generation and step of every checkpoint, unverified; of a damaged one, the step in its name."""
+    """Return (path, generation, steps taken) of every checkpoint, newest first, by its summary; tensors are not read.
+
+    Where the summary is damaged: generation ``None``, and the steps by the directory's name.
+    """
     checkpoints = []
     for path in _newest_first(directory):
         try:
@@ -138,12 +159,18 @@ def drop_after(directory: pathlib.Path, step: int) -> None:
 
 
 def restore(state: pathlib.Path | None, layout: Layout, optimizer: torch.optim.Optimizer, backend: Backend) -> float:
-    """Load a checkpoint on every rank (rank 0 reads ``state`` and sends it); return the next step's clipping norm.
+    """Load a checkpoint into parameters and optimizer on every rank; return the next step's clipping norm.
+
+    Args:
+        state: the checkpoint's file of tensors, which rank 0 alone reads and sends; ``None`` on the other ranks.
+        layout: the parameters, or the parts of them, that this rank holds.
+        optimizer: over the same parameters.
+        backend: sends each tensor from rank 0.
 
     Raises:
         GuaranteeLost: if another version of privtrain wrote it.
     """
-    content: dict[str, Any] = {}
+    content: dict[str, Any] = {}  # stays empty on the other ranks, which never call what reads it
     with backend.main_alone():
         if backend.is_main:
             assert state is not None
@@ -151,13 +178,13 @@ def restore(state: pathlib.Path | None, layout: Layout, optimizer: torch.optim.O
     head = backend.json_from_main(lambda: content["head"])
     for slot, parameter in zip(layout.slots, layout.parameters.values(), strict=True):
         optimizer.state[parameter] = {"step": torch.tensor(head["num_updates"], dtype=torch.float32)}
-        for key in [None, *head["moments"]]:
-            whole = backend.from_main(functools.partial(_tensor_bytes, content, key, slot.name))
+        for moment in [None, *head["moments"]]:  # None: the parameter itself
+            whole = backend.from_main(functools.partial(_tensor_bytes, content, moment, slot.name))
             count = slot.num_coordinates
             part = np.frombuffer(whole, dtype=np.float32)[slot.first : slot.first + count].copy()
             value = torch.from_numpy(part).view(slot.shape).to(parameter.device)
-            if key:
-                optimizer.state[parameter][key] = value
+            if moment:
+                optimizer.state[parameter][moment] = value
             else:
                 parameter.detach().copy_(value)
     backend.publish()
@@ -165,12 +192,20 @@ def restore(state: pathlib.Path | None, layout: Layout, optimizer: torch.optim.O
 
 
 def _tensor_bytes(content: dict[str, Any], moment: str | None, name: str) -> bytes:
+    """Return a whole tensor's fp32 values: a parameter, or its optimizer moment of this name (e.g. ``exp_avg``)."""
     tensors = content["tensors"] if moment is None else content["moments"][moment]
     return tensors[name].numpy().tobytes()
 
 
 def _loaded(state: pathlib.Path) -> dict[str, Any]:
-    """Return the state; raise if another version wrote it. ``head`` is what every rank must know of it."""
+    """Return the content of ``state.pt``, and under ``head`` the small part that every rank must know.
+
+    ``tensors``: name → parameter. ``moments``: name of the moment → name of the parameter → tensor. ``head``: the
+    number of optimizer updates, the clipping norm, and the names of the moments.
+
+    Raises:
+        GuaranteeLost: if another version of privtrain wrote it.
+    """
     content = torch.load(state, weights_only=True, map_location="cpu")
     missing = sorted({"tensors", "moments", "num_updates", "clipping_norm"} - set(content))
     if missing:
@@ -185,7 +220,10 @@ def _loaded(state: pathlib.Path) -> dict[str, Any]:
 def _collected(
     layout: Layout, optimizer: torch.optim.Optimizer, backend: Backend
 ) -> tuple[dict[str, torch.Tensor | None], dict[str, dict[str, torch.Tensor | None]]]:
-    """Return whole tensors, and per kind of moment the optimizer's, by name; on rank 0."""
+    """Return name → whole parameter, and moment of the optimizer → name → whole tensor.
+
+    Every rank calls it. On rank 0 the tensors are on the CPU; on the others they are ``None``.
+    """
     tensors: dict[str, torch.Tensor | None] = {}
     moments: dict[str, dict[str, torch.Tensor | None]] = {}
     for slot, parameter in zip(layout.slots, layout.parameters.values(), strict=True):

@@ -1,4 +1,8 @@
-"""Lock a run directory, and refuse one that belongs to another plan, data set or model."""
+"""Lock a run directory, and refuse one that belongs to another plan, data set or model.
+
+What a directory belongs to is kept in ``secret/identity.json``: the fingerprint of plan and data, the digest of the
+data, the run's id for trackers and the registry, and under ``fixed`` every other key that a run cannot change.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +27,12 @@ _TRAINED_SECTIONS = ("model", "lora", "prompt", "data", "canaries")
 
 
 def check_run_directory(inputs: Inputs) -> None:
-    """Refuse a directory of another plan, data set or model before anything is written."""
+    """Refuse a directory of another plan, data set or model before anything is written.
+
+    Raises:
+        PlanMismatch: saying which keys differ.
+        UnsafePath: if other users could have read or planted its private files.
+    """
     run = inputs.run
     run.check_private()
     if not run.exists():
@@ -63,9 +72,10 @@ def _check_unchanged(inputs: Inputs) -> None:
 
 
 def _dotted(config: Config, *sections: str) -> dict[str, Any]:
-    """Return the keys of sections by dotted name.
+    """Return the keys of sections by dotted name, e.g. ``{"model.name": ...}``; ``data`` must be among the sections.
 
-    Without the sources, whose files may move: the content of one is in the fingerprint, the other is not trained on.
+    Without where records are read from, since files may move: the training records' content is in the fingerprint, and
+    ``data.evaluation`` is not trained on.
     """
     tree = config.model_dump(mode="json", include=set(sections))
     del tree["data"]["source"], tree["data"]["evaluation"]
@@ -88,7 +98,15 @@ def _fixed_keys(config: Config) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def claimed(inputs: Inputs, backend: Backend) -> Iterator[None]:
-    """Create and lock the run directory on rank 0; the other ranks need no file of it."""
+    """Create, check and lock the run directory while the block runs; on rank 0, since only that rank uses its files.
+
+    A release that a crash interrupted is completed first. If the block fails before anything binds the directory to
+    this plan (a ledger or a budget reservation), the identity is removed again, so that another plan may begin here.
+
+    Raises:
+        PlanMismatch: as :func:`check_run_directory`.
+        RunBusy: if another process holds the directory.
+    """
     if not backend.is_main:
         yield
         return

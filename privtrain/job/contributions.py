@@ -1,4 +1,8 @@
-"""What each user, and each canary, contributed so far, and what the plan's bound allows."""
+"""What each user, and each canary, contributed so far, and what the plan's bound allows.
+
+The ledger names the units of each step (users or records, by ``privacy.unit``) by keyed pseudonyms. To say whose they
+are, the pseudonyms of the data set's own units are computed and looked up.
+"""
 
 from __future__ import annotations
 
@@ -22,12 +26,13 @@ from privtrain.run.sealing import read_sealed_file, write_sealed
 
 
 def check_contributed(run: RunDirectory, corpus: Corpus, plan: PrivacyPlan) -> None:
-    """Raise unless the ledger keeps to the plan: each user's records over the run, and units in their groups.
+    """Raise unless the ledger keeps to the plan.
 
-    Groups are there where steps draw from groups in turn (cyclic Poisson sampling).
+    With ``records_per_user`` k, at most k records of a user took part in the run. Where steps draw from groups of
+    units in turn (cyclic Poisson sampling), every unit took part in the steps of one group only.
 
     Raises:
-        GuaranteeLost: if one did, or the ledger names a unit that is nobody's.
+        GuaranteeLost: if a user has more records, or the ledger names a unit that is nobody's.
         LedgerCorrupt: if a unit joined steps of two groups.
     """
     state = verify_chain(run.ledger)
@@ -42,12 +47,20 @@ def check_contributed(run: RunDirectory, corpus: Corpus, plan: PrivacyPlan) -> N
 
 
 def _owners(run: RunDirectory, corpus: Corpus, plan: PrivacyPlan, wanted: Set[str]) -> dict[str, str]:
-    """Return pseudonym → user of the wanted units: nobody else is kept, however many there are."""
+    """Return the ledger's pseudonym of a unit → the user whose unit it is, for the ``wanted`` pseudonyms alone.
+
+    Only these are kept, since a corpus may hold millions of users of whom few took part.
+    """
     key = run.load_key("pseudonym")
     owner = {}
     for user, texts in corpus.records.items():
-        most = max(len(texts), plan.records_per_user or 0)  # chunks may be more than records
-        for name in [user] if plan.unit == "user" else [example_name(user, index) for index in range(most)]:
+        if plan.unit == "user":
+            unit_names = [user]
+        else:
+            # A long record may be cut into chunks, each a unit, so a user may have more units than records.
+            most = max(len(texts), plan.records_per_user or 0)
+            unit_names = [example_name(user, index) for index in range(most)]
+        for name in unit_names:
             known_as = pseudonym(key, name)
             if known_as in wanted:
                 owner[known_as] = user
@@ -55,7 +68,13 @@ def _owners(run: RunDirectory, corpus: Corpus, plan: PrivacyPlan, wanted: Set[st
 
 
 def contributions_of(run: RunDirectory, corpus: Corpus, plan: PrivacyPlan) -> dict[str, tuple[int, int]]:
-    """Return user → (steps, records) of every user that the ledger charged; each of a user's units counts its steps."""
+    """Return user → (steps, records) of every user that the ledger charged.
+
+    Where the unit is the record, a step counts once for each of the user's records in it.
+
+    Raises:
+        LedgerCorrupt: if the ledger names a unit that is nobody's.
+    """
     steps: Counter[str] = Counter()
     records: Counter[str] = Counter()
     for name, num_records in charged_units(run.ledger, verify_chain(run.ledger)):
@@ -79,7 +98,13 @@ def added(parts: Iterable[tuple[str, tuple[int, int]]]) -> dict[str, tuple[int, 
 def note_canaries(run: RunDirectory, state: LedgerState, canaries: Sequence[Canary], units: UnitData) -> None:
     """Write into ``secret/used.json`` how many records of each canary entered steps, counted once a step.
 
-    A planted secret that no step saw proves nothing.
+    The attack job reads it: a planted secret that no step saw proves nothing.
+
+    Args:
+        run: the run directory.
+        state: of its verified ledger.
+        canaries: the planted users.
+        units: the training units, with the user of each.
 
     Raises:
         DamagedFile: if the file was altered since training began.
@@ -89,10 +114,10 @@ def note_canaries(run: RunDirectory, state: LedgerState, canaries: Sequence[Cana
     key = run.load_key("pseudonym")
     planted = {canary.user for canary in canaries}
     named = zip(units.names, units.owners, strict=True)
-    owners = {pseudonym(key, name): owner for name, owner in named if owner in planted}
+    canary_of = {pseudonym(key, name): owner for name, owner in named if owner in planted}
     drawn: Counter[str] = Counter()
-    for name, num_records in charged_units(run.ledger, state):
-        if name in owners:
-            drawn[owners[name]] += num_records
+    for unit_pseudonym, num_records in charged_units(run.ledger, state):
+        if unit_pseudonym in canary_of:
+            drawn[canary_of[unit_pseudonym]] += num_records
     used = read_sealed_file(run, run.used, schema=USED_SCHEMA, remedy="restore it")
     write_sealed(run, run.used, with_contributions(used, drawn))

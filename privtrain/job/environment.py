@@ -1,7 +1,8 @@
-"""A digest of what a step is computed with, as far as it can be seen; ranks must agree on it.
+"""A digest of the environment: all that can be seen of what a step is computed with. Ranks must agree on it.
 
-A run that goes on under another one gets a new generation (:mod:`.resume` says why). What cannot be seen here, such as
-settings of MKL or oneDNN, shows in the sums, which are compared when steps are replayed and which key the noise.
+A run that is resumed in another environment begins a new generation, with a new secret for samples and noise
+(:mod:`.resume` says why). What cannot be seen here, such as settings of MKL or oneDNN, shows in the sums of steps,
+which are compared when steps are replayed, and which the noise is keyed by.
 """
 
 from __future__ import annotations
@@ -41,8 +42,15 @@ def environment_digest(
 ) -> bytes:
     """Return SHA-256 over config, code, library versions, world layout, device, precision, weights and tokens.
 
-    The run's name and place, tracking, the registry, what signs the release and the place of the index cannot change a
-    step and are left out.
+    Left out is what cannot change a step: the run's name and directory, tracking, the registry, signing, where the
+    index of records lies, and the public evaluation records.
+
+    Args:
+        config: the run's.
+        backend: for number of ranks, sharding and device.
+        precision: of the forward and backward pass.
+        weights_checksum: of the base model as loaded.
+        units_sha256: of the training units' tokens.
     """
     body = {
         "config": config.model_dump(
@@ -56,7 +64,7 @@ def environment_digest(
                 "data": {"evaluation"},
             },
         ),
-        "records_on_disk": config.performance.index_dir is not None,
+        "records_on_disk": config.performance.index_dir is not None,  # whether they are; where does not matter
         "code": _code_digest(),
         "libraries": {name: importlib.metadata.version(name) for name in _LIBRARIES},
         "python": platform.python_version(),
@@ -75,6 +83,10 @@ def check_ranks_agree(backend: Backend, digests: dict[str, bytes]) -> None:
     """Refuse to train if a rank has another plan, data set, config or environment than rank 0.
 
     Units are drawn by index: on a rank with other data an index is another user, and one user could enter a step twice.
+
+    Args:
+        backend: gathers the digests of all ranks.
+        digests: what is compared, in words for the error → this rank's digest of it.
 
     Raises:
         GuaranteeLost: naming the ranks and what differs.
@@ -98,9 +110,10 @@ def _device_name(device: torch.device) -> str:
 
 @functools.cache
 def _code_digest() -> str:
-    """Return SHA-256 of the packages that a step computes with: a corrected sentence elsewhere costs no generation.
+    """Return SHA-256 of the source of the packages that a step computes with.
 
-    Once in a process, which goes on with the code that it has imported, whatever becomes of the files.
+    Other packages are left out, so that an edit there does not begin a new generation. Cached, since a process
+    continues with the code that it has imported, whatever becomes of the files.
     """
     digest = hashlib.sha256()
     root = pathlib.Path(privtrain.__file__).parent

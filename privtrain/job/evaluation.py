@@ -1,8 +1,11 @@
-"""The model on records that are not trained on: before, during and after training.
+"""Measure the model on records that are not trained on: before, during and after training.
 
 ``data.evaluation`` is public, and the weights of every step are released under ε: what is measured there is
 post-processing, and so is what is decided by it (``release.if_worse``). Held-out users' records are private: what is
 measured on them decides nothing, and leaves ``secret/`` only if the configuration says so.
+
+The losses on ``data.evaluation`` before the first step are kept in ``secret/``, since the job that takes the last step
+and compares with them may be a resumed one.
 """
 
 from __future__ import annotations
@@ -39,15 +42,23 @@ def is_due(config: Config, step: int) -> bool:
 def on_public(
     inputs: Inputs, trainer: Trainer, network: Network, step: int, stop: StopRequest, *, is_last: bool = False
 ) -> None:
-    """Measure the model on data.evaluation; at the end, compare with what it was before the first step.
+    """Measure the model on data.evaluation and log it. Every rank calls it.
+
+    Args:
+        inputs: with the records of ``data.evaluation``; without any, nothing happens.
+        trainer: with the model's backend and tracker.
+        network: the model and its tokenizer.
+        step: steps taken. At 0 the result is kept, to compare with at the end.
+        stop: asked between batches.
+        is_last: compare with the result before the first step.
 
     Raises:
-        WorseThanBase: at the end, as ``release.if_worse`` says.
+        WorseThanBase: at the end, if the model is significantly worse and ``release.if_worse`` is ``refuse``.
     """
     if not inputs.evaluation:
         return
     scores = _scores(inputs.evaluation, trainer, network, step, stop)
-    assert scores is not None, "check_possible looked"
+    assert scores is not None, "check_possible has seen that some record predicts a token"
     with trainer.backend.main_alone():
         if trainer.backend.is_main:
             values = _metrics_of(inputs.config, scores, "eval/")
@@ -60,8 +71,11 @@ def on_public(
 
 
 def last_on_public(run: RunDirectory) -> dict[str, float]:
-    """Return what was measured on data.evaluation last, by the names that cards use; empty if nothing was."""
-    # Nothing is in it where a resumed job has no step left to take.
+    """Return what ``metrics.jsonl`` last says of data.evaluation, e.g. ``{"loss": 2.1, "perplexity": 8.2}``; or ``{}``.
+
+    The names are those that model cards use.
+    """
+    # metrics.jsonl is empty where a resumed job had no step left to take.
     has_rows = run.metrics.is_file() and run.metrics.stat().st_size > 0
     rows = [row for _, row in reading.read_json_lines(run.metrics)] if has_rows else []
     last = next((row for row in reversed(rows) if "eval/loss" in row), {})
@@ -71,7 +85,10 @@ def last_on_public(run: RunDirectory) -> dict[str, float]:
 def on_held_out(
     inputs: Inputs, trainer: Trainer, network: Network, split: Split, step: int, stop: StopRequest
 ) -> float | None:
-    """Measure the model on records of held-out users; return the mean loss, ``None`` if they predict nothing."""
+    """Measure the model on records of held-out users, and log it as private; return the mean loss per token or label.
+
+    ``None`` if no record has a token or label to predict.
+    """
     records = [inputs.corpus.records[user][index] for user, index in split.evaluation]
     scores = _scores(records, trainer, network, step, stop)
     if scores is None:
@@ -83,6 +100,7 @@ def on_held_out(
 
 def warn_if_worse(backend: Backend, before: float | None, after: float | None) -> None:
     """Say on the console, which is private, that the loss on held-out users rose."""
+    # "not <=" rather than ">": a loss that became NaN is worse too.
     if backend.is_main and before is not None and after is not None and not after <= before:
         say(
             f"[yellow]warning[/]: the loss on held-out users rose from {before:.4f} to {after:.4f} (private). Try a "
@@ -91,11 +109,16 @@ def warn_if_worse(backend: Backend, before: float | None, after: float | None) -
 
 
 def check_possible(inputs: Inputs, network: Network, start_step: int) -> None:
-    """Raise unless data.evaluation can be measured, and a resumed run be compared with what it was; on rank 0 alone.
+    """Raise unless data.evaluation can be measured, and compared at the end with before the first step. Rank 0 only.
+
+    Args:
+        inputs: with the records of ``data.evaluation``; without any, nothing is checked.
+        network: whose tokenizer encodes them.
+        start_step: steps that the run has taken; if any, the measurement before the first one must be on disk.
 
     Raises:
-        ConfigError: if no row of it predicts a token.
-        DamagedFile: if that measurement is missing or damaged.
+        ConfigError: if no record has a token to predict.
+        DamagedFile: if the measurement before the first step is missing or damaged.
         PlanMismatch: if it was made on other records.
     """
     if not inputs.evaluation:
@@ -107,6 +130,7 @@ def check_possible(inputs: Inputs, network: Network, start_step: int) -> None:
 
 
 def _scores(records: Sequence[str], trainer: Trainer, network: Network, step: int, stop: StopRequest) -> Scores | None:
+    """Return losses and correct predictions record by record, on every rank; ``None`` if nothing is to be predicted."""
     encoded = network.encoder.encode(records)
     return evaluate(
         network.model,
@@ -120,7 +144,7 @@ def _scores(records: Sequence[str], trainer: Trainer, network: Network, step: in
 
 
 def _metrics_of(config: Config, scores: Scores, prefix: str) -> dict[str, float]:
-    """Return what is logged of a measurement; nothing if it is not finite."""
+    """Return metric → value, e.g. ``eval/loss`` → 2.1 for the prefix ``eval/``; empty if the loss is not finite."""
     if not math.isfinite(perplexity(scores.loss)):
         return {}
     if config.data.is_classification:
@@ -129,7 +153,7 @@ def _metrics_of(config: Config, scores: Scores, prefix: str) -> dict[str, float]
 
 
 def _keep_before(inputs: Inputs, scores: Scores) -> None:
-    """Write down the measurement before the first step: a resumed job compares with it."""
+    """Write the measurement before the first step to ``secret/``; JSON has no NaN, so such a loss is ``null``."""
     body = {
         "schema": _SCHEMA,
         "records_sha256": _digest(inputs.evaluation),
@@ -141,10 +165,11 @@ def _keep_before(inputs: Inputs, scores: Scores) -> None:
 
 
 def _read_before(inputs: Inputs) -> Scores:
-    """Return the measurement before the first step.
+    """Return the measurement before the first step, as :func:`_keep_before` wrote it.
 
     Raises:
-        DamagedFile, PlanMismatch: see :func:`check_possible`.
+        DamagedFile: if it is missing or damaged.
+        PlanMismatch: if it was made on other records than ``data.evaluation`` holds now.
     """
     content = reading.read_json(inputs.run.evaluation_before, schema=_SCHEMA, remedy="restore it from a backup")
     if content["records_sha256"] != _digest(inputs.evaluation):
@@ -154,23 +179,24 @@ def _read_before(inputs: Inputs) -> Scores:
 
 
 def _compare(inputs: Inputs, before: Scores, after: Scores) -> dict[str, float]:
-    """Say what training did to the loss, and return it for release.
+    """Say how training changed the loss, and return the change with its 95 % interval, as metrics to log.
 
     Raises:
-        WorseThanBase: if it is significantly worse and ``release.if_worse`` is ``refuse``.
+        WorseThanBase: if the model is significantly worse and ``release.if_worse`` is ``refuse``.
     """
     config = inputs.config
     rise, low, high = difference(before, after)
     name = "label" if config.data.is_classification else "token"
     shown = f"loss per {name} on data.evaluation: {before.loss:.4f} before, {after.loss:.4f} after training"
     say(f"{shown} ({rise:+.4f}, 95 % interval {low:+.4f} to {high:+.4f})")
-    if low > 0 or not math.isfinite(after.loss):
+    if low > 0 or not math.isfinite(after.loss):  # low > 0: the whole interval lies above "no change"
         _handle_worse(inputs, f"the model is worse than its base: {shown}")
     numbers = {"eval/loss_difference": rise, "eval/loss_difference_low": low, "eval/loss_difference_high": high}
     return {key: value for key, value in numbers.items() if math.isfinite(value)}
 
 
 def _handle_worse(inputs: Inputs, problem: str) -> None:
+    """Raise :class:`WorseThanBase` or warn, as ``release.if_worse`` says."""
     if inputs.config.release.if_worse == "refuse":
         raise WorseThanBase(
             f"{problem}. Nothing is released, and ε is spent anyway. To release it as it is, set "

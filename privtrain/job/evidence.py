@@ -1,4 +1,7 @@
-"""What a run directory proves to the registry: read from the verified ledger, never from what the run publishes."""
+"""What a run directory proves to the budget registry: how many steps are charged, and in whose ledger.
+
+Evidence is read from the verified ledger, never from what the run publishes, which anybody could have edited.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +18,10 @@ from privtrain.run.directory import RunDirectory
 
 
 def evidence_so_far(run: RunDirectory) -> LedgerEvidence | None:
-    """Return what the ledger shows while a job writes it; ``None`` before it is made.
+    """Return what the ledger shows while a job writes it; ``None`` before there is a ledger.
 
     Raises:
-        LedgerCorrupt: if it does not verify.
+        LedgerCorrupt: if the ledger does not verify.
     """
     if not run.ledger.exists():
         return None
@@ -26,10 +29,14 @@ def evidence_so_far(run: RunDirectory) -> LedgerEvidence | None:
 
 
 def evidence_of_unreleased(run: RunDirectory, fingerprint: str) -> LedgerEvidence:
-    """Return what a run that was given up has spent. The caller holds the run's lock.
+    """Return the steps that an abandoned run has spent, with no steps for one that never began.
+
+    Args:
+        run: its directory, whose lock the caller holds.
+        fingerprint: of the run's plan and data.
 
     Raises:
-        LedgerCorrupt: if the ledger is gone, damaged, another run's or older than what lies beside it, or if it shows
+        LedgerCorrupt: if the ledger is gone, damaged, another run's or older than the files beside it, or if it shows
             a release.
     """
     state = verified_state(run)
@@ -42,10 +49,16 @@ def evidence_of_unreleased(run: RunDirectory, fingerprint: str) -> LedgerEvidenc
 
 
 def evidence_of_release(run: RunDirectory, fingerprint: str, plan: PrivacyPlan) -> LedgerEvidence:
-    """Return what a released run has spent. The caller holds the run's lock.
+    """Return the steps that a released run has spent.
+
+    Args:
+        run: its directory, whose lock the caller holds.
+        fingerprint: of the run's plan and data.
+        plan: the run's.
 
     Raises:
-        LedgerCorrupt: as :func:`evidence_of_unreleased`, and if the ledger shows no release of this plan.
+        LedgerCorrupt: if the ledger is gone, damaged, another run's or older than the files beside it, if it shows no
+            release of this plan, or if the manifest of the split was replaced.
     """
     state = verified_state(run)
     if state is None or state.release is None:
@@ -58,16 +71,20 @@ def evidence_of_release(run: RunDirectory, fingerprint: str, plan: PrivacyPlan) 
 
 
 def contradictions(run: RunDirectory, shown: LedgerEvidence) -> list[str]:
-    """Return what the published statement says otherwise than the ledger; it decides nothing."""
+    """Return, in words, where the published statement contradicts the ledger: a warning, since the ledger decides."""
     try:
         statement = json.loads(run.privacy.read_text(encoding="utf-8"))
-        claims = {
+        stated_and_shown = {
             "steps_released": (statement["steps_released"], shown.num_steps),
             "plan_fingerprint": (statement["plan_fingerprint"], shown.plan),
         }
     except (OSError, ValueError, KeyError, TypeError) as error:
         return [f"it cannot be read ({type(error).__name__})"]
-    return [f"{name} is {said}, the ledger shows {true}" for name, (said, true) in claims.items() if said != true]
+    return [
+        f"{name} is {stated}, the ledger shows {true}"
+        for name, (stated, true) in stated_and_shown.items()
+        if stated != true
+    ]
 
 
 def _evidence(state: LedgerState) -> LedgerEvidence:
@@ -77,7 +94,7 @@ def _evidence(state: LedgerState) -> LedgerEvidence:
 
 def _check_owner(run: RunDirectory, state: LedgerState, fingerprint: str) -> None:
     """Raise unless key, plan and data in the ledger's first record are the run's own."""
-    if not state.num_records:
+    if not state.num_records:  # a crash came before the first record
         return
     key = run.load_key("pseudonym")
     if state.key_sha256 != key_commitment(key) or state.plan != blinded_plan(key, fingerprint):
@@ -85,8 +102,11 @@ def _check_owner(run: RunDirectory, state: LedgerState, fingerprint: str) -> Non
 
 
 def _check_split(run: RunDirectory, state: LedgerState) -> None:
-    """Raise unless the manifest, which says who is invented, is the one that training began with."""
-    if not state.split:
+    """Raise unless the manifest of the split is the one that training began with.
+
+    Who is charged rests on the manifest: it says which canary users are invented and have no budget.
+    """
+    if not state.split:  # training never began a session
         return
     if not run.manifest.exists():
         raise LedgerCorrupt(f"{run.manifest} is gone: which users are invented is not known. Restore it")

@@ -1,9 +1,9 @@
-"""The noised sum of every step, kept for the owner's audit: ``secret/noised_sums``, 0700 and 0600, never published.
+"""The noised sum of every step, kept for the owner's audit in ``secret/noised_sums``, never published.
 
-What is kept is the output of the mechanism, in units of the clipping norm of its step, before the optimizer sees it. It
-is written once the step is committed. A session begins by deleting the files of the steps that it takes: one that is
-replayed writes the same file again, one that was given up leaves none. At the release the list of them is sealed under
-the run's root key.
+A noised sum is the output of the mechanism, before the optimizer sees it, divided by the step's clipping norm. Its file
+is written once the step is committed. A session begins by deleting the files of the steps that it will take, so that no
+file of an abandoned step remains; a replayed step writes the same file again. At the release the list of files, with
+their digests, is sealed under the run's root key.
 """
 
 from __future__ import annotations
@@ -62,10 +62,10 @@ class NoisedSums:
 
 
 def check_whole(layout: Layout) -> None:
-    """Raise unless a rank holds the whole sum.
+    """Raise unless this rank holds whole tensors of the noised sum, since rank 0 writes it alone.
 
     Raises:
-        ConfigError: if a backend shards it.
+        ConfigError: if the backend shards the sum.
     """
     if any(slot.first or slot.num_coordinates != slot.num_whole_coordinates for slot in layout.slots):
         problem = "true needs whole sums on a rank, and this backend shards them; use one process or DDP"

@@ -1,12 +1,12 @@
 """Release a run: a crash at any moment leaves nothing released, or a release that the next start completes.
 
-1. Everything new is written to ``.release.tmp``, checked, brought onto the disk and renamed to ``.release``.
+1. Everything new is written to ``.release.tmp``, brought onto the disk and renamed to ``.release``: it is *staged*.
 2. The ledger's release record, with the digests of all of it, is appended: from here on the release has happened.
-3. Each part is moved to its place, ``release.json`` last: it marks the run as complete.
+3. Each part is moved to its place (*installed*), ``release.json`` last: it marks the run as complete.
 
-A crash before 2 leaves a staged release that the next one replaces. A crash after 2 is completed by
-:func:`complete_release` when the run directory is claimed again, before anything could write a released file. No
-released file holds a digest of itself: see :mod:`privtrain.run.bundle`.
+A crash before 2 leaves a staged release that the next one replaces. A release that a crash interrupted after 2 is
+completed by :func:`complete_release` when the run directory is locked again, before anything could write a released
+file. The *manifest* lists what is released, by digest: see :mod:`privtrain.run.bundle`.
 """
 
 from __future__ import annotations
@@ -41,7 +41,17 @@ def publish(
     name: str,
     base_model: dict[str, str],
 ) -> ReleaseManifest:
-    """Stage, record and install a release."""
+    """Stage, record and install a release: steps 1 to 3 of the module.
+
+    Args:
+        run: the run directory.
+        ledger: the run's open ledger.
+        plan: the run's.
+        statement: content of ``privacy.json``.
+        write_weights: writes the weights, tokenizer and model card into the directory that it is given.
+        name: of the released directory, ``adapter`` or ``model``.
+        base_model: file name → SHA-256 of the base model's files.
+    """
     manifest = stage(run, plan, statement, write_weights, name=name, base_model=base_model)
     ledger.release(statement["epsilon"], plan.delta, manifest)
     install(run, manifest)
@@ -57,14 +67,14 @@ def stage(
     name: str,
     base_model: dict[str, str],
 ) -> ReleaseManifest:
-    """Write everything that is released to ``.release``, durably; arguments as for :func:`publish`."""
+    """Write everything that is released to ``.release``, durably; return its manifest. Arguments: :func:`publish`."""
     temporary = temporary_of(run.staged)
     for directory in (temporary, run.staged):
         shutil.rmtree(directory, ignore_errors=True)
     weights = temporary / name
     weights.mkdir(parents=True)
     write_weights(weights)
-    for place in (temporary, weights):
+    for place in (temporary, weights):  # the released directory is shared on its own, so each has all that it needs
         write_json(place / run.privacy.name, statement)
     digests = {}
     for written in _WRITTEN_BEFORE:
@@ -88,10 +98,10 @@ def stage(
 
 
 def install(run: RunDirectory, manifest: ReleaseManifest) -> None:
-    """Move what was staged to its place; whatever is there already stays.
+    """Move what was staged to its place; parts that an interrupted call has moved already stay there.
 
     Raises:
-        GuaranteeLost: if a file is neither staged nor in its place as it was recorded.
+        GuaranteeLost: if, after the move, a file is not in its place as it was recorded.
     """
     for name in sorted({path.partition("/")[0] for path in manifest.files} - set(_WRITTEN_BEFORE)):
         _move(run.staged / name, run.root / name)
@@ -112,11 +122,12 @@ def install(run: RunDirectory, manifest: ReleaseManifest) -> None:
 
 
 def set_file_times(run: RunDirectory, manifest: ReleaseManifest) -> None:
-    """Set the times of all released files to the hour of the release: their own tell how long training took."""
+    """Set the times of all released files to the present full hour: their own tell how long training took."""
     hour = time.time() // 3600 * 3600
     released = [run.root / path for path in (*manifest.files, bundle.NAME)]
-    around = {run.secret, run.checkpoints, *(path.parent for path in released)}  # anybody can see the time of these
-    for path in {*released, *around, run.released / bundle.NAME}:
+    # Also the directories: other users see their times, even those of the private ones.
+    directories = {run.secret, run.checkpoints, *(path.parent for path in released)}
+    for path in {*released, *directories, run.released / bundle.NAME}:
         with contextlib.suppress(OSError):  # a file system that keeps no times
             os.utime(path, (hour, hour))
 

@@ -1,6 +1,7 @@
-"""What follows a release and is no part of it: the signature, and word to the mirrors.
+"""What follows a release and is no part of it: sign it, and show it to the mirrors (W&B and other trackers).
 
 A crash, a lost key or a lost network may leave either undone. The release stands; the same command does what is left.
+So errors here are returned instead of raised, and the job raises them after the registry has settled the run's budget.
 """
 
 from __future__ import annotations
@@ -21,7 +22,10 @@ from privtrain.tracking import show_release
 
 
 def sign_release(run: RunDirectory, section: ReleaseSection) -> SigningFailed | None:
-    """Sign the released directory and the run if configured and not signed yet; return what failed, to raise later."""
+    """Sign the released directory and the run directory, unless they are; return what failed, to raise later.
+
+    ``None`` if all went well, or if the configuration names no signing key.
+    """
     keys = Keys.of(section)
     unsigned = [place for place in (run.released, run.root) if not (place / SIGNATURE).exists()]
     if keys is None or not unsigned:
@@ -44,19 +48,25 @@ def sign_release(run: RunDirectory, section: ReleaseSection) -> SigningFailed | 
 
 
 def after_release(run: RunDirectory, section: ReleaseSection, show: Callable[[], None]) -> PrivtrainError | None:
-    """Sign a release and show it to the mirrors, on rank 0 alone; return what failed, to raise after settlement."""
-    unsigned, unshown = sign_release(run, section), None
+    """Sign a release and show it to the mirrors, on rank 0 alone; return what failed, to raise after settlement.
+
+    Args:
+        run: the run directory.
+        section: ``release`` of the configuration, with the signing key.
+        show: shows the release to the mirrors.
+    """
+    signing_error, mirror_error = sign_release(run, section), None
     try:
         show()
     except PrivtrainError as error:
-        unshown = error
-    if unsigned and unshown:
-        say(f"[yellow]warning[/]: {escape(str(unshown))}")
-    return unsigned or unshown
+        mirror_error = error
+    if signing_error and mirror_error:  # only one can be raised
+        say(f"[yellow]warning[/]: {escape(str(mirror_error))}")
+    return signing_error or mirror_error
 
 
 def finish(inputs: Inputs) -> PrivtrainError | None:
-    """Do what :func:`after_release` does for a run whose job died after its release."""
+    """Do what :func:`after_release` does, for a released run that is started again: its job may have died before."""
 
     def show() -> None:
         tracker_id = json.loads(inputs.run.identity.read_text(encoding="utf-8"))["tracker_id"]

@@ -1,5 +1,10 @@
 """A run's budget reservation: reserve before training, renew the lease, settle what was spent.
 
+The registry is a database of ε budgets over many runs. A *reservation* sets aside the ε of a whole run before it
+starts. It stays open while the job renews its *lease*; without news it expires and stays charged in full. When the run
+is released it is *settled*: charged for the steps that the run's verified ledger shows. A *claim* is a random token
+that says which copy of the run directory holds the reservation (see :func:`_read_claims`).
+
 Without a registry in the configuration nothing happens here. With one, training never starts without a reservation: a
 refusal, or a registry that does not answer, ends the job before the model is loaded.
 """
@@ -86,8 +91,8 @@ def budgeted(inputs: Inputs, backend: Backend, stop: StopRequest) -> Iterator[In
             yield dataclasses.replace(allowed, check_release=reservation.check) if reservation else allowed
     except Exception as error:
         if reservation is not None and reservation.lost is not None:
-            raise reservation.lost from error
-        # A run that is to be requeued keeps what it has.
+            raise reservation.lost from error  # the heartbeat's thread found it, and stopped the run
+        # A run that is to be requeued keeps its reservation, also if it has not begun a step.
         if reservation is not None and getattr(error, "exit_code", None) != _EXIT_REQUEUE:
             reservation.refund_if_unstarted()
         raise
@@ -97,7 +102,18 @@ def budgeted(inputs: Inputs, backend: Backend, stop: StopRequest) -> Iterator[In
 
 
 class BudgetReservation:
-    """A reservation held by this process, on rank 0. Use :func:`budgeted`."""
+    """A reservation held by this process, on rank 0. Use :func:`budgeted`.
+
+    Args:
+        registry: that holds it.
+        reservation: its row; ``None`` for a run that is released, which may still have to be settled.
+        inputs: of the run.
+        uid: the registry's name of the run, kept in the run directory.
+        claims: tokens that show that this directory holds the reservation.
+
+    Attributes:
+        lost: the error by which this process found that the reservation is no longer its own.
+    """
 
     def __init__(
         self, registry: Registry, reservation: Reservation | None, inputs: Inputs, uid: str, claims: tuple[str, ...]
@@ -107,19 +123,21 @@ class BudgetReservation:
         self._inputs = inputs
         self._uid = uid
         self._claims = claims
-        self.lost: GuaranteeLost | LedgerCorrupt | None = None  # why it is no longer this run's
-        self._knows_ledger = False  # whether the registry heard which ledger the run has
-        self._is_tuning = False
+        self.lost: GuaranteeLost | LedgerCorrupt | None = None
+        self._knows_ledger = False  # whether the registry has been told which ledger the run has
+        self._is_tuning = False  # whether the reservation is for all trials of a tuning, and so has no ledger
         self._lease_seconds = inputs.config.registry.lease_hours * 3600
 
     @classmethod
     def take(cls, inputs: Inputs, *, chosen: RunDirectory | None = None) -> BudgetReservation | None:
-        """Reserve, or find this run's reservation; ``None`` without a registry.
-
-        ``chosen``: of :mod:`privtrain.job.tune`, where its best trial goes; ``inputs.run`` is then the directory of all
-        trials. They are charged whole from the first :meth:`check` on, which therefore comes before the first of them.
+        """Reserve the run's ε, or find the reservation that it holds already; ``None`` without a registry.
 
         A complete run reserves nothing; it may still have to settle.
+
+        Args:
+            inputs: of the run; for a tuning, ``inputs.run`` is the directory of all trials.
+            chosen: for :mod:`privtrain.job.tune` alone: the run directory that the best trial is moved to. All trials
+                together are charged whole from the first :meth:`check` on, which therefore precedes the first trial.
         """
         try:
             reservation = cls._take(inputs, (chosen or inputs.run).is_complete())
@@ -135,6 +153,7 @@ class BudgetReservation:
 
     @classmethod
     def _take(cls, inputs: Inputs, is_complete: bool) -> BudgetReservation | None:
+        """Do the work of :meth:`take`; ``is_complete``: the run is released already."""
         section = inputs.config.registry
         url = registry_url(section)
         file = inputs.run.reservation
@@ -162,7 +181,7 @@ class BudgetReservation:
         # Proves from now on that this copy of the run directory holds the reservation (see _read_claims).
         claim = secrets.token_hex(16)
         request = _request(inputs, uid, claim)
-        # On disk before the registry knows it: after a crash in between, the registry accepts the old one or the new.
+        # Both claims go to disk before the registry is told: wherever a crash comes, the one it holds is among them.
         write_json(_claims_path(inputs.run), {"claims": [*request.earlier_claims, claim]}, mode=0o600)
         reservation = registry.reserve(request)
         write_json(_claims_path(inputs.run), {"claims": [claim]}, mode=0o600)
@@ -180,7 +199,7 @@ class BudgetReservation:
 
     @contextlib.contextmanager
     def heartbeat(self, stop: StopRequest) -> Iterator[None]:
-        """Renew the lease from a thread, which stops the run if the reservation is lost."""
+        """Renew the lease from a thread while the block runs; the thread stops the run if the reservation is lost."""
         if self._reservation is None:
             yield
             return
@@ -196,7 +215,10 @@ class BudgetReservation:
     def settle_tuning(self, chosen: Inputs) -> None:
         """Charge a tuning whose chosen run is released: in full, as it was reserved.
 
-        Users' contributions are those to the chosen run; what they gave to the others is not added.
+        The registry is told what users contributed to the chosen run; their part in the other trials is not added.
+
+        Args:
+            chosen: inputs of the chosen run, in its final directory.
         """
         try:
             shown = evidence_of_release(chosen.run, chosen.fingerprint, chosen.plan)
@@ -217,12 +239,16 @@ class BudgetReservation:
             say(f"[yellow]warning[/]: {_WARNINGS[outcome]}")
 
     def settle(self) -> None:
-        """Charge what the ledger shows and keep who contributed; a run that is not released keeps its reservation."""
+        """Charge a released run for the steps that its ledger shows, and tell the registry who contributed.
+
+        A run that is not released keeps its reservation. If the registry does not answer, only a warning is given: the
+        release stands, and the same command settles it later.
+        """
         run, inputs = self._inputs.run, self._inputs
         if not run.is_complete():
             return
         try:
-            # A run that is settled stays so, also after the keys that link its ledger to people were shredded.
+            # Asked first: once `ledger shred` has destroyed the keys, what follows could not be read any more.
             so_far = evidence_so_far(run)
             if so_far is not None and self._registry.is_settled(self._uid, so_far.head):
                 return
@@ -235,7 +261,6 @@ class BudgetReservation:
                 request=_request_if_any(inputs, self._uid),
             )
         except (ClockRefused, RegistryUnreachable) as error:
-            # The release stands; the same command settles it.
             say(f"[yellow]warning[/]: {error}. {_UNSETTLED}")
             return
         if outcome in _WARNINGS:
@@ -248,9 +273,12 @@ class BudgetReservation:
             )
 
     def _tell_of_shared_users(self) -> None:
-        """Warn if users of this run are also in populations whose budgets do not know of it."""
+        """Warn if users of this run are also in other populations, whose budgets this run is not charged to.
+
+        A population is the group of people that a per-user budget is kept for, over one or more data sets.
+        """
         shared: list[str] = []
-        with contextlib.suppress(RegistryUnreachable):  # the run is still settled
+        with contextlib.suppress(RegistryUnreachable):  # only the warning is lost: the run is settled
             shared = populations_shared_with(self._registry.database, self._uid)
         if shared:
             say(
@@ -263,7 +291,7 @@ class BudgetReservation:
         """Refund a failed run that provably never began a step; any other keeps its reservation."""
         if self._reservation is None:
             return
-        # The failure itself is what is reported; a reservation that cannot be given back stays and expires.
+        # The job's own failure is what is reported; a reservation that cannot be refunded stays, and expires.
         with contextlib.suppress(PrivtrainError):
             shown = evidence_of_unreleased(self._inputs.run, self._inputs.fingerprint)
             if shown.num_steps == 0:
@@ -271,16 +299,18 @@ class BudgetReservation:
                 self._inputs.run.reservation.unlink(missing_ok=True)
 
     def check(self) -> None:
-        """Check that the reservation still is this run's, and tell the registry what its ledger shows.
+        """Renew the lease, check that the reservation still is this run's, and report which ledger the run has.
 
         Raises:
             GuaranteeLost: if it was closed, another copy of the run directory claimed it, or the ledger was replaced.
             LedgerCorrupt: if the ledger does not verify.
-            RegistryUnreachable: if it does not answer and never heard which ledger the run has: then any would end it.
+            RegistryUnreachable: if the registry does not answer and was never told which ledger the run has: it would
+                then accept any ledger as this run's, e.g. one with fewer steps.
         """
         if self._reservation is None:
             return
         try:
+            # A tuning has no ledger of its own. Its trials are one mechanism, so one step charges it whole.
             shown = LedgerEvidence(1, "") if self._is_tuning else evidence_so_far(self._inputs.run)
             self._registry.renew(self._reservation.id, self._lease_seconds, self._claims[-1], shown)
             self._knows_ledger = shown is not None
@@ -289,7 +319,7 @@ class BudgetReservation:
             raise
         except RegistryUnreachable:
             if not self._knows_ledger:
-                raise  # later an expired reservation counts in full anyway
+                raise  # else training may go on: a reservation that expires stays charged in full
 
     def _heartbeat_loop(self, ended: threading.Event, stop: StopRequest) -> None:
         """Renew the lease until ``ended``; stop the run if the reservation or its ledger is gone."""
@@ -303,15 +333,18 @@ class BudgetReservation:
                 return
 
     def _contributions(self) -> dict[str, tuple[int, int]]:
-        """Return pseudonym of the registry → (steps, records) of every user; invented ones left out."""
+        """Return the registry's pseudonym of a user → (steps, records) that the ledger charges to that user.
+
+        Canary users that were invented are left out.
+        """
         run = self._inputs.run
         canaries = canaries_of(read_sealed(run.manifest)) if run.manifest.exists() else ()
         corpus = plant(self._inputs.corpus, canaries)
         totals = contributions_of(run, corpus, self._inputs.plan)
         for canary in canaries:
-            if canary.is_invented:  # nobody's budget
+            if canary.is_invented:  # there is no person whose budget it would be
                 totals.pop(canary.user, None)
-        # One pseudonym for all Unicode forms of an id.
+        # Added up, since ids that differ only in their Unicode form have one pseudonym.
         return added((self._registry.pseudonym(user), counts) for user, counts in totals.items())
 
 
@@ -336,11 +369,11 @@ def refund_run(run_path: pathlib.Path, url: str) -> str:
 
 
 def _read_claims(run: RunDirectory) -> tuple[str, ...]:
-    """Return the random tokens that this copy of the run directory claimed its reservation with.
+    """Return the random tokens (claims) that this copy of the run directory took its reservation with; empty if none.
 
-    The registry keeps one, a new one at every start: of two copies of a directory, the one that starts second takes the
-    reservation, and the first is refused from then on, and so is a directory restored from before. There are two tokens
-    after a crash between writing the new one here and the registry's taking it.
+    The registry keeps one token for a reservation, a new one at every start. So of two copies of a directory the one
+    that starts second takes the reservation. The first is refused from then on, as is a directory restored from an
+    older backup. The file holds two tokens if a start crashed while the registry was told the new one.
     """
     file = _claims_path(run)
     return tuple(json.loads(file.read_text(encoding="utf-8"))["claims"]) if file.exists() else ()
@@ -351,7 +384,16 @@ def _claims_path(run: RunDirectory) -> pathlib.Path:
 
 
 def _request(inputs: Inputs, uid: str, claim: str | None) -> RunRequest:
-    """Return what the run asks of the registry; raise if no budget can be asked for such a plan."""
+    """Return what the run asks of the registry.
+
+    Args:
+        inputs: of the run.
+        uid: the registry's name of the run.
+        claim: the token that this start takes the reservation with; ``None`` to settle a released run.
+
+    Raises:
+        PrivtrainError: if the plan is not private, or its sampling is not one that the registry accounts for.
+    """
     plan, section = inputs.plan, inputs.config.registry
     assert section.dataset is not None
     if plan.not_private_reasons:
@@ -361,11 +403,13 @@ def _request(inputs: Inputs, uid: str, claim: str | None) -> RunRequest:
         raise PrivtrainError(
             f"privacy.sampling: given {plan.sampling}; the registry accounts for poisson and cyclic_poisson sampling"
         )
-    # What is no repetition of steps is one mechanism, charged whole once a step was begun.
+    # Independent steps are charged and refunded one by one. A tuning, and steps with correlated noise, are one
+    # mechanism each, which is charged whole once a step was begun.
     is_whole = plan.tuning is not None or plan.sampling == "cyclic_poisson"
     settings = None if is_whole else _settings(plan)
     event = plan.event_of_steps(plan.num_steps) if settings is None else settings.event()
     if settings is None and plan.tuning is None:
+        # Wrapped: the registry would count the repetitions of a self-composed event one by one.
         event = dp_accounting.ComposedDpEvent([event])
     return RunRequest(
         uid=uid,
@@ -388,7 +432,10 @@ def _request(inputs: Inputs, uid: str, claim: str | None) -> RunRequest:
 
 
 def _request_if_any(inputs: Inputs, uid: str) -> RunRequest | None:
-    """Return what a released run would have asked for; ``None`` if no budget can be asked for such a run."""
+    """Return what a released run would have asked for, so that one without a reservation can be charged afterwards.
+
+    ``None`` if no budget can be asked for such a run.
+    """
     try:
         return _request(inputs, uid, None)
     except PrivtrainError:

@@ -1,14 +1,19 @@
 """Decide where a run continues, from its ledger and its newest checkpoint.
 
-What a release is: a step's sample is a function of (secret of the generation, step), its noise of (secret, step, exact
-sum), see :mod:`privtrain.privacy.sum_digest`. From that follows how to go on:
+A *generation* is a stretch of training under one secret; the first is 0. The ledger records an *intent* before a step
+uses any data (from then on the step has *begun*, and is charged) and a *commit* after it, with a *commitment*, that is
+a digest, to the step's exact clipped sum. Steps behind the newest checkpoint are kept; those past it are *replayed*
+(taken again) or abandoned.
+
+A step's sample is a function of (secret of the generation, step), its noise of (secret, step, exact sum), see
+:mod:`privtrain.privacy.sum_digest`. From that follows how to continue:
 
 * **A replayed step with the sum that was committed is the same release**, bit for bit, on whatever machine, device or
   number of ranks it is computed. It is free.
 * **A replayed step with another sum would be a second release about the same sample.** Its noise would be its own, so
   nothing could be subtracted, but it is not what one more step costs: two releases about one sample do not compose like
   releases about two samples drawn independently. So each replayed sum is compared with the ledger's commitment before
-  any noise is drawn. Where it differs a new generation begins with that step: a fresh secret, hence a fresh sample.
+  any noise is drawn. Where it differs, a new generation begins with that step: a fresh secret, hence a fresh sample.
   Steps replayed so far stand; those after them that were begun stay charged, and fewer are left.
 * **A step that was begun and never committed released nothing**, since nothing leaves the job before the commit is on
   disk: metrics and checkpoints are written by rank 0 after it. It may be taken again with whatever sum, and is charged
@@ -49,10 +54,10 @@ class Continuation:
 
     Attributes:
         generation: the generation whose secret draws samples and noise.
-        start_step: steps that the loaded model has already taken.
-        end_step: the model's number of steps when the budget is used up.
-        num_replayed: steps from ``start_step`` that were started before and are repeated bit for bit.
-        num_abandoned: steps that this decision gives up; they stay charged.
+        start_step: the next step to take; equals the steps behind the checkpoint that is loaded.
+        end_step: steps that the model will have taken when all that the plan allows are charged.
+        num_replayed: steps from ``start_step`` on that had begun before and are repeated bit for bit.
+        num_abandoned: steps past the checkpoint that will not be replayed; they stay charged.
         first_step: the generation's first step, from which its sampling epochs are counted.
     """
 
@@ -73,12 +78,12 @@ def decide(
     checkpoint_generation: int,
     period: int = 1,
 ) -> Continuation:
-    """Decide where to continue.
+    """Decide where to continue: replay the steps past the checkpoint, or begin a new generation.
 
     Args:
-        state: the verified ledger.
+        state: of the verified ledger.
         num_steps: charged steps that the plan allows.
-        environment: digest of the present environment.
+        environment: digest of the present environment, in the form in which the ledger stores it.
         checkpoint_step: steps behind the newest intact checkpoint; 0 without one.
         checkpoint_generation: generation that wrote it; 0 without one.
         period: steps of an epoch of the sampling scheme; a new generation begins a new epoch, and the one that it cuts
@@ -87,38 +92,66 @@ def decide(
     Raises:
         LedgerCorrupt: if the checkpoint rests on steps that the ledger does not know: then the ledger lost records.
     """
+    # state.path: the steps of the current model in order, also across generations; abandoned ones are not on it.
     before = [entry for entry in state.path if entry.step < checkpoint_step]
     if len(before) != checkpoint_step or (before and before[-1].generation != checkpoint_generation):
         raise LedgerCorrupt(
             f"the newest checkpoint has {checkpoint_step} steps of generation {checkpoint_generation} behind it, which "
             "the ledger does not show: one of them was replaced. Restore both from one backup or start a new run"
         )
-    if state.generation < 0:
-        return Continuation(0, 0, num_steps, 0, 0, 0)
+    if state.generation < 0:  # no session has begun
+        return Continuation(
+            generation=0, start_step=0, end_step=num_steps, num_replayed=0, num_abandoned=0, first_step=0
+        )
     past = [entry for entry in state.path if entry.step >= checkpoint_step]
     # Also at a step boundary: a copy of the directory may be going on from here under the old environment.
     if environment != state.environment or any(entry.generation != state.generation for entry in past):
         return next_generation(state, num_steps=num_steps, step=checkpoint_step, period=period)
     begun = _steps_by_generation(state)
-    num_left = num_steps - sum(-(-count // period) * period for g, count in begun.items() if g != state.generation)
-    num_left = max(0, num_left - begun[state.generation])
-    first = min((step for g, step in state.intents if g == state.generation), default=checkpoint_step)
-    return Continuation(state.generation, checkpoint_step, checkpoint_step + len(past) + num_left, len(past), 0, first)
+    # Earlier generations are charged in whole epochs; the present one can still finish its last epoch.
+    num_charged = begun[state.generation] + sum(
+        _whole_epochs(count, period) for generation, count in begun.items() if generation != state.generation
+    )
+    num_left = max(0, num_steps - num_charged)
+    own_steps = (step for generation, step in state.intents if generation == state.generation)
+    return Continuation(
+        generation=state.generation,
+        start_step=checkpoint_step,
+        end_step=checkpoint_step + len(past) + num_left,
+        num_replayed=len(past),
+        num_abandoned=0,
+        first_step=min(own_steps, default=checkpoint_step),
+    )
 
 
 def next_generation(state: LedgerState, *, num_steps: int, step: int, period: int = 1) -> Continuation:
-    """Continue from ``step`` with a fresh secret; started steps stay charged, in whole epochs of each generation."""
-    num_charged = sum(-(-count // period) * period for count in _steps_by_generation(state).values())
-    num_abandoned = sum(entry.step >= step for entry in state.path)
-    return Continuation(state.generation + 1, step, step + max(0, num_steps - num_charged), 0, num_abandoned, step)
+    """Continue from ``step`` with a fresh secret; steps that have begun stay charged, in whole epochs a generation.
+
+    Arguments: see :func:`decide`.
+    """
+    num_charged = sum(_whole_epochs(count, period) for count in _steps_by_generation(state).values())
+    return Continuation(
+        generation=state.generation + 1,
+        start_step=step,
+        end_step=step + max(0, num_steps - num_charged),
+        num_replayed=0,
+        num_abandoned=sum(entry.step >= step for entry in state.path),
+        first_step=step,
+    )
+
+
+def _whole_epochs(num_steps: int, period: int) -> int:
+    """Return the least multiple of ``period`` that is at least ``num_steps``."""
+    return -(-num_steps // period) * period
 
 
 def _steps_by_generation(state: LedgerState) -> Counter[int]:
+    """Return generation → steps that have begun in it."""
     return Counter(generation for generation, _ in state.intents)
 
 
 def num_begun(run: RunDirectory) -> int:
-    """Return how many steps a run started, by its verified ledger; a record half written by a crash does not count.
+    """Return how many steps of a run have begun, by its verified ledger; a record half written by a crash is none.
 
     Raises:
         LedgerCorrupt: if the ledger does not verify, or other files show steps that it does not.
@@ -128,7 +161,9 @@ def num_begun(run: RunDirectory) -> int:
 
 
 def verified_state(run: RunDirectory) -> LedgerState | None:
-    """Return the state of a run's verified ledger, or ``None`` if it never had one. Not while a job is writing.
+    """Return the state of a run's verified ledger, or ``None`` if it never had one.
+
+    To be called only while no job writes: the other files of a running job may be a moment ahead of its ledger.
 
     Raises:
         LedgerCorrupt: if the ledger does not verify, or other files show steps that it does not.
@@ -149,14 +184,17 @@ def verified_state(run: RunDirectory) -> LedgerState | None:
 
 
 def is_bound(run: RunDirectory) -> bool:
-    """Return whether a directory stays its run's: there ever was a ledger, or it holds a budget reservation."""
+    """Return whether another run can no longer take this directory over: it had a ledger, or holds a reservation."""
     return run.ledger.exists() or run.reservation.exists() or bool(files_written_after_start(run))
 
 
 def files_written_after_start(run: RunDirectory) -> list[pathlib.Path]:
-    """Return the files that exist only after a ledger was made: beside a missing ledger they show that it was lost."""
-    certain = [head_path(run.ledger), run.manifest, run.privacy, run.release, run.staged, run.adapter, run.model]
-    existing = [path for path in certain if path.exists()]
+    """Return those files of a run that are made after its ledger: beside a missing ledger they show that it was lost.
+
+    Generation keys, checkpoints, the ledger's own further files, and everything that is released.
+    """
+    single = [head_path(run.ledger), run.manifest, run.privacy, run.release, run.staged, run.adapter, run.model]
+    existing = [path for path in single if path.exists()]
     for directory, pattern in (
         (run.secret, "generation-*.key"),
         (run.checkpoints, "*"),
@@ -167,13 +205,13 @@ def files_written_after_start(run: RunDirectory) -> list[pathlib.Path]:
 
 
 def _past(run: RunDirectory, state: LedgerState) -> pathlib.Path | None:
-    """Return a file that presupposes a record which the ledger lacks, or ``None``."""
-    if run.manifest.exists() and state.generation < 0:
+    """Return a file that can only have been written after a record which the ledger lacks, or ``None``."""
+    if run.manifest.exists() and state.generation < 0:  # the manifest is written after the first session's record
         return run.manifest
     steps = {step for _, step in state.commits}
     for path, generation, num_steps in checkpoint.listed(run.checkpoints):
-        last = num_steps - 1
-        is_known = last in steps if generation is None else (generation, last) in state.commits
+        last_step = num_steps - 1  # a checkpoint is written after the commit of its last step
+        is_known = last_step in steps if generation is None else (generation, last_step) in state.commits
         if not is_known:
             return path
     return None

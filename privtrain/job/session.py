@@ -1,4 +1,9 @@
-"""Start or resume a session: rank 0 chooses secret, checkpoint and steps, and broadcasts the choice."""
+"""Start or resume a session: rank 0 chooses secret, checkpoint and steps, and broadcasts the choice.
+
+A *session* is one start of the training command; a *generation* is a stretch of training under one secret, over one or
+more sessions. For every step the ledger holds a *commitment* (a digest) to the exact clipped sum that was released with
+noise; a resumed session replays steps past its checkpoint and compares their sums with it. :mod:`.resume` decides.
+"""
 
 from __future__ import annotations
 
@@ -37,9 +42,9 @@ class Session:
         key: secret of the generation.
         continuation: where training continues, see :class:`~privtrain.job.resume.Continuation`.
         environment: digest of the environment, in hexadecimal.
-        state: the checkpoint's file on rank 0; ``None`` on the others.
+        state: the checkpoint's file of tensors; ``None`` on ranks other than 0, or without a checkpoint.
         committed: step → commitment to its sum, for the steps that are replayed.
-        past: commitments to the sums of the generation's steps before them, in order.
+        past: commitments to the sums of the generation's steps before ``start_step``, in order.
     """
 
     key: SecretKey
@@ -52,10 +57,10 @@ class Session:
 
 @contextlib.contextmanager
 def opened_ledger(inputs: Inputs, backend: Backend) -> Iterator[Ledger]:
-    """Yield the open ledger on rank 0, and a :class:`NullLedger` on the others.
+    """Yield the open ledger on rank 0, and a :class:`NullLedger`, which records nothing, on the others.
 
     Raises:
-        LedgerCorrupt: if the run started and its ledger is gone.
+        LedgerCorrupt: if the ledger does not verify, or is missing although the run has begun.
     """
     with contextlib.ExitStack() as stack:
         with backend.main_alone():
@@ -65,13 +70,13 @@ def opened_ledger(inputs: Inputs, backend: Backend) -> Iterator[Ledger]:
 
 @contextlib.contextmanager
 def _opened_on_main(inputs: Inputs) -> Iterator[Ledger]:
-    """Yield the ledger, open; the pseudonym key is made with it and never replaced."""
+    """Yield the open ledger, made if the run is new; the key of its pseudonyms is made with it, and never replaced."""
     run, plan = inputs.run, inputs.plan
-    is_gone = not run.ledger.exists()
-    # A head file alone is left by a crash while the ledger was made; it is compared with the ledger on opening.
-    if is_gone and any(path != head_path(run.ledger) for path in files_written_after_start(run)):
+    is_missing = not run.ledger.exists()
+    # Left by a crash while the ledger was made, the head file (its last hash) may stand alone.
+    if is_missing and any(path != head_path(run.ledger) for path in files_written_after_start(run)):
         raise LedgerCorrupt(f"{run.ledger} is missing but the run started; restore it, or set another run.name")
-    is_new = is_gone and not head_path(run.ledger).exists()  # a key that was used is never replaced
+    is_new = is_missing and not head_path(run.ledger).exists()  # else the key may have been used, and must be there
     key = run.create_key("pseudonym", plan.insecure_seed) if is_new else run.load_key("pseudonym")
     with open_ledger(
         run.ledger,
@@ -86,10 +91,11 @@ def _opened_on_main(inputs: Inputs) -> Iterator[Ledger]:
 
 
 def root_key_of(inputs: Inputs, backend: Backend, ledger: Ledger) -> SecretKey:
-    """Return the key behind the split, on every rank: created on first use of the run directory, then kept."""
+    """Return the root key, which the split is drawn from, on every rank: made at the first start, then kept."""
 
     def kept() -> bytes:
         run, seed = inputs.run, inputs.plan.insecure_seed
+        # It drew the split of an earlier session, or that of `attacks prepare`.
         was_used = ledger.state.generation >= 0 or run.prepared.exists()
         return run.keep_key("root", seed, was_used=was_used).reveal()
 
@@ -97,7 +103,14 @@ def root_key_of(inputs: Inputs, backend: Backend, ledger: Ledger) -> SecretKey:
 
 
 def check_coins(inputs: Inputs, split: Split, state: LedgerState) -> None:
-    """Raise unless the split is the one that training started with and that ``attacks prepare`` made. Rank 0 only.
+    """Raise unless the split (each user's coin: held in or out) is that of earlier sessions and ``attacks prepare``.
+
+    Rank 0 only.
+
+    Args:
+        inputs: with the records and the run directory.
+        split: as drawn now.
+        state: of the ledger, which commits to the split of earlier sessions.
 
     Raises:
         GuaranteeLost: if training started with another split.
@@ -117,9 +130,20 @@ def check_coins(inputs: Inputs, split: Split, state: LedgerState) -> None:
 
 
 def decide_session(inputs: Inputs, backend: Backend, ledger: Ledger, environment: bytes) -> Session:
-    """Raise unless the ranks agree; then let rank 0 decide where to continue and send every rank the secret."""
-    data = hashlib.sha256(inputs.fingerprint.encode()).digest()
-    check_ranks_agree(backend, {"plan or data set": data, "environment": environment})
+    """Let rank 0 decide where to continue, and return its decision, with the secret, on every rank.
+
+    Args:
+        inputs: with the plan and the run directory.
+        backend: this rank's view of the job.
+        ledger: open on rank 0.
+        environment: this rank's :func:`~privtrain.job.environment.environment_digest`.
+
+    Raises:
+        GuaranteeLost: if a rank has another plan, data set or environment.
+        LedgerCorrupt: if the newest checkpoint rests on steps that the ledger does not show.
+    """
+    plan_and_data = hashlib.sha256(inputs.fingerprint.encode()).digest()
+    check_ranks_agree(backend, {"plan or data set": plan_and_data, "environment": environment})
     message, newest = b"", None
     with backend.main_alone():
         if backend.is_main:
@@ -131,7 +155,11 @@ def decide_session(inputs: Inputs, backend: Backend, ledger: Ledger, environment
 
 
 def new_generation(inputs: Inputs, backend: Backend, ledger: Ledger, session: Session, step: int) -> Session:
-    """Continue from ``step`` with a fresh secret, because its sum is not the committed one. Every rank calls it."""
+    """Begin a new generation at ``step``, whose replayed sum is not the committed one. Every rank calls it.
+
+    Returns:
+        The session that goes on from ``step`` under a fresh secret; the model in memory is kept, no checkpoint is read.
+    """
     message = b""
     with backend.main_alone():
         if backend.is_main:
@@ -154,27 +182,33 @@ def new_generation(inputs: Inputs, backend: Backend, ledger: Ledger, session: Se
 
 
 def _message(key: SecretKey, continuation: Continuation, state: LedgerState) -> bytes:
-    """Return what rank 0 broadcasts: the secret, where to continue, and commitments of steps to replay and past."""
-    steps = range(continuation.start_step, continuation.start_step + continuation.num_replayed)
-    known = {step: state.commits.get((continuation.generation, step)) for step in steps}
-    committed = {step: commitment for step, commitment in known.items() if commitment is not None}
-    gone = range(continuation.first_step, continuation.start_step)
-    past = [state.commits[place] for step in gone if (place := (continuation.generation, step)) in state.commits]
+    """Return what rank 0 broadcasts: 32 bytes of secret, then JSON, which :func:`_session_of` reads.
+
+    The JSON is a list: the continuation; step → commitment of the steps to replay that were committed; and the
+    commitments of the generation's steps before them.
+    """
+    generation, start = continuation.generation, continuation.start_step
+    replayed, before = range(start, start + continuation.num_replayed), range(continuation.first_step, start)
+    committed = {step: state.commits[generation, step] for step in replayed if (generation, step) in state.commits}
+    past = [state.commits[generation, step] for step in before if (generation, step) in state.commits]
     return key.reveal() + json.dumps([dataclasses.asdict(continuation), committed, past]).encode()
 
 
 def _session_of(message: bytes, environment: str, state: pathlib.Path | None) -> Session:
     """Return the session that :func:`_message` describes."""
-    continuation, committed, past = json.loads(message[32:])
-    committed = {int(step): commitment for step, commitment in committed.items()}
     key = SecretKey(message[:32])
+    continuation, committed, past = json.loads(message[32:])
+    committed = {int(step): commitment for step, commitment in committed.items()}  # JSON's keys are texts
     return Session(key, Continuation(**continuation), environment, state, committed, tuple(past))
 
 
 def _decided_on_main(
     inputs: Inputs, ledger: Ledger, environment: bytes, newest: checkpoint.Checkpoint | None
 ) -> tuple[SecretKey, Continuation]:
-    """Return the key of the generation that continues, drawn if it is new, and where it continues."""
+    """Return the key of the generation that training continues in, made if the generation is new, and where.
+
+    ``newest``: the newest intact checkpoint, if there is one.
+    """
     continuation = decide(
         ledger.state,
         num_steps=inputs.plan.num_steps,
@@ -203,7 +237,10 @@ def _explain(continuation: Continuation) -> None:
 
 
 def begin_session(inputs: Inputs, ledger: Ledger, session: Session, split: Split, units: UnitData) -> None:
-    """Record in the ledger and the run directory that a session starts, with its split, config and data counts."""
+    """Record in the ledger and the run directory that a session starts, with its split, config and data counts.
+
+    Rank 0 only, right before the first step. Checkpoints past the session's start, of abandoned steps, are removed.
+    """
     run, continuation = inputs.run, session.continuation
     manifest = split.manifest(inputs.corpus)
     ledger.begin_session(
@@ -231,5 +268,5 @@ def begin_session(inputs: Inputs, ledger: Ledger, session: Session, split: Split
         records_per_unit=inputs.plan.records_per_unit,
     )
     write_sealed(run, run.used, used)
-    if not run.sources.exists():  # else they are those that the coins were flipped with
+    if not run.sources.exists():  # else `attacks prepare` wrote them when it drew the split
         write_sources(run, source_digests(inputs.config.data, inputs.corpus))

@@ -1,7 +1,8 @@
 """Pre-emption: SIGTERM or SIGUSR1 on any rank stops all of them together at the next step boundary.
 
-A signal may reach one rank, some or all, at any time. So a rank never acts on its own signal: the flags are summed in a
-collective that every rank enters anyway, and all leave at the same place.
+A signal may reach one rank, some or all, at any time. A rank that left on its own would keep the others waiting in a
+collective. So it only sets a flag; the flags are summed in a collective that every rank enters anyway, and all leave at
+the same place.
 """
 
 from __future__ import annotations
@@ -21,15 +22,21 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopRequest:
-    """Whether somebody asked this rank to stop. Use :func:`listening`."""
+    """Whether somebody asked this rank to stop. Use :func:`listening`.
+
+    Attributes:
+        requested: set when this rank is asked.
+        is_agreed: whether all ranks have agreed to stop.
+    """
 
     def __init__(self) -> None:
         self.requested = threading.Event()
+        self.is_agreed = False
         self._signal_name = "a signal to another rank"
         self._is_joined = False
 
     def joined_group(self) -> None:
-        """Stop only at step boundaries from now on, since other ranks wait for this one; before, a signal ends it."""
+        """Stop only where all ranks agree from now on, since others wait for this one; before, a signal ends it."""
         self._is_joined = True
 
     def ask(self, reason: str) -> None:
@@ -44,14 +51,15 @@ class StopRequest:
             Preempted: on every rank or on none.
         """
         if backend.any_rank(self.requested.is_set()):
+            self.is_agreed = True
             raise self.preempted(where)
 
     def preempted(self, where: str) -> Preempted:
-        """Return the error that ends the job, with the signal's name."""
+        """Return the error that ends the job, with the signal's name and, from ``where``, what is saved."""
         return Preempted(f"asked to stop ({self._signal_name}): {where}. The same command goes on from there")
 
     def _listen(self, reader: int) -> None:
-        """Act on signal numbers from a pipe: before the job has joined its group, leave at once."""
+        """Record signals until the pipe closes, a byte each: its number. Before the rank joined its group, leave."""
         with os.fdopen(reader, "rb", buffering=0) as pipe:
             while number := pipe.read(1):
                 if number[0] not in SIGNALS:

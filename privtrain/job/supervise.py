@@ -50,15 +50,18 @@ def process_group(performance: PerformanceSection, stop: StopRequest) -> Iterato
 
 
 def _root_cause(error: Exception, watch: Watch, stop: StopRequest) -> Exception:
-    """Return the error to show, and announce it to the other ranks if it is this rank's own."""
-    # A pass that gathers weights fails where another rank is lost, and clipping knows no collectives.
+    """Return the error to show, and announce it to the other ranks if it is this rank's own.
+
+    A rank that is lost makes the others' collectives fail with errors that say nothing of it; the watch knows better.
+    """
+    # Where weights are sharded, a forward pass gathers them: a lost rank then looks as if the model had failed.
     cause = error.__cause__ if isinstance(error, ModelFailed) and isinstance(error.__cause__, Exception) else error
     if isinstance(cause, PrivtrainError):
         shown_error: Exception = error
     else:
         shown_error = _storage_failure(cause) or watch.explain(cause, stop.requested) or error
         if shown_error is not error and not isinstance(shown_error, StorageFailed):
-            return shown_error
+            return shown_error  # another rank's fault, which that rank announces
     watch.announce(
         f"{type(shown_error).__name__}: {shown_error}",
         shown_error.exit_code if isinstance(shown_error, PrivtrainError) else 1,
@@ -81,7 +84,7 @@ def _storage_failure(error: Exception) -> StorageFailed | None:
 
 
 def _exit_after_timeout(backend: Backend, error: Exception) -> None:
-    """Leave with the error's exit code if tearing down hangs, as it may with ranks that are gone."""
+    """Start a timer that ends the process, with the error's exit code, if leaving the process group hangs."""
     if backend.world_size == 1:
         return
 

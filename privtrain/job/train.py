@@ -1,4 +1,8 @@
-"""A training job from config to release, in life-cycle order."""
+"""A training job from config to release, in life-cycle order.
+
+Every rank runs this. Rank 0 alone (``backend.is_main``) reads and writes the run directory, the ledger and the budget
+registry; it does so within ``backend.main_alone()``, which also stops the others if it fails there.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +24,7 @@ from privtrain.data.corpus import without_users
 from privtrain.data.look import check_rows, reasons_of
 from privtrain.data.manifest import draw_split
 from privtrain.data.units import UnitData
-from privtrain.errors import ConfigError, Fault, GuaranteeLost, PrivtrainError, SelfTestFailed
+from privtrain.errors import ConfigError, Fault, GuaranteeLost, Preempted, PrivtrainError, SelfTestFailed
 from privtrain.inputs import Inputs, check_inputs, load_checked, read_inputs
 from privtrain.job import checkpoint, evaluation
 from privtrain.job.advice import expected_units, expected_users, learning_rate_warnings, warnings
@@ -65,11 +69,11 @@ from privtrain.training.trainer import ReplayDiverged, Trainer
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """A run that is released to nobody: the tuning that it belongs to holds the budget reservation.
+    """A run that is one trial of a tuning (:mod:`privtrain.job.tune`), which holds one budget reservation for all.
 
     Attributes:
         dropped_users: users on the do-not-train list.
-        check_release: called before anything is kept as released; raises if nothing may be.
+        check_release: called before anything is released; raises if nothing may be.
     """
 
     dropped_users: tuple[str, ...]
@@ -77,7 +81,7 @@ class Trial:
 
     @contextlib.contextmanager
     def allowed(self, inputs: Inputs) -> Iterator[Inputs]:
-        """Yield the inputs without users who opted out."""
+        """Yield the inputs without users who opted out, as :func:`budgeted` does for a run with its own reservation."""
         corpus = without_users(inputs.corpus, self.dropped_users)
         yield dataclasses.replace(inputs, corpus=corpus, check_release=self.check_release)
 
@@ -94,13 +98,13 @@ def train(
     Args:
         chosen: YAML file, or the configuration itself.
         overrides: dotted assignments over the file.
-        on_step: called on rank 0 with what is released, when it is.
-        trial: what :mod:`privtrain.job.tune` says where this is a trial of it; the budget is its business then.
+        on_step: called on rank 0 with step and released metrics, whenever some are released.
+        trial: set where the run is a trial of a tuning, which then takes care of the budget.
 
     Raises:
         PrivtrainError: one of its kinds, for everything that a user can mend.
     """
-    undone = None
+    undone = None  # what failed after the release
     with listening() as stop:
         if isinstance(chosen, Config):
             config = chosen
@@ -130,10 +134,15 @@ def train(
 def _run(
     inputs: Inputs, backend: Backend, stop: StopRequest, on_step: Callable[[int, Values], None] | None
 ) -> PrivtrainError | None:
-    """Train and release; return what rank 0 could not do after the release."""
+    """Train and release; return the error of what rank 0 could not do after the release (signing, mirrors), if any.
+
+    Everything that can fail comes before :func:`begin_session`, since from then on a run holds its directory and, with
+    its first step, budget.
+    """
     undone = None
     if backend.is_main:
         _announce(inputs, backend)
+    # What is trained, and on whom.
     network = load_network(inputs.config, backend)
     for warning in check_rows(inputs.corpus, network.encoder, inputs.config.data):
         if backend.is_main:
@@ -150,6 +159,7 @@ def _run(
         units = select_units(inputs, backend, network, split, root_key, cache=cache, has_begun=has_begun)
         if backend.is_main and network.encoder.complaints:
             say(f"[yellow]warning[/]: records that predict nothing{escape(reasons_of(network.encoder))}")
+        # Where training continues, and whether this model can be trained privately.
         session = decide_session(inputs, backend, ledger, _environment(inputs, backend, network, units))
         run_id = _tracker_id(inputs, backend)
         with backend.main_alone():
@@ -165,21 +175,23 @@ def _run(
             trainer.clipping_norm = checkpoint.restore(session.state, trainer.layout, trainer.optimizer, backend)
         with backend.main_alone():
             if backend.is_main:
-                # Everything that can fail came first: a start that fails costs no budget.
                 evaluation.check_possible(inputs, network, session.continuation.start_step)
                 begin_session(inputs, ledger, session, split, units)
-                inputs.check_release()  # before the first step: which ledger ends the run's reservation
+                inputs.check_release()  # tells the registry, before the first step, which ledger is this run's
+        # Train.
         held_out_before = None
         start_step = session.continuation.start_step
         if start_step == 0:
             held_out_before = evaluation.on_held_out(inputs, trainer, network, split, 0, stop)
-        if evaluation.is_due(inputs.config, start_step):  # a resumed job drops the row of its first step
+        # Also on resuming: the tracker has dropped the rows from the resumed step on, to log them again.
+        if evaluation.is_due(inputs.config, start_step):
             evaluation.on_public(inputs, trainer, network, start_step, stop)
         costs = _token_cost(inputs, trainer, network)
-        # A signal needs a moment to be noted, and a short evaluation leaves it none.
+        # Asked again: a signal that came during the evaluation may not have been noted in time for its last batch.
         stop.leave_if_agreed(backend, "training has not begun")
         sums = _kept_sums(inputs, trainer, start_step)
         session = _loop(inputs, trainer, network, session, stop)
+        # Measure and release.
         average.install(trainer.optimizer, backend)
         costs["perf/peak_memory_bytes"] = peak_memory_bytes(backend.device)
         trainer.tracker.log(session.continuation.end_step, costs)
@@ -210,7 +222,7 @@ def _kept_sums(inputs: Inputs, trainer: Trainer, start_step: int) -> NoisedSums 
 
 
 def _token_cost(inputs: Inputs, trainer: Trainer, network: Network) -> dict[str, float]:
-    """Return what a token costs, if the config asks."""
+    """Return ``perf/flops_per_token`` → floating-point operations, if the config asks; otherwise nothing."""
     if not inputs.config.performance.count_flops:
         return {}
     vocabulary_size = network.num_ids
@@ -227,7 +239,8 @@ def rehearse(inputs: Inputs, backend: Backend, stop: StopRequest) -> int:
     key = SecretKey(backend.from_main(lambda: SecretKey.generate().reveal()))
     split = draw_split(inputs.config, inputs.corpus, network.tokenizer, key)
     units = select_units(inputs, backend, network, split, key, cache=None)
-    session = Session(key, Continuation(0, 0, 0, 0, 0, 0), "", None)
+    nothing_done = Continuation(generation=0, start_step=0, end_step=0, num_replayed=0, num_abandoned=0, first_step=0)
+    session = Session(key, nothing_done, environment="", state=None)
     directions = GradientCanaries(key, split.canaries, units)
     trainer = _build_trainer(inputs, backend, NullLedger(), network, units, session, NullTracker(), stop, directions)
     _self_test(trainer, network, backend, inputs.config.performance)
@@ -244,7 +257,8 @@ def _announce(inputs: Inputs, backend: Backend) -> None:
     for reason in inputs.plan.not_private_reasons:
         say(f"[bold red]NOT PRIVATE[/]: {reason}")
     num_units, num_users = expected_units(inputs.config, inputs.corpus), expected_users(inputs.config, inputs.corpus)
-    check_step_size(inputs.plan.scheme, num_units)  # as soon as the data are read; the sampler knows the exact number
+    # By the expected number, before the model is loaded; the sampler checks again with the exact one.
+    check_step_size(inputs.plan.scheme, num_units)
     for warning in warnings(inputs.config, inputs.plan, num_units, num_users):
         say(f"[yellow]warning[/]: {warning}")
 
@@ -278,7 +292,8 @@ def _open_tracker(
 ) -> Tracker:
     if not backend.is_main:
         return open_machine_tracker(inputs.config, run_id, backend.rank)
-    # A run that begins evaluates before its first step, so nothing of an earlier beginning is kept.
+    # Rows logged after from_step are dropped. A run that begins logs step 0 too, the evaluation before its first step,
+    # so of an earlier start that was interrupted nothing is kept: -1.
     from_step = start_step if start_step > 0 else -1
     return open_tracker(inputs.config, inputs.plan, inputs.run, run_id=run_id, from_step=from_step, on_step=on_step)
 
@@ -323,7 +338,11 @@ def _build_trainer(
 
 
 def _self_test(trainer: Trainer, network: Network, backend: Backend, performance: PerformanceSection) -> None:
-    """Run the self-test, keep to the route that it found, and say how units are packed and clipped."""
+    """Run the self-test, keep to the clipping route that it found, and say how units are packed and clipped.
+
+    Units are packed into *lines*, long rows that several units share, where the self-test proves that no unit changes
+    another there; otherwise each record has a padded row of its own.
+    """
     vocabulary_size = network.num_ids
     route = run_self_test(trainer, vocabulary_size=vocabulary_size, precision=network.precision)
     trainer.clipper.settle(route)
@@ -344,7 +363,10 @@ def _self_test(trainer: Trainer, network: Network, backend: Backend, performance
 
 
 def _loop(inputs: Inputs, trainer: Trainer, network: Network, session: Session, stop: StopRequest) -> Session:
-    """Take the steps that are left; return the session that took the last of them."""
+    """Take the steps that are left; return the session that took the last of them.
+
+    Where a replayed step gives another sum than before, a new generation begins, and with it another session.
+    """
     performance, backend = inputs.config.performance, trainer.backend
     continuation = session.continuation
     step = continuation.start_step
@@ -363,9 +385,15 @@ def _loop(inputs: Inputs, trainer: Trainer, network: Network, session: Session, 
                 continuation = session.continuation
                 continue
             step += 1
-            if evaluation.is_due(inputs.config, step) and step < continuation.end_step:
-                evaluation.on_public(inputs, trainer, network, step, stop)  # before the checkpoint: it then is kept
-            if step % performance.checkpoint_interval_steps == 0 or step == continuation.end_step or trainer.must_stop:
+            is_last = step == continuation.end_step  # evaluated by the caller, once the mean of weights is installed
+            if evaluation.is_due(inputs.config, step) and not is_last and not trainer.must_stop:
+                try:
+                    evaluation.on_public(inputs, trainer, network, step, stop)
+                except Preempted:
+                    if not stop.is_agreed:
+                        raise
+                    trainer.must_stop = True  # as on all ranks: the step is saved below
+            if step % performance.checkpoint_interval_steps == 0 or is_last or trainer.must_stop:
                 _save_checkpoint(inputs, trainer, step)
             progress.advance(step, _epsilon_text(inputs.plan, trainer.ledger))
             if trainer.must_stop:
@@ -377,8 +405,9 @@ def _loop(inputs: Inputs, trainer: Trainer, network: Network, session: Session, 
 
 
 def _begin_generation(inputs: Inputs, trainer: Trainer, session: Session, step: int) -> Session:
-    """Continue after a replay that diverged. The steps replayed before it stand, and a crash must not lose them."""
+    """Begin a new generation at ``step``, whose replayed sum was another one than before; return the new session."""
     if step > session.continuation.start_step:
+        # The steps before it stand. After a crash they could not be replayed any more, with the new secret.
         _save_checkpoint(inputs, trainer, step)
     session = new_generation(inputs, trainer.backend, trainer.ledger, session, step)
     trainer.begin_generation(session.key, session.continuation.generation, session.continuation.first_step)
@@ -404,6 +433,7 @@ def _save_checkpoint(inputs: Inputs, trainer: Trainer, step: int) -> None:
 
 
 def _epsilon_text(plan: PrivacyPlan, ledger: Ledger) -> str:
+    """Return ε spent so far and ε of the plan, e.g. ``ε 1.234/8.000``."""
     if plan.not_private_reasons:
         return "NOT PRIVATE"
     return f"ε {plan.epsilon_after(plan.accounted_steps(ledger.state.intents)):.3f}/{plan.epsilon:.3f}"
@@ -426,7 +456,7 @@ def _release(inputs: Inputs, ledger: Ledger, network: Network, state: dict[str, 
         GuaranteeLost: if more steps were charged than the plan allows, or the budget's reservation is lost.
     """
     config, plan, run, past = inputs.config, inputs.plan, inputs.run, ledger.state
-    num_accounted = plan.accounted_steps(past.intents)
+    num_accounted = plan.accounted_steps(past.intents)  # every step that ever began, also those that were abandoned
     if num_accounted > plan.num_steps:
         raise GuaranteeLost(
             f"{num_accounted} steps were charged, the plan allows {plan.num_steps}; nothing is released"

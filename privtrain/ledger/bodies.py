@@ -1,10 +1,13 @@
-"""The bodies of the steps: who contributed, by pseudonym, and how much.
+"""The bodies of the steps: which units contributed to each step, by pseudonym, and with how many records.
 
-While a segment is open its rows lie in ``rows-NNNNNNNN.bin``, 20 bytes each (pseudonym, records), in the order of the
-intents and within a step in the order of the Merkle tree. When there are enough, they are written to
-``segment-NNNNNNNN.parquet``, a record in the chain takes that file's hashes, and the row file is removed. Each file is
-whole and on disk before the record that speaks of it, so a crash leaves either rows too many, which are cut off, or a
-file that nothing speaks of, which is written again.
+A unit is a user or a record, by ``privacy.unit``. A row is a unit's contribution to one step: 20 bytes, its pseudonym
+and its number of records. Rows are in the order of the steps' intent records in the log, and within a step in the order
+of its Merkle tree, whose root the intent record holds.
+
+Rows of the latest steps lie in the *open segment*, ``rows-NNNNNNNN.bin``. When there are enough, the segment is
+*sealed*: its rows are written to ``segment-NNNNNNNN.parquet``, a record in the log takes that file's hashes, and the
+row file is removed. Each file is whole and on disk before the record that speaks of it. So a crash leaves either rows
+too many, which are cut off, or a file that nothing speaks of, which is written again.
 """
 
 from __future__ import annotations
@@ -40,6 +43,7 @@ _SCHEMA = pa.schema(
     ]
 )
 
+#: (generation, step) → positions in the step's rows of the units that counted as zero, see :attr:`LedgerState.zeroed`.
 Zeroed = Mapping[tuple[int, int], Sequence[int]]
 
 
@@ -59,18 +63,18 @@ def segment_path(log: pathlib.Path, segment: int) -> pathlib.Path:
 
 
 def to_table(bodies: Sequence[Body], rows: np.ndarray, zeroed: Zeroed) -> pa.Table:
-    """Return the rows of these bodies as columns.
+    """Return a table with one row a contribution: generation, step, unit (pseudonym), records, zeroed.
 
     Args:
         bodies: steps, in order.
-        rows: [contributions] of :data:`ROW`.
-        zeroed: places in a step of the users who counted as zero.
+        rows: [contributions] of :data:`ROW`, step after step.
+        zeroed: whose gradient was not finite, so that they contributed zero.
     """
     sizes = [body.num_units for body in bodies]
-    flags = np.zeros(len(rows), dtype=bool)
+    is_zeroed = np.zeros(len(rows), dtype=bool)
     start = 0
     for body in bodies:
-        flags[[start + place for place in zeroed.get((body.generation, body.step), ())]] = True
+        is_zeroed[[start + place for place in zeroed.get((body.generation, body.step), ())]] = True
         start += body.num_units
     units = np.ascontiguousarray(rows["unit"])
     storage = pa.FixedSizeBinaryArray.from_buffers(pa.binary(_WIDTH), len(rows), [None, pa.py_buffer(units.tobytes())])
@@ -79,7 +83,9 @@ def to_table(bodies: Sequence[Body], rows: np.ndarray, zeroed: Zeroed) -> pa.Tab
         _column(np.repeat(np.array([body.step for body in bodies], dtype=np.int32), sizes)),
         pa.ExtensionArray.from_storage(pa.uuid(), storage),
         _column(rows["records"].astype(np.int32)),
-        pa.Array.from_buffers(pa.bool_(), len(flags), [None, pa.py_buffer(np.packbits(flags, bitorder="little"))]),
+        pa.Array.from_buffers(
+            pa.bool_(), len(is_zeroed), [None, pa.py_buffer(np.packbits(is_zeroed, bitorder="little"))]
+        ),
     ]
     return pa.table(columns, schema=_SCHEMA)
 
@@ -90,10 +96,11 @@ def _column(values: np.ndarray) -> pa.Array:
 
 
 def to_parquet(table: pa.Table) -> bytes:
-    """Return a segment as Parquet; the random pseudonyms are not dictionary-encoded."""
+    """Return a segment as the bytes of a Parquet file."""
     buffer = io.BytesIO()
-    small: Any = ["generation", "step", "records"]
-    pq.write_table(table, buffer, compression="zstd", use_dictionary=small, write_statistics=small)
+    # Not pseudonyms: they are random, so a dictionary or a range of them would take space and help no query.
+    repetitive: Any = ["generation", "step", "records"]
+    pq.write_table(table, buffer, compression="zstd", use_dictionary=repetitive, write_statistics=repetitive)
     return buffer.getvalue()
 
 
@@ -110,16 +117,16 @@ def read_open(log: pathlib.Path, state: LedgerState) -> tuple[np.ndarray, int]:
     """
     path = rows_path(log, len(state.segments))
     content = path.read_bytes() if path.exists() else b""
-    size = ROW.itemsize * sum(body.num_units for body in state.open_bodies)
-    if len(content) < size:
-        raise LedgerCorrupt(f"{path}: ends at byte {len(content)}; the records in {log} speak of {size} bytes")
-    rows = np.frombuffer(content[:size], dtype=ROW)
+    num_recorded = ROW.itemsize * sum(body.num_units for body in state.open_bodies)
+    if len(content) < num_recorded:
+        raise LedgerCorrupt(f"{path}: ends at byte {len(content)}; the records in {log} speak of {num_recorded} bytes")
+    rows = np.frombuffer(content[:num_recorded], dtype=ROW)
     _check_rows(path, state.open_bodies, rows, ROW.itemsize, state.records_per_unit)
-    return rows, len(content) - size
+    return rows, len(content) - num_recorded
 
 
 def check_segment_file(log: pathlib.Path, index: int, segment: Segment) -> bytes:
-    """Read a sealed file, checking that every byte is what was sealed.
+    """Return the content of the sealed file number ``index``, checking that every byte is what was sealed.
 
     Raises:
         LedgerCorrupt: naming the first piece that is missing or changed.
@@ -141,7 +148,9 @@ def check_segment_file(log: pathlib.Path, index: int, segment: Segment) -> bytes
 
 
 def read_segment(log: pathlib.Path, index: int, segment: Segment, state: LedgerState) -> np.ndarray:
-    """Return the rows of a sealed segment, checked: bytes, steps, flags, roots, order and contribution bound.
+    """Return the rows, [contributions] of :data:`ROW`, of the sealed segment number ``index``, all checked.
+
+    Checked are the file's bytes, the columns of steps and zeroed units, and what :func:`_check_rows` checks.
 
     Raises:
         LedgerCorrupt: naming file and step.
@@ -151,15 +160,15 @@ def read_segment(log: pathlib.Path, index: int, segment: Segment, state: LedgerS
     rows = np.zeros(segment.num_rows, dtype=ROW)
     try:
         table = pq.read_table(pa.BufferReader(content))
-        if table.num_rows == len(rows):
+        if table.num_rows == len(rows):  # another number fails the comparison below
             rows["unit"] = _units(table)
             rows["records"] = table.column("records").to_numpy()
         expected = to_table(segment.bodies, rows, state.zeroed)
-        others = ["generation", "step", "zeroed"]
-        is_whole = table.schema.equals(_SCHEMA) and table.select(others).equals(expected.select(others))
+        from_log = ["generation", "step", "zeroed"]  # columns that repeat what the log's records say
+        is_as_logged = table.schema.equals(_SCHEMA) and table.select(from_log).equals(expected.select(from_log))
     except (pa.ArrowException, OSError, KeyError, ValueError) as error:
         raise LedgerCorrupt(f"{path}: not a segment ({error})") from None
-    if not is_whole:
+    if not is_as_logged:
         raise LedgerCorrupt(f"{path}: byte 0: its columns are not those of steps {_steps(segment.bodies)}")
     _check_rows(path, segment.bodies, rows, 1, state.records_per_unit)
     return rows
@@ -170,26 +179,29 @@ def _steps(bodies: Sequence[Body]) -> str:
 
 
 def _units(table: pa.Table) -> np.ndarray:
-    """Return [rows] of 16-byte pseudonyms."""
+    """Return [rows] of 16-byte pseudonyms, straight from Arrow's buffers, without a Python object for each."""
     column = table.column("unit")
     if column.null_count:
         raise ValueError("a missing pseudonym")
     pieces = []
     for chunk in column.chunks:
-        buffer = chunk.storage.buffers()[1]
+        buffer = chunk.storage.buffers()[1]  # the values; number 0 is the bitmap of nulls
         pieces.append(np.frombuffer(buffer, dtype=ROW["unit"])[chunk.offset : chunk.offset + len(chunk)])
     return np.concatenate(pieces) if pieces else np.zeros(0, dtype=ROW["unit"])
 
 
 def _check_rows(path: pathlib.Path, bodies: Sequence[Body], rows: np.ndarray, row_bytes: int, limit: int) -> None:
-    """Check the steps' rows, one after another, against the Merkle roots of their intents.
+    """Check each step's rows: Merkle root of its intent, order, no unit twice, 1 to ``limit`` records of a unit.
 
     Args:
         path: of the file, for the message.
         bodies: the steps in the order of their rows.
-        rows: pseudonym and number of records of every unit of every step.
-        row_bytes: size of a row where the file has bytes to point at, 1 where it has rows.
+        rows: [contributions] of :data:`ROW`.
+        row_bytes: size of a row in the file, to name the byte of a fault; 1 for Parquet, to name the row instead.
         limit: most records of a unit in a step.
+
+    Raises:
+        LedgerCorrupt: naming the first step that does not hold, and where it begins in the file.
     """
     units = np.ascontiguousarray(rows["unit"]).tobytes()
     counts = np.ascontiguousarray(rows["records"])
@@ -197,9 +209,8 @@ def _check_rows(path: pathlib.Path, bodies: Sequence[Body], rows: np.ndarray, ro
     start = 0
     for body in bodies:
         end = start + body.num_units
-        problem = _problem(
-            body, units[start * _WIDTH : end * _WIDTH], counts[start:end], bool(is_within[start:end].all()), limit
-        )
+        all_within = bool(is_within[start:end].all())
+        problem = _problem(body, units[start * _WIDTH : end * _WIDTH], counts[start:end], all_within, limit)
         if problem:
             unit = "byte" if row_bytes > 1 else "row"
             raise LedgerCorrupt(
@@ -209,25 +220,43 @@ def _check_rows(path: pathlib.Path, bodies: Sequence[Body], rows: np.ndarray, ro
         start = end
 
 
-def _problem(body: Body, pseudonyms: bytes, counts: np.ndarray, is_within: bool, limit: int) -> str | None:
-    """Return what is wrong with a step's rows against its record; None if nothing."""
+def _problem(body: Body, pseudonyms: bytes, counts: np.ndarray, all_within: bool, limit: int) -> str | None:
+    """Return in words what is wrong with a step's rows; ``None`` if nothing.
+
+    Args:
+        body: what the step's intent record says.
+        pseudonyms: of its units, one after another.
+        counts: [units] their numbers of records.
+        all_within: whether all ``counts`` are from 1 to ``limit``.
+        limit: most records of a unit in a step.
+    """
     rows = merkle.rows_of(merkle.step_context(body.generation, body.step), pseudonyms, counts)
     if merkle.root_of(rows) != body.root:
         return "its users are not those that the record was written with"
-    if not is_within:
+    if not all_within:
         return f"a unit with more than {limit} records, or none"
-    return None if merkle.are_sorted(rows) else "a unit twice in one step, or units out of order"
+    if not merkle.are_sorted(rows):
+        return "a unit twice in one step, or units out of order"
+    return None
 
 
 def each_segment(log: pathlib.Path, state: LedgerState) -> Iterator[tuple[tuple[Body, ...], np.ndarray]]:
-    """Yield (bodies, rows) of every sealed segment and then of the open one, each checked."""
+    """Yield (bodies, rows) of every sealed segment and then of the open one, each checked.
+
+    The rows are those of the segment's first body, then of its second, and so on, ``num_units`` of each.
+
+    Raises:
+        LedgerCorrupt: naming file and step of what does not hold.
+    """
     for index, segment in enumerate(state.segments):
         yield segment.bodies, read_segment(log, index, segment, state)
     yield tuple(state.open_bodies), read_open(log, state)[0]
 
 
 def charged_units(log: pathlib.Path, state: LedgerState) -> Iterator[tuple[str, int]]:
-    """Yield (pseudonym, records) of every contribution to every charged step, from checked bodies."""
+    """Yield (pseudonym in hex, records) of every contribution to every charged step, from checked bodies."""
+    num_digits = 2 * _WIDTH
     for _, rows in each_segment(log, state):
-        units, width = np.ascontiguousarray(rows["unit"]).tobytes().hex(), 2 * _WIDTH
-        yield from ((units[i * width : (i + 1) * width], n) for i, n in enumerate(rows["records"].tolist()))
+        digits = np.ascontiguousarray(rows["unit"]).tobytes().hex()  # of all pseudonyms, one after another
+        for i, num_records in enumerate(rows["records"].tolist()):
+            yield digits[i * num_digits : (i + 1) * num_digits], num_records

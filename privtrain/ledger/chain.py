@@ -1,8 +1,16 @@
 """The chained records of a log: their form, the rules that they obey, and what they say when replayed in order.
 
-One JSON object a line, which begins with the hash of the rest of the line; the rest holds the hash of the record before
-it. So an edit, a removal or a reordering anywhere breaks the chain. Bodies lie elsewhere (:mod:`.bodies`); a record
-binds its body by a Merkle root.
+A log has one JSON object a line, a *record*. It begins with the SHA-256 of the rest of the line, and the rest holds the
+hash of the record before, so an edit, a removal or a reordering anywhere breaks the chain::
+
+    {"hash":"9f…","seq":2,"prev":"41…","kind":"intent","generation":0,"step":0,"num_units":16,"root":"c3…"}
+
+Kinds of records: ``begin`` (the first), ``session`` (training starts or resumes, in a *generation*: a stretch under one
+secret), ``intent`` (a step is about to use data, and is charged from here on), ``commit`` (the step's update was made),
+``seal`` (rows were moved to a Parquet file), ``repair`` (a torn write was cut off), ``release`` (the last).
+
+A step's *body*, the list of units that took part in it, lies elsewhere (:mod:`.bodies`); the intent record binds it by
+a Merkle root. The *head* of a log is the hash of its last record.
 """
 
 from __future__ import annotations
@@ -31,7 +39,7 @@ _COUNTS = frozenset(
 
 
 class StepEntry(NamedTuple):
-    """A step on the current path of the run: the key of ``intents``, ``commits`` and ``zeroed``."""
+    """A step of :attr:`LedgerState.path`; equals the tuple (generation, step) that is a key of the state's mappings."""
 
     generation: int
     step: int
@@ -39,14 +47,14 @@ class StepEntry(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Body:
-    """The users that a step's intent record commits to; their rows lie in the body files, in the same order.
+    """What a step's intent record says of the units that took part; their rows lie in the body files.
 
     Attributes:
-        record: number of the record.
+        record: number of the intent record in the log.
         generation: the step's generation.
         step: the logical step.
-        num_units: users of the step.
-        root: Merkle root over them, in hex.
+        num_units: units of the step.
+        root: Merkle root over their rows, in hex.
     """
 
     record: int
@@ -108,11 +116,12 @@ class LedgerState:
         split: commitment to the coins that are trained on; empty before the first session.
         intents: (generation, step) → root over its contributions; every one is charged.
         commits: (generation, step) that finished → commitment to the exact sum that was noised and applied.
-        zeroed: (generation, step) → places in the tree of the users who counted as zero; only where there are any.
-        path: the steps that the current model rests on, or would if the newest checkpoint were lost.
-        segments: the sealed bodies.
-        open_bodies: bodies since the last seal.
-        release: what was promised when the run ended with a release.
+        zeroed: (generation, step) → positions in the step's rows of the units whose gradient was not finite, so that
+            they counted as zero; only for steps that have some.
+        path: the steps that led to the current model, in order; steps that a new generation abandoned are not on it.
+        segments: sealed files of bodies, in order.
+        open_bodies: bodies of the steps since the last seal.
+        release: what the release record says; ``None`` until the run is released.
     """
 
     head: str = GENESIS
@@ -156,7 +165,7 @@ class LedgerState:
 
 
 def make_line(state: LedgerState, kind: str, fields: dict[str, Any]) -> bytes:
-    """Return the line of the next record."""
+    """Return the line of the next record, of this kind and with these further fields, ready to be appended."""
     body = strict_json.dumps({"seq": state.num_records, "prev": state.head, "kind": kind, **fields})
     return _OPENING + hashlib.sha256(body.encode()).hexdigest().encode() + b'",' + body[1:].encode() + b"\n"
 
@@ -185,7 +194,9 @@ def read_records(path: pathlib.Path) -> Iterator[dict[str, Any]]:
 
 
 def replay(path: pathlib.Path) -> tuple[LedgerState, int]:
-    """Replay the whole lines of a log; return the state and the offset after the last of them.
+    """Check and apply the records of a log; return the state, and the byte offset after the last whole line.
+
+    What follows that offset, if anything, is a torn last write.
 
     Raises:
         LedgerCorrupt: naming the offset of the first record that does not hold.
@@ -226,7 +237,8 @@ def record_of(line: bytes) -> dict[str, Any]:
     digest = hashlib.sha256(b"{" + line[_BODY_AT:-1]).hexdigest()
     if digest.encode() != line[len(_OPENING) : _BODY_AT - 2]:
         raise ValueError("its content does not match its hash")
-    # The hash does not cover itself, so a second one in the body would be the forger's to choose.
+    # Compared with how it would be written: the hash does not cover the field "hash" itself, so a line could hold a
+    # second one of the forger's choice further on.
     record = strict_json.loads(line)
     first = {name: record[name] for name in ("hash", "seq", "prev", "kind") if name in record}
     if strict_json.dumps({**first, **record}).encode() + b"\n" != line:
@@ -237,7 +249,7 @@ def record_of(line: bytes) -> dict[str, Any]:
 
 
 def parse(state: LedgerState, line: bytes) -> dict[str, Any]:
-    """Return the record of the next line, checked against all rules.
+    """Return the record of the line that follows ``state``, checked against all rules; the state is not changed.
 
     Raises:
         ValueError: saying what is wrong with it.
@@ -269,13 +281,14 @@ def _nothing_to_check(state: LedgerState, record: dict[str, Any]) -> str | None:
 def _check_begin(state: LedgerState, record: dict[str, Any]) -> str | None:  # noqa: ARG001
     if record["schema"] != SCHEMA:
         return f"schema {record['schema']!r}; this version reads {SCHEMA!r}"
-    if record.get("num_groups", 2) < 2:
+    if "num_groups" in record and record["num_groups"] < 2:  # it is left out where there are no groups
         return "groups of units that are none"
     return None
 
 
 def _check_session(state: LedgerState, record: dict[str, Any]) -> str | None:
-    if record["generation"] not in (max(state.generation, 0), state.generation + 1):
+    present = max(state.generation, 0)  # -1 before the first session, which is of generation 0
+    if record["generation"] not in (present, state.generation + 1):
         return "a session of a generation that is neither the last nor the next"
     if not 0 <= record["from_step"] <= len(state.path):
         return "a session that starts past the steps that were taken"
@@ -298,8 +311,10 @@ def _check_commit(state: LedgerState, record: dict[str, Any]) -> str | None:
         return "a commit without an open intent"
     zeroed = record["zeroed"]
     if zeroed:
+        # The step's body is still open: a segment is sealed after a commit only.
         sizes = [body.num_units for body in state.open_bodies if (body.generation, body.step) == key]
-        if not sizes or zeroed != sorted(set(zeroed)) or not 0 <= zeroed[0] <= zeroed[-1] < sizes[0]:
+        is_in_order = zeroed == sorted(set(zeroed))
+        if not sizes or not is_in_order or not 0 <= zeroed[0] <= zeroed[-1] < sizes[0]:
             return "units that counted as zero and are not in the step"
     return None
 
@@ -315,13 +330,14 @@ def _check_seal(state: LedgerState, record: dict[str, Any]) -> str | None:
 def _check_release(state: LedgerState, record: dict[str, Any]) -> str | None:
     if record["num_charged"] != state.num_charged:
         return "a release that charges other steps"
-    if state.open_bodies and any(body.num_units for body in state.open_bodies):
+    if any(body.num_units for body in state.open_bodies):  # a segment of empty steps alone is never sealed
         return "a release before the last segment is sealed"
     if ReleaseManifest.parse(record["manifest"]).ledger_head != state.head:
         return "a release that quotes another head than that of the record before it"
     return None
 
 
+#: Kind of a record → the check of its fields against the state before it, which returns what is wrong or ``None``.
 _CHECKS: dict[str, Callable[[LedgerState, dict[str, Any]], str | None]] = {
     "begin": _check_begin,
     "session": _check_session,
@@ -344,7 +360,7 @@ def apply(state: LedgerState, record: dict[str, Any]) -> None:
             state.records_per_unit = record["records_per_unit"]
             state.num_groups = record.get("num_groups", 1)
         case "session":
-            if record["generation"] != state.generation:
+            if record["generation"] != state.generation:  # steps past from_step are abandoned: not replayed
                 state.path = [entry for entry in state.path if entry.step < record["from_step"]]
             state.generation = record["generation"]
             state.environment = record["environment"]

@@ -12,12 +12,13 @@ from privtrain.ledger.chain import LedgerState
 
 
 def check_groups(log: pathlib.Path, state: LedgerState) -> None:
-    """Raise unless all steps of a unit within a generation are whole rounds of the groups apart.
+    """Raise unless each unit joined only the steps of its own group.
 
-    The sensitivity of correlated noise rests on it: two steps nearer than the number of groups would move one row.
+    Steps take the groups in turn, so within a generation all steps of a unit are a multiple of ``num_groups`` apart.
+    The sensitivity of correlated noise rests on this distance.
 
     Raises:
-        LedgerCorrupt: naming the steps.
+        LedgerCorrupt: naming the first two steps of a unit that are not.
     """
     if state.num_groups == 1:
         return
@@ -27,11 +28,12 @@ def check_groups(log: pathlib.Path, state: LedgerState) -> None:
         units.append(np.ascontiguousarray(rows["unit"]))
         steps.append(np.repeat(np.array([body.step for body in bodies], dtype=np.int64), sizes))
         generations.append(np.repeat(np.array([body.generation for body in bodies], dtype=np.int64), sizes))
-    unit = np.concatenate([np.zeros(0, dtype=ROW["unit"]), *units])
+    # One entry a contribution; the empty arrays in front give a type where there is none.
+    pseudonym = np.concatenate([np.zeros(0, dtype=ROW["unit"]), *units])
     step, generation = (np.concatenate([np.zeros(0, dtype=np.int64), *values]) for values in (steps, generations))
-    number = np.unique(unit, return_inverse=True)[1]
-    order = np.lexsort((step, number, generation))
-    unit, step, generation = number[order], step[order], generation[order]
+    unit = np.unique(pseudonym, return_inverse=True)[1]  # numbers, since raw bytes cannot be sorted beside them
+    order = np.lexsort((step, unit, generation))  # by generation, then unit, then step
+    unit, step, generation = unit[order], step[order], generation[order]
     is_same = (unit[1:] == unit[:-1]) & (generation[1:] == generation[:-1])
     wrong = np.flatnonzero(is_same & (np.diff(step) % state.num_groups != 0))
     if len(wrong):

@@ -1,8 +1,9 @@
 """The head file: the number of records and the last hash, kept beside the log so that truncation is detected.
 
 A hash chain shows any change but its own shortening. After each record the number of records and the hash of the last
-one go into the older of two slots, which are overwritten in place: no rename, and a torn write spoils one slot only.
-The record is on disk before its slot is written, so the file is never ahead of an undamaged log and at most one behind.
+one (the log's *head*) go into the older of two *slots* of 128 bytes, which are overwritten in place: no rename, and a
+torn write spoils one slot only. So one slot holds the last record's, the other the one's before. The record is on disk
+before its slot is written, so the file is never ahead of an undamaged log and at most one behind.
 Whoever can rewrite this file and the log together can still shorten both; the anchors against that are outside
 ``secret/``: the head in ``privacy.json`` and the model card, and any head that was noted elsewhere.
 """
@@ -97,7 +98,7 @@ def check_head(log: pathlib.Path, state: LedgerState, end: int) -> int:
     if not known:
         raise LedgerCorrupt(f"{path}: both slots are damaged; whether {log} lost its last records is unknown")
     num_records, head = max(known)
-    if num_records > state.num_records:
+    if num_records > state.num_records:  # the head file is written after the log, so the log was longer
         raise LedgerCorrupt(
             f"{log}: ends after {state.num_records} records at byte {end}, but {num_records} were on disk: records "
             "were removed or damaged. Restore the log from a backup, or start a new run with another run.name"
@@ -105,26 +106,29 @@ def check_head(log: pathlib.Path, state: LedgerState, end: int) -> int:
     lag = state.num_records - num_records
     if lag > 1 or head != (state.head, *state.earlier_heads)[lag]:
         raise LedgerCorrupt(f"{path}: byte {(num_records % 2) * _SLOT_BYTES}: not the head of {log}; it was replaced")
-    place = (num_records + 1) % 2
+    other = (num_records + 1) % 2  # the slot of the record before
     earlier = (max(num_records - 1, 0), state.earlier_heads[lag])
-    # A slot is half written only while it takes the record by which the other slot is behind.
-    is_torn = lag == 1 and _is_torn(content[place], _encode(*earlier), _encode(state.num_records, state.head))
-    if slots[place] != earlier and not is_torn:
-        raise LedgerCorrupt(f"{path}: byte {place * _SLOT_BYTES}: a damaged slot")
+    # It may be half overwritten, if a crash came while it took the record by which the head file is behind.
+    is_torn = lag == 1 and _is_torn(content[other], _encode(*earlier), _encode(state.num_records, state.head))
+    if slots[other] != earlier and not is_torn:
+        raise LedgerCorrupt(f"{path}: byte {other * _SLOT_BYTES}: a damaged slot")
     return lag
 
 
 def _is_torn(content: bytes, old: bytes, new: bytes) -> bool:
+    """Return whether every byte of ``content`` is that of ``old`` or of ``new``, as after an unfinished overwrite."""
     return all(byte in (a, b) for byte, a, b in zip(content, old, new, strict=True))
 
 
 def _encode(num_records: int, head: str) -> bytes:
+    """Return a slot: 20 decimal digits, the hash, and a checksum of both that fills the slot up."""
     content = f"{num_records:020d} {head} "
     check = hashlib.sha256(content.encode()).hexdigest()[: _SLOT_BYTES - len(content) - 1]
     return f"{content}{check}\n".encode()
 
 
 def _read(path: pathlib.Path, log: pathlib.Path) -> list[bytes]:
+    """Return the bytes of the two slots."""
     try:
         content = path.read_bytes()
     except FileNotFoundError:
@@ -135,6 +139,7 @@ def _read(path: pathlib.Path, log: pathlib.Path) -> list[bytes]:
 
 
 def _decode(slot: bytes) -> Slot:
+    """Return what a slot holds; ``None`` if its checksum does not hold."""
     try:
         count, head, _ = slot.decode("ascii").split(" ")
         decoded = int(count), head

@@ -1,9 +1,13 @@
 """The contribution log of one run, open for its one writer: append-only, chained, intent then commit, fsynced.
 
-An *intent* is on disk before a step touches any user's data, a *commit* after the update: a crash can therefore
-over-count what was spent, never under-count it. What a crash leaves unfinished at the end (a torn record, rows of an
-intent that was never recorded) is cut off on opening, and the repair is recorded; any other damage is refused with its
-place.
+The log is a file of chained records (:mod:`.chain`). Beside it lie the head file, which shows if records were cut off
+its end (:mod:`.head`), and the bodies of the steps: which units took part, by pseudonym (:mod:`.bodies`). Bodies of the
+latest steps lie in a row file, the *open segment*; when it is large enough it is *sealed* into a Parquet file.
+
+An *intent* record is on disk before a step touches any user's data, a *commit* record after the update: a crash can
+therefore over-count what was spent, never under-count it. What a crash leaves unfinished at the end (a torn record,
+rows of an intent that was never recorded) is cut off on opening, and the repair is recorded; any other damage is
+refused with its place.
 
 Written by rank 0 alone with ordinary appends, overwrites in place and fsync: safe on network file systems. Holds
 pseudonyms, so it stays in ``secret/``.
@@ -73,7 +77,10 @@ def verify_chain(path: pathlib.Path, *, allow_torn: bool = False) -> LedgerState
 
     Args:
         path: the log.
-        allow_torn: take the records before an unfinished one, as while a job is writing.
+        allow_torn: ignore an unfinished record at the end, as there may be while a job is writing.
+
+    Raises:
+        LedgerCorrupt: naming file and offset of the first record that does not hold, or of an unfinished one.
     """
     while True:
         size = path.stat().st_size
@@ -83,7 +90,7 @@ def verify_chain(path: pathlib.Path, *, allow_torn: bool = False) -> LedgerState
         except LedgerCorrupt:
             if path.stat().st_size == size:
                 raise
-            continue  # a job is writing, and log and head file were read at different moments
+            continue  # it grew: a job is writing, and log and head file were read at different moments
         if size > end and not allow_torn:
             raise LedgerCorrupt(f"{path}: {size - end} bytes of an unfinished record at byte {end}; {_TORN}")
         return state
@@ -119,8 +126,9 @@ class Ledger:
         self._log = _Appender(path)
         self._size = self._log.size
         self._rows = _Appender(rows_path(path, len(state.segments)))
-        self._open_rows = [open_rows]
+        self._open_rows = [open_rows]  # of the open segment, one array a step
         self._segment_rows = segment_rows
+        # (generation, step) of the last intent, and the names of its units in the order of their rows.
         self._units_of_step: tuple[tuple[int, int], list[str]] | None = None
 
     def blinded(self, purpose: str, digest: str) -> str:
@@ -131,16 +139,21 @@ class Ledger:
         """Record that training (re)starts at ``from_step``; a new generation abandons the steps past it.
 
         Args:
-            generation: the current generation.
+            generation: number of the stretch of training under one secret that starts or continues.
             from_step: steps that the loaded model has behind it.
-            environment: digest of the environment.
-            split: commitment to the coins that are trained on; the same in every session.
+            environment: digest of code, libraries and devices.
+            split: commitment to which users are held in and out; the same in every session.
         """
         fields = {"environment": self.blinded("environment", environment)} | ({"split": split} if split else {})
         self._append("session", generation=generation, from_step=from_step, **fields)
 
     def intend(self, generation: int, step: int, units: Sequence[tuple[str, int]]) -> None:
-        """Write a step's units to disk before they contribute.
+        """Write a step's units to disk before they contribute. A step that is replayed is not written again.
+
+        Args:
+            generation: the current generation.
+            step: the logical step.
+            units: (name, number of records) of every unit in the step. Names are stored as pseudonyms.
 
         Raises:
             GuaranteeLost: if a unit is there twice or brings more than k records, or if the step was begun before with
@@ -163,19 +176,19 @@ class Ledger:
         self._units_of_step = (generation, step), names
 
     def _write_intent(self, generation: int, step: int, rows: np.ndarray, root: str) -> None:
-        """Write the step's rows, and only then the record that commits to them."""
+        """Write the step's rows, and only then the record that commits to them by their Merkle root."""
         if len(rows):
             self._rows.append(rows.tobytes(), at=ROW.itemsize * self._num_open_rows)
         self._append("intent", generation=generation, step=step, num_units=len(rows), root=root)
         self._open_rows.append(rows)
 
     def commit(self, generation: int, step: int, commitment: str, zeroed: Collection[str] = ()) -> None:
-        """Write to disk that the step's update was made; a replayed step is committed once.
+        """Write to disk that the step's update was made. A step that is replayed is not written again.
 
         Args:
             generation: the current generation.
             step: the step of the last :meth:`intend`.
-            commitment: to the exact sum, see :mod:`privtrain.privacy.sum_digest`.
+            commitment: digest of the exact sum, see :mod:`privtrain.privacy.sum_digest`.
             zeroed: names of the units whose gradient was not finite, so that they contributed zero.
 
         Raises:
@@ -187,16 +200,20 @@ class Ledger:
                 raise GuaranteeLost(f"step {step} was repeated with another sum; this is a bug, report it")
             return
         assert self._units_of_step is not None
-        assert self._units_of_step[0] == (generation, step)
+        intended, names_in_order = self._units_of_step
+        assert intended == (generation, step)
         names = set(zeroed)
-        places = [place for place, name in enumerate(self._units_of_step[1]) if name in names]
+        places = [place for place, name in enumerate(names_in_order) if name in names]
         assert len(places) == len(names)
         self._append("commit", generation=generation, step=step, update=commitment, zeroed=places)
         if self._num_open_rows >= self._segment_rows:
             self._seal()
 
     def prepare_release(self) -> str:
-        """Seal the open segment and return the head for the privacy statement; only the release may follow."""
+        """Seal the open segment; return the hash of the last record, for the privacy statement to quote.
+
+        Only :meth:`release` may follow.
+        """
         self._seal()
         return self.state.head
 
@@ -216,7 +233,7 @@ class Ledger:
         return sum(map(len, self._open_rows))
 
     def _seal(self) -> None:
-        """Move the rows of the open segment to Parquet."""
+        """Move the rows of the open segment to a Parquet file, record it, and begin the next row file."""
         rows, state = np.concatenate(self._open_rows), self.state
         if not len(rows):
             return
@@ -227,10 +244,10 @@ class Ledger:
         sealed, self._rows = self._rows, _Appender(rows_path(self._path, index + 1))
         sealed.close()
         self._open_rows = [np.zeros(0, dtype=ROW)]
-        rows_path(self._path, index).unlink()
+        rows_path(self._path, index).unlink()  # a crash before this leaves it for _drop_leftovers
 
     def _append(self, kind: str, **fields: Any) -> None:
-        """Check, write and apply the next record, and move the head."""
+        """Check, write and apply the next record, and store its hash in the head file."""
         line = make_line(self.state, kind, fields)
         record = parse(self.state, line)  # what would be refused on reading is never written
         self._log.append(line, at=self._size)
@@ -242,7 +259,7 @@ class Ledger:
 class NullLedger(Ledger):
     """A ledger that discards what steps record, for ranks other than 0 and for rehearsals.
 
-    Everything else that a ledger does is rank 0's, and fails here for want of a log.
+    Only rank 0 of a job that records calls anything else of a ledger; here it fails, since there are no files.
     """
 
     def __init__(self) -> None:
@@ -272,15 +289,15 @@ def open_ledger(
     segment_rows: int = SEGMENT_ROWS,
     num_groups: int = 1,
 ) -> Iterator[Ledger]:
-    """Open the log of a run for appending, or begin it.
+    """Open the log of a run for appending, or begin it; cut off what a crash left unfinished at its end.
 
     Args:
         path: the log.
-        plan_fingerprint: of the run's plan.
+        plan_fingerprint: of the run's plan and data.
         records_per_unit: k, the most records of a unit in a step.
-        pseudonym_key: names units.
+        pseudonym_key: that pseudonyms are made with.
         segment_rows: contributions at which a segment is sealed.
-        num_groups: groups that steps draw from in turn.
+        num_groups: groups of units that steps draw from in turn; 1 where all units may join a step.
 
     Raises:
         LedgerCorrupt: if anything but an unfinished tail is wrong, or the log belongs to another plan or key.
@@ -305,7 +322,7 @@ def open_ledger(
             raise LedgerCorrupt(f"{path}: bytes behind the release record, where nothing is ever written; restore it")
         num_torn_bytes = _cut(path, end) + _cut(rows_path(path, len(state.segments)), open_rows.nbytes)
         _drop_leftovers(path, len(state.segments))
-        if lag:
+        if lag:  # a crash came between the last record and its entry in the head file
             head.write(state.num_records, state.head)
         ledger = Ledger(path, state, pseudonym_key, head, open_rows, segment_rows)
         try:
@@ -339,6 +356,7 @@ def blinded_plan(key: SecretKey, plan_fingerprint: str) -> str:
 
 
 def _check_owner(path: pathlib.Path, state: LedgerState, plan_fingerprint: str, key: SecretKey) -> None:
+    """Raise unless the first record is of this key, plan and data set."""
     if state.key_sha256 != key_commitment(key):
         raise LedgerCorrupt(f"{path} was written under another pseudonym key; restore both from one backup")
     if state.plan != blinded_plan(key, plan_fingerprint):
@@ -348,7 +366,10 @@ def _check_owner(path: pathlib.Path, state: LedgerState, plan_fingerprint: str, 
 def _body(
     key: SecretKey, generation: int, step: int, units: Sequence[tuple[str, int]]
 ) -> tuple[list[str], np.ndarray, str]:
-    """Return the unit names and their rows in Merkle-tree order, and the root."""
+    """Return the body of a step: (names of its units, their rows of :data:`ROW`, the Merkle root in hex).
+
+    Names and rows are in the order of the tree. ``units``: (name, number of records) of each, in any order.
+    """
     context = merkle.step_context(generation, step)
     pseudonyms = [bytes.fromhex(pseudonym(key, name)) for name, _ in units]
     hashes = merkle.row_hashes(context, b"".join(pseudonyms))
@@ -361,7 +382,7 @@ def _body(
 
 
 def _check_file(path: pathlib.Path) -> None:
-    """Refuse a file whose content would come from, or go, elsewhere."""
+    """Raise if a file is a link or another user's: what is written would go elsewhere."""
     if os.path.lexists(path):
         os.close(open_private_file(path, os.O_RDONLY))
 
@@ -377,14 +398,15 @@ def _cut(path: pathlib.Path, size: int) -> int:
 
 
 def _drop_leftovers(path: pathlib.Path, num_segments: int) -> None:
-    """Remove the row file that a crash left behind after its segment was sealed."""
+    """Remove the row file of the last sealed segment, which a crash may have left behind."""
     if num_segments:
         rows_path(path, num_segments - 1).unlink(missing_ok=True)
 
 
 def _write_new(path: pathlib.Path, content: bytes) -> None:
+    """Write a private file and bring it onto the disk; nothing refers to the file yet, so it need not be atomic."""
     with os.fdopen(open_private_file(path, os.O_WRONLY | os.O_CREAT), "wb") as file:
-        file.truncate()  # what a crash left
+        file.truncate()  # the content of an earlier try that a crash cut short
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
@@ -408,7 +430,7 @@ class _Appender:
 
     def append(self, data: bytes, at: int) -> None:
         """Write ``data`` where the file ends, which must be ``at``."""
-        # Locks can be absent on network file systems; a second writer, or an append that failed half-way, shows here.
+        # Network file systems may have no locks: this is where a second writer, or an append cut short, is noticed.
         if self.size != at:
             raise RunBusy(f"{self._path} changed under its writer: another job writes it, or a write failed half-way")
         view = memoryview(data)

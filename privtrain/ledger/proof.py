@@ -1,8 +1,9 @@
 """Proofs of one user's part in a run, checkable without the run and without the other users' data.
 
-A proof holds the records of the chain, which name nobody, and for every step the leaves of its tree in which the user's
-row is, or in which its two neighbours are. Whoever checks it recomputes the chain up to a head that they have from
-elsewhere (``privacy.json``, the model card), the user's row in every step and its way to the root.
+A proof holds the records of the log, which name nobody, and for every step one or two leaves of its Merkle tree
+(:mod:`.merkle`): those with the user's row or, if the user was absent, with the two rows between which it would stand.
+Whoever checks a proof recomputes the chain of records up to a *head*, the last record's hash, that they have from
+elsewhere (``privacy.json``, the model card), the user's row in every step and the way from its leaf to the root.
 
 It reveals: the user's pseudonym and part; per step how many users took part and how many of them counted as zero; up to
 31 rows of others, which are random bytes without their pseudonyms; and nothing else of ``secret/``. That the pseudonym
@@ -37,12 +38,12 @@ class Part:
     """One user's part in one step.
 
     Attributes:
-        generation: the step's generation.
+        generation: the step's generation: a stretch of training under one secret.
         step: the logical step.
-        records: records that the user brought.
+        records: how many records the user contributed.
         is_zeroed: whether the user's gradient was not finite and counted as zero.
         is_committed: whether the step's update was made; if not, the step was still charged.
-        is_in_model: whether the model rests on this step, rather than having been rewound past it.
+        is_in_model: whether the model rests on this step; not if a new generation began before it.
     """
 
     generation: int
@@ -58,10 +59,10 @@ class CheckedProof:
     """The verified content of a proof.
 
     Attributes:
-        user: the user that it says it is about; shown only if ``is_key_checked``.
-        pseudonym: the pseudonym that it is about, in hex.
-        head: the head of the log that it belongs to.
-        num_steps: steps that it covers: all that were charged.
+        user: the user that the proof names; that the pseudonym is this user's is proven only if ``is_key_checked``.
+        pseudonym: the pseudonym that the proof is about, in hex.
+        head: hash of the log's last record, or of the one before its release record.
+        num_steps: steps that the proof covers: all that were charged.
         parts: the steps that the user took part in; from all others the user was absent.
         is_key_checked: whether the pseudonym was recomputed from the user and the key that the log was written with.
     """
@@ -76,6 +77,15 @@ class CheckedProof:
 
 def prove(log: pathlib.Path, unit_pseudonym: str, user: str | None = None) -> dict[str, Any]:
     """Make the proof of one user's part in every step, checking the log on the way.
+
+    Args:
+        log: the run's log.
+        unit_pseudonym: of the user, in hex.
+        user: the user's id, for the proof to name.
+
+    Returns:
+        A JSON object. ``records``: the lines of the log. ``steps``: for each charged step, in order, its leaves, as
+        :func:`_opening` gives them.
 
     Raises:
         LedgerCorrupt: if the log is not intact.
@@ -101,7 +111,16 @@ def prove(log: pathlib.Path, unit_pseudonym: str, user: str | None = None) -> di
 
 
 def _opening(body: Body, rows: np.ndarray, secret: bytes) -> list[dict[str, Any]]:
-    """Return the one or two Merkle leaves that prove a user's row, or its absence by the neighbouring rows."""
+    """Return the one or two Merkle leaves that prove a user's row, or its absence by the neighbouring rows.
+
+    Args:
+        body: what the step's intent record says.
+        rows: [units] of :data:`~privtrain.ledger.bodies.ROW`, of all units of the step, in the order of the tree.
+        secret: the user's pseudonym, which nobody else should know.
+
+    Returns:
+        Of each leaf its index (``leaf``), its ``rows``, and its ``path``: the hashes that lead from it to the root.
+    """
     context = merkle.step_context(body.generation, body.step)
     units = np.ascontiguousarray(rows["unit"]).tobytes()
     tree_rows = merkle.rows_of(context, units, np.ascontiguousarray(rows["records"]))
@@ -109,6 +128,7 @@ def _opening(body: Body, rows: np.ndarray, secret: bytes) -> list[dict[str, Any]
     (own,) = merkle.row_hashes(context, secret)
     place = bisect.bisect_left(tags, own[: merkle.TAG_BYTES])
     is_there = place < len(tags) and tags[place] == own[: merkle.TAG_BYTES]
+    # Of an absent user the rows on both sides; before the first row or after the last there is one.
     places = [place] if is_there else [p for p in (place - 1, place) if 0 <= p < len(tags)]
     leaves = merkle.leaf_hashes(tree_rows)
     return [
@@ -142,7 +162,10 @@ def check_proof(
 
 
 def _check(proof: dict[str, Any], head: str, key: SecretKey | None, user: str | None) -> CheckedProof:
-    """Replay the proof's records and check the user's leaves of every step; see :func:`check_proof`."""
+    """Replay the proof's records and check the user's leaves of every step; arguments as for :func:`check_proof`.
+
+    Raises what is wrong with a proof of the right form; of another form, KeyError, TypeError or the like.
+    """
     if proof["schema"] != SCHEMA:
         raise ProofRejected(f"schema {proof['schema']!r}; this version reads {SCHEMA!r}")
     named = proof["user"]
@@ -157,12 +180,12 @@ def _check(proof: dict[str, Any], head: str, key: SecretKey | None, user: str | 
     secret = bytes.fromhex(proof["pseudonym"])
     if len(secret) != merkle.PSEUDONYM_BYTES or secret.hex() != proof["pseudonym"]:
         raise ProofRejected(f"its pseudonym is not {2 * merkle.PSEUDONYM_BYTES} hexadecimal digits")
-    model = set(state.path)
+    in_model = set(state.path)
     parts = []
     for body, leaves in zip(state.bodies(), proof["steps"], strict=True):
-        num_records = _check_step(body, leaves, secret)
-        if num_records is not None:
-            place, records = num_records
+        row = _check_step(body, leaves, secret)
+        if row is not None:
+            place, records = row
             if not 1 <= records <= state.records_per_unit:
                 raise ProofRejected(
                     f"step {body.step} of generation {body.generation}: {records} records of the user, where the log "
@@ -170,7 +193,7 @@ def _check(proof: dict[str, Any], head: str, key: SecretKey | None, user: str | 
                 )
             step = (body.generation, body.step)
             is_zeroed = place in state.zeroed.get(step, ())
-            parts.append(Part(*step, records, is_zeroed, step in state.commits, step in model))
+            parts.append(Part(*step, records, is_zeroed, step in state.commits, step in in_model))
     return CheckedProof(
         user=named,
         pseudonym=proof["pseudonym"],
@@ -182,6 +205,7 @@ def _check(proof: dict[str, Any], head: str, key: SecretKey | None, user: str | 
 
 
 def _replayed(records: list[str]) -> LedgerState:
+    """Return the state after the log's lines, checked as a chain."""
     state = LedgerState()
     for record in records:
         try:
@@ -192,6 +216,7 @@ def _replayed(records: list[str]) -> LedgerState:
 
 
 def _check_key(state: LedgerState, proof: dict[str, Any], key: SecretKey) -> None:
+    """Raise unless the log was written with this key, and the proof's pseudonym is its user's under the key."""
     if key_commitment(key) != state.key_sha256:
         raise ProofRejected("the key is not the one that the log was written with")
     if pseudonym(key, str(proof["user"])) != proof["pseudonym"]:
@@ -199,7 +224,16 @@ def _check_key(state: LedgerState, proof: dict[str, Any], key: SecretKey) -> Non
 
 
 def _check_step(body: Body, leaves: list[dict[str, Any]], secret: bytes) -> tuple[int, int] | None:
-    """Return the user's (row index, records) in a step; ``None`` if the leaves prove the user's absence."""
+    """Return the user's (row index, records) in a step; ``None`` if the leaves prove the user's absence.
+
+    Args:
+        body: what the step's intent record says.
+        leaves: as :func:`_opening` gives them; neighbours in the tree if there are two.
+        secret: the user's pseudonym.
+
+    Raises:
+        ProofRejected: if the leaves are not the tree's, or prove neither presence nor absence.
+    """
     where = f"step {body.step} of generation {body.generation}"
     num_leaves = merkle.num_buckets(body.num_units)
     rows = b""
@@ -207,14 +241,15 @@ def _check_step(body: Body, leaves: list[dict[str, Any]], secret: bytes) -> tupl
         content, path = _decode(leaf["rows"]), [_decode(item) for item in leaf["path"]]
         if merkle.root_from_path(merkle.leaf_hash(content), leaf["leaf"], num_leaves, path) != body.root:
             raise ProofRejected(f"{where}: a leaf does not lead to the root")
-        if leaf["leaf"] != leaves[0]["leaf"] + len(rows) // (merkle.BUCKET_ROWS * merkle.ROW_BYTES):
+        num_leaves_before = len(rows) // (merkle.BUCKET_ROWS * merkle.ROW_BYTES)
+        if leaf["leaf"] != leaves[0]["leaf"] + num_leaves_before:
             raise ProofRejected(f"{where}: leaves that are not neighbours")
-        if len(content) != merkle.ROW_BYTES * min(
-            merkle.BUCKET_ROWS, body.num_units - leaf["leaf"] * merkle.BUCKET_ROWS
-        ):
+        # Every leaf is full but the last of the tree.
+        num_rows = min(merkle.BUCKET_ROWS, body.num_units - leaf["leaf"] * merkle.BUCKET_ROWS)
+        if len(content) != merkle.ROW_BYTES * num_rows:
             raise ProofRejected(f"{where}: a leaf of another size than its place asks for")
         rows += content
-    first = leaves[0]["leaf"] * merkle.BUCKET_ROWS if leaves else 0
+    first = leaves[0]["leaf"] * merkle.BUCKET_ROWS if leaves else 0  # index of the first row shown
     tags = _tags(rows)
     if any(a >= b for a, b in itertools.pairwise(tags)):
         raise ProofRejected(f"{where}: rows out of order")
@@ -222,15 +257,17 @@ def _check_step(body: Body, leaves: list[dict[str, Any]], secret: bytes) -> tupl
     place = bisect.bisect_left(tags, own[: merkle.TAG_BYTES])
     if place < len(tags) and tags[place] == own[: merkle.TAG_BYTES]:
         row = rows[place * merkle.ROW_BYTES : (place + 1) * merkle.ROW_BYTES]
-        masked = int.from_bytes(row[merkle.TAG_BYTES :], "big")
+        masked = int.from_bytes(row[merkle.TAG_BYTES :], "big")  # the number of records, XORed with the row's own end
         return first + place, masked ^ int.from_bytes(own[merkle.TAG_BYTES :], "big")
-    is_bounded = (place > 0 or first == 0) and (place < len(tags) or first + len(tags) == body.num_units)
-    if not is_bounded:
+    is_lower_shown = place > 0 or first == 0  # a neighbour, or the tree begins here
+    is_upper_shown = place < len(tags) or first + len(tags) == body.num_units  # a neighbour, or the tree ends here
+    if not (is_lower_shown and is_upper_shown):
         raise ProofRejected(f"{where}: shows neither the user nor both neighbours")
     return None
 
 
 def _tags(rows: bytes) -> list[bytes]:
+    """Return what rows are sorted by: of each its bytes without the number of records."""
     if len(rows) % merkle.ROW_BYTES:
         raise ValueError("a row cut short")
     return [rows[i : i + merkle.TAG_BYTES] for i in range(0, len(rows), merkle.ROW_BYTES)]

@@ -1,4 +1,9 @@
-"""Questions to a log, answered by DuckDB over its segments. Pseudonyms only: no name ever enters a query."""
+"""Questions to a log, answered by DuckDB over its files. Pseudonyms only: no name ever enters a query.
+
+A *contribution* is one unit's part in one step (a unit is a user or a record, by ``privacy.unit``). Contributions lie
+in sealed Parquet files and, of the latest steps, in the open segment's row file. A contribution is *zeroed* if its
+gradient was not finite and counted as zero.
+"""
 
 from __future__ import annotations
 
@@ -67,7 +72,10 @@ class Statistics:
 
 
 class Contributions:
-    """The contributions of a log as the table ``contributions``. Use :func:`opened_contributions`."""
+    """The contributions of a log as a DuckDB table. Use :func:`opened_contributions`.
+
+    Columns of ``contributions``: generation, step, unit (its pseudonym), records (how many of the unit's), zeroed.
+    """
 
     def __init__(self, connection: duckdb.DuckDBPyConnection, state: LedgerState) -> None:
         self.state = state
@@ -79,7 +87,7 @@ class Contributions:
         return [dict(zip(names, values, strict=True)) for values in result.fetchall()]
 
     def steps(self) -> dict[tuple[int, int], Row]:
-        """Return (generation, step) → users, records, most records of one user, and users who counted as zero."""
+        """Return (generation, step) → ``num_units``, ``num_records``, ``max_records`` of a unit and ``num_zeroed``."""
         rows = self._rows(
             "SELECT generation, step, count(*) AS num_units, sum(records)::BIGINT AS num_records, "
             "max(records) AS max_records, count(*) FILTER (zeroed) AS num_zeroed "
@@ -97,20 +105,24 @@ class Contributions:
         return [{"pseudonym": row.pop("unit").hex, **row} for row in rows]
 
     def user(self, unit_pseudonym: str) -> list[Row]:
-        """Return one user's part in every step that it joined."""
+        """Return one unit's part in every step that it joined.
+
+        Of each: generation, step, records, zeroed, ``committed`` (the update was made) and ``in_model`` (the model
+        rests on the step; not if a new generation began before it).
+        """
         rows = self._rows(
             "SELECT generation, step, records, zeroed FROM contributions WHERE unit = ? ORDER BY generation, step",
             [uuid.UUID(hex=unit_pseudonym)],
         )
-        model = set(self.state.path)
+        in_model = set(self.state.path)
         for row in rows:
             step = (row["generation"], row["step"])
-            row |= {"committed": step in self.state.commits, "in_model": step in model}
+            row |= {"committed": step in self.state.commits, "in_model": step in in_model}
         return rows
 
     def statistics(self, cap: int | None = None) -> Statistics:
-        """Return how the contributions are spread."""
-        # Two passes: a table of users with two sums each is what fits in memory at millions of users.
+        """Return how the contributions are spread over units; ``cap`` as in :class:`Statistics`."""
+        # Two queries: the first keeps two sums a unit, which is all that fits into memory at millions of units.
         spread = self._rows(
             "SELECT steps, records, count(*) AS users FROM ("
             "SELECT count(*)::INT AS steps, sum(records)::INT AS records FROM contributions GROUP BY unit"
@@ -126,8 +138,12 @@ class Contributions:
     def export(self, target: pathlib.Path, file_format: str) -> int:
         """Write all contributions to a new file that only its owner may read; return how many.
 
+        Args:
+            target: the file.
+            file_format: ``"parquet"`` or ``"csv"``.
+
         Raises:
-            FileExistsError: if there is such a file; whoever has it open would read on.
+            FileExistsError: if the file is there already: somebody else may have it open, and would read on.
         """
         options = "FORMAT parquet, COMPRESSION zstd" if file_format == "parquet" else "FORMAT csv, HEADER"
         os.close(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
@@ -205,23 +221,30 @@ def _open_table(log: pathlib.Path, state: LedgerState) -> pa.Table:
 
 def _steps_table(state: LedgerState) -> pa.Table:
     """Return a row for each step that was begun: whether it was committed, and whether the model now rests on it."""
-    model = set(state.path)
-    steps = list(state.intents)
+    in_model = set(state.path)
+    begun = list(state.intents)
     return pa.table(
         {
-            "generation": pa.array([generation for generation, _ in steps], pa.int32()),
-            "step": pa.array([step for _, step in steps], pa.int32()),
-            "committed": pa.array([step in state.commits for step in steps], pa.bool_()),
-            "in_model": pa.array([step in model for step in steps], pa.bool_()),
+            "generation": pa.array([generation for generation, _ in begun], pa.int32()),
+            "step": pa.array([step for _, step in begun], pa.int32()),
+            "committed": pa.array([entry in state.commits for entry in begun], pa.bool_()),
+            "in_model": pa.array([entry in in_model for entry in begun], pa.bool_()),
         }
     )
 
 
 def _statistics(state: LedgerState, spread: list[Row], totals: Row, cap: int | None) -> Statistics:
-    """Compute the statistics from ``spread``, the number of users for each (steps, records)."""
-    column = {name: np.array([row[name] for row in spread], dtype=np.int64) for name in (spread[0] if spread else ())}
-    users = column.get("users", np.zeros(0, dtype=np.int64))
-    records, steps = column.get("records", users), column.get("steps", users)
+    """Compute the statistics.
+
+    Args:
+        state: of the log.
+        spread: for each pair of ``steps`` and ``records`` that occurs, the number of ``users`` that have it.
+        totals: contributions that are ``zeroed``, ``at_k`` and ``above_k``; k is the most records of a unit in a step.
+        cap: as in :class:`Statistics`.
+    """
+    steps, records, users = (
+        np.array([row[name] for row in spread], dtype=np.int64) for name in ("steps", "records", "users")
+    )
     num_users, num_records = int(users.sum()), int((users * records).sum())
     num_contributions = int((users * steps).sum())
     num_above = int((users * (records > cap)).sum()) if cap is not None else 0
@@ -245,7 +268,10 @@ def _statistics(state: LedgerState, spread: list[Row], totals: Row, cap: int | N
 
 
 def _quantiles(values: np.ndarray, weights: np.ndarray) -> dict[str, int]:
-    """Return quantiles of values that occur ``weights`` times: the smallest value with that share at or below."""
+    """Return e.g. ``median`` → value, where ``values[i]`` occurs ``weights[i]`` times; empty without values.
+
+    A quantile is the smallest value with that share of all at or below it.
+    """
     shares = {"min": 0.0, "p25": 0.25, "median": 0.5, "p75": 0.75, "p90": 0.9, "p99": 0.99, "max": 1.0}
     if not len(values):
         return {}
@@ -254,11 +280,14 @@ def _quantiles(values: np.ndarray, weights: np.ndarray) -> dict[str, int]:
 
 
 def _gini(values: np.ndarray, weights: np.ndarray) -> float:
-    """Return the Gini coefficient of values that occur ``weights`` times, by trapezia under the Lorenz curve."""
+    """Return the Gini coefficient, where ``values[i]`` occurs ``weights[i]`` times, by trapezia below the Lorenz curve.
+
+    The Lorenz curve is the share of all records that the users with the fewest hold, over the share of users.
+    """
     total = float((values * weights).sum())
     if total == 0:
         return 0.0
     order = np.argsort(values, kind="stable")
-    held = np.concatenate(([0.0], np.cumsum((values * weights)[order]) / total))
-    share = weights[order] / weights.sum()
-    return float(1.0 - (share * (held[1:] + held[:-1])).sum())
+    lorenz = np.concatenate(([0.0], np.cumsum((values * weights)[order]) / total))
+    share_of_users = weights[order] / weights.sum()
+    return float(1.0 - (share_of_users * (lorenz[1:] + lorenz[:-1])).sum())

@@ -10,7 +10,7 @@ from privtrain.errors import PrivtrainError
 from privtrain.files.atomic import sync_directory, write_json
 from privtrain.run.directory import RunDirectory
 
-#: What else in ``secret/`` still says something about people, and what.
+#: Files of ``secret/`` that remain → what they still say about people.
 _REMAINS = {
     "root.key": "redraws the split: with the data set, who was held in or out",
     "manifest.json": "names every user, held in and held out; `attacks score` needs it",
@@ -41,7 +41,7 @@ def shred(run_path: pathlib.Path, *, abandon: bool = False) -> tuple[list[str], 
         abandon: also where the run has not finished, after which it cannot go on.
 
     Returns:
-        The names of the files destroyed, and what remains in ``secret/`` that says something about people: name → what.
+        The names of the files destroyed; and the files that remain in ``secret/`` → what they say about people.
 
     Raises:
         PrivtrainError: if there is no such run, or it has not finished.
@@ -69,6 +69,7 @@ _LINKING = "LINKING: a proof names a user beside the pseudonym; delete it, and i
 
 
 def _is_proof(path: pathlib.Path) -> bool:
+    """Return whether a file begins like one that ``ledger prove`` writes."""
     if not path.is_file():
         return False
     with open(path, "rb") as file:

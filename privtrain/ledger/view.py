@@ -1,4 +1,8 @@
-"""What the ``privtrain ledger`` commands print: tables for people, JSON for machines. Nothing here changes a log."""
+"""What the ``privtrain ledger`` commands print: tables for people, JSON for machines. Nothing here changes a log.
+
+A user is shown by *pseudonym*, an HMAC of the id under a key of the run. The *head* of a log is the hash of its last
+record; a released run's ledger ends in a *release record*, which holds the digests of all that was released.
+"""
 
 from __future__ import annotations
 
@@ -34,35 +38,39 @@ def run_with_ledger(run_path: pathlib.Path) -> RunDirectory:
 
 
 def verify_run(run_path: pathlib.Path, head: str | None = None) -> str:
-    """Check a run's ledger, and that the privacy statement agrees with it; return a line for people.
+    """Check a run's ledger, and that all that was released agrees with it; return a line for people.
 
     Args:
         run_path: the run directory.
-        head: a head of this log that was noted earlier, elsewhere: the log must still contain it.
+        head: hash of a record that was noted earlier, elsewhere: the log must still contain that record.
 
     Raises:
         LedgerCorrupt: with file and offset of the first thing that does not hold, or what the statement says otherwise.
     """
     run = run_with_ledger(run_path)
     state = verify(run.ledger)
-    quoted = ""
+    also_checked = ""
     if state.release is not None or run.privacy.is_file():
-        quoted = _check_release(run, state)
+        also_checked = _check_release(run, state)
     if head is not None:
         if all(record["hash"] != head for record in read_records(run.ledger)):
             raise LedgerCorrupt(f"{run.ledger} never had head {head}: it was rewritten, or truncated and then extended")
-        quoted += ", contains the head given"
+        also_checked += ", contains the head given"
     num_open = state.num_charged - len(state.commits)
+    never_committed = f", {num_open} begun but never committed" if num_open else ""
     return (
         f"ledger verified: {state.num_records} records, {state.num_charged} steps charged, "
-        f"{len(state.commits)} committed"
-        f"{f', {num_open} begun but never committed' if num_open else ''}, {state.num_contributions} contributions, "
-        f"generation {state.generation}{quoted}"
+        f"{len(state.commits)} committed{never_committed}, {state.num_contributions} contributions, "
+        f"generation {state.generation}{also_checked}"
     )
 
 
 def _check_release(run: RunDirectory, state: LedgerState) -> str:
-    """Compare all released files with the release record; return in words what was compared."""
+    """Compare statement, released files, base model and plan with the release record; return words for the report.
+
+    Raises:
+        LedgerCorrupt: with everything that does not agree.
+    """
     if state.release is None:
         raise LedgerCorrupt(f"{run.ledger}: has no release, but there is {run.privacy}")
     manifest = state.release.manifest
@@ -77,7 +85,7 @@ def _check_release(run: RunDirectory, state: LedgerState) -> str:
 
 
 def _release_faults(run: RunDirectory, state: LedgerState) -> list[str]:
-    """Return what the run directory holds that the ledger's release record does not, or says otherwise."""
+    """Return, in words, where ``release.json``, released files and statement contradict the ledger's release record."""
     assert state.release is not None
     manifest, problems = state.release.manifest, []
     try:
@@ -87,7 +95,7 @@ def _release_faults(run: RunDirectory, state: LedgerState) -> list[str]:
     except VerificationFailed as error:
         problems += error.problems
     problems += [str(fault) for fault in bundle.run_faults(run, manifest)[0]]
-    for path in (run.privacy, run.released / run.privacy.name):
+    for path in (run.privacy, run.released / run.privacy.name):  # the run's statement, and its copy beside the weights
         name = path.relative_to(run.root).as_posix()
         try:
             statement = _read(path)
@@ -105,7 +113,11 @@ def _release_faults(run: RunDirectory, state: LedgerState) -> list[str]:
 
 
 def base_faults(run: RunDirectory, manifest: bundle.ReleaseManifest) -> tuple[list[str], str]:
-    """Return how the base model differs from the recorded one, and a note if it could not be compared."""
+    """Compare the base model's files with the recorded digests.
+
+    Returns:
+        Where they differ, in words; and a note for people: whether the base model was compared, or why not.
+    """
     if not manifest.base_model:
         return [], "; the base model was not on disk and is not recorded"
     try:
@@ -120,9 +132,9 @@ def base_faults(run: RunDirectory, manifest: bundle.ReleaseManifest) -> tuple[li
 
 
 def _false_claims(statement: dict[str, Any], state: LedgerState) -> list[str]:
-    """Return what the statement says otherwise than the ledger."""
-    claims = _claims(statement, state)
-    wrong = [f"{name} is {claimed}, the ledger shows {found}" for name, claimed, found in claims if claimed != found]
+    """Return, in words, where the privacy statement contradicts the ledger."""
+    compared = _claims(statement, state)
+    wrong = [f"{name} is {stated}, the ledger shows {logged}" for name, stated, logged in compared if stated != logged]
     if state.num_charged > statement["num_steps"]:
         wrong.append(f"num_steps is {statement['num_steps']}, the ledger charges {state.num_charged} steps")
     return wrong
@@ -152,24 +164,28 @@ def _claims(statement: dict[str, Any], state: LedgerState) -> list[tuple[str, An
         plan = PrivacyPlan.from_body(statement["plan"])
     except ValueError:
         return [*claims, ("fingerprint of the plan", "that of no plan", release.manifest.plan)]
-    num_bands = 1 if plan.strategy is None else plan.strategy.num_bands
+    # Steps draw from as many groups of units as the plan's correlated noise has bands; independent noise needs none.
+    num_groups = 1 if plan.strategy is None else plan.strategy.num_bands
     claims += [
         ("fingerprint of the plan", plan.fingerprint(), release.manifest.plan),
         ("steps_accounted", statement["steps_accounted"], plan.accounted_steps(state.intents)),
-        ("number of groups by the plan", num_bands, state.num_groups),
+        ("number of groups by the plan", num_groups, state.num_groups),
     ]
     return claims
 
 
 def _check_plan(run: RunDirectory, state: LedgerState) -> None:
-    """Raise if the log belongs to another plan or data set; skip the check once the key is destroyed."""
+    """Raise if the log belongs to another plan or data set than the run's ``secret/identity.json``.
+
+    The log holds an HMAC of the fingerprint of plan and data; once the key is shredded nothing can be compared.
+    """
     if not (run.secret / "pseudonym.key").is_file() or not run.identity.is_file():
         return
     identity = _read(run.identity)
     if state.plan != blinded_plan(run.load_key("pseudonym"), str(identity.get("fingerprint"))):
         raise LedgerCorrupt(f"{run.ledger} belongs to another plan or data set than {run.identity}")
     data = identity.get("data_sha256")
-    if state.release is not None and data is not None:
+    if state.release is not None and data is not None:  # the fingerprint of the published plan, with the data's digest
         plan = PrivacyPlan.from_body(_read(run.privacy).get("plan"))
         if plan.fingerprint(data) != identity["fingerprint"]:
             raise LedgerCorrupt(f"{run.privacy}: its plan is not the one that {run.identity} was begun with")
@@ -207,8 +223,8 @@ def print_ledger(run_path: pathlib.Path, last: int = 40, as_json: bool = False) 
     for record in read_records(run.ledger):
         row = {key: record.get(key) for key in ("seq", "kind", "generation", "step")}
         if record["kind"] == "intent":
-            nothing = {"num_units": 0, "num_records": 0, "max_records": 0, "num_zeroed": 0}
-            row |= steps.get((record["generation"], record["step"]), nothing)
+            nobody = {"num_units": 0, "num_records": 0, "max_records": 0, "num_zeroed": 0}
+            row |= steps.get((record["generation"], record["step"]), nobody)
         elif record["kind"] == "session":
             row["step"] = record["from_step"]
         rows.append(row)
@@ -236,7 +252,7 @@ def print_top(run_path: pathlib.Path, count: int, as_json: bool) -> None:
 
 
 def print_user(run_path: pathlib.Path, user: str | None, unit_pseudonym: str | None, as_json: bool) -> None:
-    """Print one user's contributions to a run, step by step."""
+    """Print one user's contributions to a run, step by step; the user is given by id or by pseudonym."""
     from privtrain.ledger.query import opened_contributions
 
     run = run_with_ledger(run_path)
@@ -284,7 +300,10 @@ def print_statistics(run_path: pathlib.Path, cap: int | None, as_json: bool) -> 
 
 
 def _check_target(target: pathlib.Path) -> None:
-    """Refuse a file that is there already, or in a part of any run that may be published."""
+    """Raise if a file to be written is there already, or lies where a run's public files are.
+
+    Any directory above the file may be a run.
+    """
     place = target.resolve()
     for root in place.parents:
         run = RunDirectory(root)
@@ -315,16 +334,25 @@ def prove_run(run_path: pathlib.Path, user: str | None, unit_pseudonym: str | No
 
     run = run_with_ledger(run_path)
     _check_target(target)
-    made = prove(run.ledger, which_pseudonym(user, unit_pseudonym, lambda user: pseudonym_of(run, user)), user)
-    checked = check_proof(made, made["head"])
-    write_atomically(target, json.dumps(made, separators=(",", ":")) + "\n", mode=0o600)
+    name = which_pseudonym(user, unit_pseudonym, lambda user: pseudonym_of(run, user))
+    proof = prove(run.ledger, name, user)
+    checked = check_proof(proof, proof["head"])
+    write_atomically(target, json.dumps(proof, separators=(",", ":")) + "\n", mode=0o600)
     return f"{target}: part in {len(checked.parts)} of {checked.num_steps} steps; head {checked.head}"
 
 
 def print_checked_proof(
     path: pathlib.Path, head: str, key_path: pathlib.Path | None, user: str | None, as_json: bool
 ) -> None:
-    """Check a proof and print what it shows."""
+    """Check the proof in a file and print what it shows.
+
+    Args:
+        path: the file.
+        head: hash that the proof's records must end in, from a source that the caller trusts.
+        key_path: the run's pseudonym key, to check that the pseudonym is the user's; ``None`` if it was not shown.
+        user: whose proof it must be; ``None`` for whomever it names.
+        as_json: JSON in place of a table.
+    """
     from privtrain.ledger.proof import check_proof, read_proof
 
     key = _shown_key(key_path) if key_path is not None else None
@@ -357,6 +385,7 @@ def print_json(value: Any) -> None:
 
 
 def _print_rows(rows: list[dict[str, Any]], as_json: bool, summary: dict[str, Any], *names: str) -> None:
+    """Print rows as a table with the columns ``names``, and the summary below it; or both as one JSON object."""
     if as_json:
         print_json({**summary, "rows": rows})
         return

@@ -13,10 +13,14 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 40, 12, 14, 28
 
 
 def budget_chart(view: BudgetView) -> markupsafe.Markup:
-    """Return the picture; without runs, only its frame. Colours come from the page's style sheet."""
+    """Return the picture; without runs, only its frame. Colours come from the page's style sheet.
+
+    Time runs from left to right and ends now; ε runs upwards. ``view.history`` holds (time in seconds, ε spent) after
+    each run.
+    """
     end = view.as_of
-    begin = min([point[0] for point in view.history] + [end - 86400])
-    top = 1.15 * max([view.epsilon, *(value for _, value in view.history if value < float("inf"))])
+    begin = min([time for time, _ in view.history] + [end - 86400])  # at least a day
+    top = 1.15 * max([view.epsilon, *(spent for _, spent in view.history if spent < float("inf"))])
 
     def x(seconds: float) -> float:
         return _LEFT + (seconds - begin) / (end - begin) * (_WIDTH - _LEFT - _RIGHT)
@@ -24,6 +28,7 @@ def budget_chart(view: BudgetView) -> markupsafe.Markup:
     def y(value: float) -> float:
         return _TOP + (1 - min(value, top) / top) * (_HEIGHT - _TOP - _BOTTOM)
 
+    # A staircase: along to the time of a run (H), up to what was spent after it (V).
     path = [f"M{x(begin):.1f} {y(0):.1f}"]
     for seconds, value in view.history:
         path.append(f"H{x(seconds):.1f}V{y(value):.1f}")
@@ -43,7 +48,7 @@ def budget_chart(view: BudgetView) -> markupsafe.Markup:
         f'<text x="{_WIDTH - _RIGHT}" y="{_HEIGHT - 8}" text-anchor="end">{_day(end)}</text>',
         "</svg>",
     ]
-    # Built from numbers and dates alone.
+    # Safe to mark as HTML: built from numbers and dates alone.
     return markupsafe.Markup("".join(parts))
 
 

@@ -63,7 +63,13 @@ def estimate(connection: sa.Connection) -> float:
 
 
 def confirm(connection: sa.Connection, today: datetime.date) -> float:
-    """Accept this machine's clock from now on; charges dated after it stay charged until that date passes.
+    """Accept this machine's clock from now on; return its time in seconds since 1970.
+
+    Charges that an earlier, wrong clock dated later than now stay charged until their date has passed.
+
+    Args:
+        connection: a writing transaction.
+        today: the date in UTC, as a person read it from another clock.
 
     Raises:
         PrivtrainError: if the clock shows another date, or the database has a server, whose clock counts.
@@ -88,14 +94,20 @@ def _read(connection: sa.Connection) -> float:
 
 
 def _newest(connection: sa.Connection) -> float | None:
-    """Return the newest time stored; ``None`` if the database has a server or the registry is unused."""
+    """Return the newest time that the registry was used at; ``None`` before any use, or if there is a server."""
     if connection.dialect.name != "sqlite":
         return None
     return connection.execute(sa.select(Meta.newest_at)).scalar_one_or_none()
 
 
 def _problem(connection: sa.Connection, seconds: float, newest: float) -> str | None:
-    """Return what stands between the two times in :func:`now`'s message if they contradict each other, else None."""
+    """Return ``None`` if this machine's time is plausible, else the words between the two times in :func:`now`'s error.
+
+    Args:
+        connection: a transaction of the registry.
+        seconds: this machine's time.
+        newest: the newest time that the registry was used at.
+    """
     if seconds < newest - MAX_SETBACK_SECONDS:
         return "but"
     if seconds <= newest + LEAST_SILENCE_SECONDS:
@@ -107,14 +119,17 @@ def _problem(connection: sa.Connection, seconds: float, newest: float) -> str | 
 def _longest_silence(connection: sa.Connection) -> float:
     """Return for how long, in seconds, a registry may have gone unused before its clock is doubted."""
     if connection.execute(sa.select(ReservationRow.id).limit(1)).first() is None:
-        return float("inf")
+        return float("inf")  # nothing is charged yet that could leave a budget too early
     in_force = sa.select(sa.func.min(Budget.period_seconds)).where(Budget.superseded_at.is_(None))
-    shortest = connection.execute(in_force).scalar_one()
-    return max(LEAST_SILENCE_SECONDS, min(LONGEST_SILENCE_SECONDS, float("inf") if shortest is None else shortest / 4))
+    shortest_period = connection.execute(in_force).scalar_one()
+    longest = LONGEST_SILENCE_SECONDS
+    if shortest_period is not None:
+        longest = min(longest, shortest_period / 4)
+    return max(LEAST_SILENCE_SECONDS, longest)
 
 
 def _noted(connection: sa.Connection, seconds: float, newest: float | None) -> float:
-    """Return the later of the two times; a writing transaction on SQLite stores it as the newest."""
+    """Return the later of the two times, or ``seconds`` without a newest; a writing transaction on SQLite stores it."""
     seconds = seconds if newest is None else max(seconds, newest)
     if connection.dialect.name == "sqlite" and connection.get_execution_options().get("registry_write", False):
         connection.execute(sa.update(Meta).values(newest_at=seconds))

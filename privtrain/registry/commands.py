@@ -246,6 +246,7 @@ def _bring_up_to_date(url: str | None) -> None:
 
 
 def _pseudonym(opened: Any, user_id: str | None, pseudonym: str | None) -> str:
+    """Return the registry's pseudonym of a user, who is given by id or by pseudonym."""
     from privtrain.privacy.secret import which_pseudonym
 
     return which_pseudonym(user_id, pseudonym, lambda user: opened.pseudonym(user.strip()))
@@ -262,4 +263,5 @@ def _show_user(opened: Any, pseudonym: str, as_json: bool) -> None:
 
 
 def _echo_json(value: Any) -> None:
+    """Print a value as JSON, which has no infinity: it becomes null."""
     typer.echo(json.dumps(value, indent=2, ensure_ascii=False).replace("Infinity", "null"))

@@ -119,13 +119,13 @@ class Database:
         """
         self.check_form()
         known = self.seen.known()
-        extent = self.read(extent_of)
+        extent = self.read(extent_of)  # how far the registry has come, see .seen
         self.seen.check(known, extent)
         if not self._read_only:
             self.seen.note(extent)
 
     def check_form(self) -> None:
-        """Check as :meth:`prepare` does, but for whether the registry is older than it was."""
+        """Do what :meth:`prepare` does, but do not ask whether the registry is older than this machine saw it."""
         if self._file is not None and not self._file.exists():
             if self._read_only:
                 raise PrivtrainError(f"no registry at {self._file}; make one: privtrain registry init")
@@ -152,8 +152,9 @@ class Database:
         make_missing(self._file.parent)
         with locked_file(self._file.with_name(f".{self._file.name}.lock")):
             exists = self._file.exists()
-            # A file that was emptied has forgotten as much as one that is gone.
+            # A database without tables has forgotten as much as one that is gone.
             is_gone = not exists or self.read(_schema_revision) is None
+            # Only a file of what this machine saw that is kept for this registry alone can tell that it is gone.
             if is_gone and KEY_VARIABLE not in os.environ and self.seen.known():
                 raise GuaranteeLost(
                     f"the registry {self._file} is gone, and with it what was spent; restore it. If it is lost: remove "
@@ -163,7 +164,7 @@ class Database:
             if exists:
                 self._retry(self._migrate, write=True)
                 return
-            # A whole database appears under the name, or none.
+            # Made under another name and renamed, so that a crash leaves no half-made database.
             temporary = temporary_of(self._file)
             temporary.unlink(missing_ok=True)
             os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
@@ -174,7 +175,10 @@ class Database:
             sync_directory(self._file.parent)
 
     def key(self, *, check: bool = True) -> SecretKey:
-        """Return the pseudonym key.
+        """Return the key that the registry's pseudonyms are made with, from its file.
+
+        Args:
+            check: compare it with the registry's record of its key; not possible before there is one.
 
         Raises:
             GuaranteeLost: if it is missing, or is not the one that this registry's pseudonyms were made with: then
@@ -182,7 +186,8 @@ class Database:
         """
         if self._key is None:
             path = key_path(self.url)
-            # A file that was named may be a link, or root's, as a mounted secret is; the others are this user's own.
+            # A file that the environment names may be a link, or root's, as a mounted secret is. The default must be
+            # this user's own file.
             is_named = KEY_VARIABLE in os.environ
             try:
                 key = load_key_file(
@@ -208,17 +213,17 @@ class Database:
         return self._retry(work, write=False)
 
     def write(self, work: Callable[[sa.Connection], T]) -> T:
-        """Run one transaction: whole or not at all.
+        """Run one transaction, whole or not at all, and return what ``work`` returns.
 
-        A connection may break after the server committed and before it said so, so ``work`` must do nothing the second
-        time.
+        A connection may break after the server committed and before it said so; then ``work`` runs again. So it must
+        change nothing more the second time.
 
         Raises:
             GuaranteeLost: if the registry is older than this machine knows it; nothing is changed then.
         """
 
         def guarded(connection: sa.Connection) -> tuple[T, Extent]:
-            known = self.seen.known()  # before the database is looked at, which others go on changing
+            known = self.seen.known()  # read first: the database may meanwhile go on, but never fall behind this
             self.seen.check(known, extent_of(connection))
             return work(connection), extent_of(connection)
 
@@ -227,7 +232,11 @@ class Database:
         return result
 
     def _retry(self, work: Callable[[sa.Connection], T], *, write: bool) -> T:
-        """Run ``work`` in a transaction, again and again while the server does not answer, up to the time allowed."""
+        """Run ``work`` in a transaction; repeat while no server answers, with growing pauses, up to a deadline.
+
+        Raises:
+            RegistryUnreachable: at the deadline, or at once if no retry can help.
+        """
         deadline = time.monotonic() + self._retry_seconds
         wait = _FIRST_WAIT_SECONDS
         while True:
@@ -255,12 +264,14 @@ class Database:
         return text
 
     def _connect_arguments(self) -> dict[str, object]:
+        """Return the database driver's own arguments: of ``sqlite3.connect`` or of psycopg."""
         if self._file is not None:
             return {"timeout": _SQLITE_BUSY_SECONDS}
         options = "-c default_transaction_read_only=on" if self._read_only else ""
         return {"connect_timeout": _CONNECT_TIMEOUT_SECONDS, "application_name": "privtrain", "options": options}
 
     def _prepare_sqlite(self, connection: sqlite3.Connection, record: object) -> None:  # noqa: ARG002
+        """Set up a new connection; called by SQLAlchemy."""
         # The driver's own transaction handling would commit before a schema change; see _begin_sqlite.
         connection.isolation_level = None
         connection.execute("PRAGMA foreign_keys = ON")
@@ -299,6 +310,7 @@ class Database:
 
 
 def _schema_revision(connection: sa.Connection) -> str | None:
+    """Return the id of the database's newest migration; ``None`` if it holds no registry."""
     if not sa.inspect(connection).has_table("alembic_version"):
         return None
     return connection.execute(sa.text("SELECT version_num FROM alembic_version")).scalar_one_or_none()
@@ -349,6 +361,7 @@ def _data_directory() -> pathlib.Path:
 
 
 def _begin_sqlite(connection: sa.Connection) -> None:
+    """Begin a transaction; called by SQLAlchemy."""
     write = connection.get_execution_options().get("registry_write", False)
     # A write lock from the start: a transaction that reads first and writes later could not wait for another's lock.
     connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")

@@ -1,4 +1,9 @@
-"""End reservations inside a transaction: charge them, write settlements, store contributions."""
+"""End reservations inside a transaction: charge them, write settlements, store contributions.
+
+A *reservation* is a row of :class:`~privtrain.registry.tables.ReservationRow`: a mechanism (usually one step) and how
+often it was reserved and is charged, its *repetitions*. It is ``open``, ``expired`` (without news) or ``closed``. A
+*settlement* says how it was closed: ``settle`` (its run was released), ``refund`` (given up) or ``close`` (by hand).
+"""
 
 from __future__ import annotations
 
@@ -24,7 +29,7 @@ def reservations_of(connection: sa.Connection, uid: str) -> Sequence[Any]:
 
 
 def settled_heads(connection: sa.Connection, rows: Sequence[Any]) -> set[str]:
-    """Return the ledger heads whose releases are settled."""
+    """Return which releases of these reservations are settled, by ledger head: the hash of a ledger's last record."""
     chosen = sa.select(Settlement.ledger_head).where(
         Settlement.reservation_id.in_([row.id for row in rows]), Settlement.kind == "settle"
     )
@@ -32,12 +37,15 @@ def settled_heads(connection: sa.Connection, rows: Sequence[Any]) -> set[str]:
 
 
 def closed_by(connection: sa.Connection, row: Any) -> str:
-    """Return how a closed reservation ended."""
+    """Return how a closed reservation ended: ``settle``, ``refund`` or ``close``."""
     return connection.execute(sa.select(Settlement.kind).where(Settlement.reservation_id == row.id)).scalar_one()
 
 
 def beside(connection: sa.Connection, row: Any, now: float) -> Any:
-    """Insert a closed copy of a reservation for an extra release; it is already public, so no budget is checked."""
+    """Insert a copy of a reservation, to charge one more release of the same run to; return its row.
+
+    No budget is checked, since the release is public already. The caller closes it with its settlement.
+    """
     values = {"id": uuid.uuid4().hex, "state": "closed", "created_at": now, "seen_at": now, "claim": None}
     values = row._asdict() | values
     connection.execute(sa.insert(ReservationRow).values(**values))
@@ -52,7 +60,13 @@ def outdate(connection: sa.Connection, dataset_id: int) -> None:
 
 
 def add_contributions(connection: sa.Connection, run_id: int, added: Mapping[str, tuple[int, int]]) -> None:
-    """Add contributions to those stored by earlier releases of the same run."""
+    """Add users' contributions to those that earlier releases of the same run stored.
+
+    Args:
+        connection: a writing transaction.
+        run_id: the run's id in the database.
+        added: pseudonym of the user → (steps, records).
+    """
     before = sa.select(Contribution).where(Contribution.run_id == run_id)
     known = {row.user_pseudonym: (row.num_steps, row.num_records) for row in connection.execute(before)}
     connection.execute(sa.delete(Contribution).where(Contribution.run_id == run_id))
@@ -65,7 +79,19 @@ def add_contributions(connection: sa.Connection, run_id: int, added: Mapping[str
 
 
 def close(connection: sa.Connection, row: Any, kind: str, charged: int, ledger_head: str, now: float) -> int:
-    """Close a reservation at ``charged`` repetitions, write its settlement and return ``charged``."""
+    """Close a reservation, and write its settlement.
+
+    Args:
+        connection: a writing transaction.
+        row: of :class:`ReservationRow`.
+        kind: ``settle``, ``refund`` or ``close``.
+        charged: repetitions of the mechanism that stay charged.
+        ledger_head: hash of the last record of the ledger that shows them; empty if none does.
+        now: seconds since 1970, by the registry's clock.
+
+    Returns:
+        ``charged``.
+    """
     now = max(now, row.created_at, row.seen_at)  # no period ends early because a server's clock was set back
     epsilon = evidence.epsilon_of(connection, row, charged)
     values = {"state": "closed", "num_charged": charged, "epsilon": epsilon, "closed_at": now}
@@ -84,12 +110,12 @@ def close(connection: sa.Connection, row: Any, kind: str, charged: int, ledger_h
 
 
 def charge_of(row: Any, num_steps: int) -> int:
-    """Return the repetitions to charge for ``num_steps`` steps; an indivisible mechanism is charged whole.
+    """Return the repetitions to charge for ``num_steps`` steps that a run's ledger shows.
 
     Raises:
         GuaranteeLost: if they are more than what was reserved; the reservation stays as it is.
     """
-    if row.num_reserved == 1:
+    if row.num_reserved == 1:  # one mechanism for the whole run, e.g. with correlated noise: all or nothing
         return 1 if num_steps > 0 else 0
     if not 0 <= num_steps <= row.num_reserved:
         raise GuaranteeLost(
@@ -100,11 +126,14 @@ def charge_of(row: Any, num_steps: int) -> int:
 
 
 def charge_in_full(row: Any, num_steps: int) -> int:
-    """Return the charge for a release without its own reservation: the whole plan, or the steps shown if more."""
-    return row.num_reserved if row.num_reserved == 1 else max(row.num_reserved, num_steps)
+    """Return the repetitions to charge for a release without a reservation of its own, whose ledger shows the steps.
+
+    All that was planned, or the steps shown if they are more; a mechanism for the whole run once.
+    """
+    return 1 if row.num_reserved == 1 else max(row.num_reserved, num_steps)
 
 
 def expire(connection: sa.Connection, now: float) -> None:
-    """Mark the open reservations whose lease is over."""
+    """Mark the open reservations whose lease is over as expired; they stay charged in full."""
     late = (ReservationRow.state == "open", ReservationRow.lease_until < now)
     connection.execute(sa.update(ReservationRow).where(*late).values(state="expired"))

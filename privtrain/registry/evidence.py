@@ -1,8 +1,8 @@
-"""Ledger evidence for ending a reservation, checked against what the registry knows of the run.
+"""Evidence for ending a reservation: a run's verified ledger, checked against what the registry knows of the run.
 
 A run directory can be edited, restored from a backup or replaced by another run's. So the registry takes no number from
-what a run publishes. From a job's signs of life it remembers which ledger is the run's and how many steps it showed:
-another ledger, or an older one, ends no reservation, which then stays charged in full.
+what a run publishes. Whenever a job renews its lease it shows its ledger, and the registry remembers which ledger that
+is and how many steps it showed. Another ledger, or an older one, ends no reservation, which then stays charged in full.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ def check(connection: sa.Connection, row: Any, shown: LedgerEvidence) -> None:
 
     Args:
         connection: a transaction of the registry.
-        row: the reservation's, of :class:`ReservationRow`, with what earlier signs of life showed.
+        row: the reservation's, of :class:`ReservationRow`, with what the ledger showed before.
         shown: what the ledger shows now.
 
     Raises:
-        GuaranteeLost: saying which of the two it is not; the reservation stays as it is.
+        GuaranteeLost: if it is another ledger, an older copy, or of another plan; the reservation stays as it is.
     """
     at = f"reservation {row.id[:12]} stays charged in full"
     if row.ledger_key and shown.key_sha256 != row.ledger_key:
@@ -71,10 +71,10 @@ def check(connection: sa.Connection, row: Any, shown: LedgerEvidence) -> None:
 
 
 def note(connection: sa.Connection, row: Any, shown: LedgerEvidence) -> None:
-    """Store which ledger a run uses and how many steps it shows.
+    """Store in a reservation's row which ledger its run uses and how many steps that shows.
 
     Raises:
-        GuaranteeLost: if it is another one or an older one than before.
+        GuaranteeLost: if it is another ledger or an older copy, as :func:`check` says.
     """
     check(connection, row, shown)
     values = {"ledger_key": shown.key_sha256 or None, "num_begun": shown.num_steps}
@@ -82,12 +82,13 @@ def note(connection: sa.Connection, row: Any, shown: LedgerEvidence) -> None:
 
 
 def epsilon_of(connection: sa.Connection, row: Any, num_steps: int) -> float:
-    """Return the certified ε of ``num_steps`` steps of the reserved mechanism, at the run's own δ."""
+    """Return the certified ε of ``num_steps`` repetitions of the reserved mechanism, at the run's own δ."""
     if num_steps == row.num_reserved:
         return row.epsilon
     text = connection.execute(sa.select(Mechanism.event).where(Mechanism.id == row.mechanism_id)).scalar_one()
     value = composed(text, num_steps, row.delta)
-    # ε grows with the steps. The run's own may come from another accountant, looser or tighter than this one's.
+    # The reserved ε was computed by the run, maybe by another accountant, looser or tighter than this one. ε grows with
+    # the steps, so fewer never cost more than that, and more never less.
     return min(value, row.epsilon) if num_steps < row.num_reserved else max(value, row.epsilon)
 
 

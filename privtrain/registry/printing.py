@@ -34,7 +34,7 @@ def day(seconds: float | None) -> str:
 
 
 def mechanism_text(view: RunView) -> str:
-    """Return a run's mechanism in one phrase."""
+    """Return what a run is charged for in one phrase, e.g. ``noise 1.1, prob 0.01, 1,000 steps``."""
     known = view.mechanism
     if "noise_multiplier" not in known:
         return f"{known['count']} times {known['mechanism']}"

@@ -15,7 +15,14 @@ if TYPE_CHECKING:
 def explain(
     request: RunRequest, part: Part, refused: Sequence[tuple[BudgetKey, Limit]], limits: Sequence[Limit]
 ) -> str:
-    """Return the message of a refusal."""
+    """Return the message of a refusal: what is spent of each budget that does not allow the run, and what would fit.
+
+    Args:
+        request: the run that asks.
+        part: its mechanism.
+        refused: the budgets that do not allow the run, with what is charged to each.
+        limits: all budgets that the run draws on.
+    """
     lines = [f"the run {request.name!r} does not fit; nothing was reserved"]
     for key, limit in refused:
         before = spending.composed_epsilon(limit.spent, limit.delta)
@@ -60,11 +67,12 @@ def _advice(request: RunRequest, limits: Sequence[Limit]) -> list[str]:
         choices.append(f"privacy.sampling_prob={fit.sampling_prob:g} (given {settings.sampling_prob:g}) {at}")
     if not choices:
         return ["  nothing of this budget is left for any run; raise it, or wait for its period to pass"]
-    bound = "changes nothing here: a user is clipped once, however many records it brings"
+    # num_records: how many of the sampled records a user may own; 1 where the user is sampled.
+    effect = "changes nothing here: a user is clipped once, however many records it brings"
     if settings.num_records > 1:
-        bound = f"counts here: with fewer than {settings.num_records} the same noise spends less"
+        effect = f"counts here: with fewer than {settings.num_records} the same noise spends less"
     return [
         "  one of these would fit, all else equal:",
         *(f"    {choice}" for choice in choices),
-        f"    (privacy.records_per_user {bound})",
+        f"    (privacy.records_per_user {effect})",
     ]

@@ -18,22 +18,25 @@ class RunRequest:
     """A run that asks for budget.
 
     Attributes:
-        uid: made with the run directory; a resumed run has the same.
+        uid: the registry's name of the run, made with the run directory; a resumed run has the same.
         name, fingerprint: the run's name, and its plan's fingerprint without the data.
         dataset: the data set's name in the registry.
-        manifest_sha256: digest of its content.
-        unit, relation: of the guarantee; they must be the data set's and add-or-remove-one.
-        event: what all steps together release.
-        num_steps: how many they are.
+        manifest_sha256: digest of the data set's content.
+        unit, relation: whom the guarantee protects (``user`` or ``example``, as in the data set), and its neighbouring
+            relation, which must be ``add_or_remove_one``.
+        event: what all steps together release, as a DP event.
+        num_steps: number of these steps.
         epsilon, delta: the run's own guarantee.
-        settings: the knobs, for advice; ``None`` if the run has others.
+        settings: noise, sampling and steps, to advise a refused run; ``None`` if the run is no plain DP-SGD.
         lease_seconds: how long the reservation stays open without news.
-        claim: a new number that proves from now on that a job holds the reservation; ``None`` for none.
-        earlier_claims: the numbers one of which an existing reservation must have.
-        has_split: whether the run's users are split: then it keeps the do-not-train list of its last reservation.
+        claim: a new random token, by which this copy of the run directory holds the reservation from now on; ``None``
+            for a run that is only settled.
+        earlier_claims: tokens of earlier starts, of which an existing reservation must have one.
+        has_split: whether it is decided already which users are held in: then a new reservation keeps the do-not-train
+            list of the run's last one.
 
     Raises:
-        PrivtrainError: if a number is none that a guarantee or a lease can have.
+        PrivtrainError: if ε, δ, the number of steps or the lease is out of range.
     """
 
     uid: str

@@ -1,4 +1,9 @@
-"""The rows of a reservation: written, found again, and checked to be the run's own."""
+"""The rows of a reservation: written, found again, and checked to be the run's own.
+
+In all functions ``connection`` is a transaction of the registry, ``part`` the run's mechanism with its number of
+repetitions, ``manifest`` an HMAC of the digest of the data set's content, and ``now`` the registry's time in seconds. A
+*claim* is a random token by which one copy of a run directory holds a reservation; a new one at every start.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +35,10 @@ from privtrain.registry.tables import (
 def insert(
     connection: sa.Connection, snapshot: Snapshot, request: RunRequest, part: Part, manifest: str
 ) -> Reservation | None:
-    """Write the reservation if nothing was charged since the snapshot; ``None`` if something was."""
+    """Write the reservation if nothing was charged to the population since the snapshot; ``None`` if something was.
+
+    The population's version tells: whatever is charged raises it.
+    """
     unchanged = (Population.id == snapshot.population_id, Population.version == snapshot.version)
     raised = connection.execute(sa.update(Population).where(*unchanged).values(version=Population.version + 1))
     if raised.rowcount != 1:
@@ -67,9 +75,10 @@ def write_reservation(
     )
     run_id = connection.execute(sa.select(Run.id).where(Run.uid == request.uid)).scalar_one()
     _check_same_run(connection, run_id, request, manifest)
-    # Shared with other runs, not with an opt-out: one that comes first is on this run's list, one that comes later sees
-    # this run among the unfinished.
+    # The lock is shared with other runs, but not with an opt-out. So an opt-out either comes first and is on this run's
+    # list, or comes later and finds this run among the unfinished ones.
     num_opt_outs = connection.execute(sa.select(Meta.num_opt_outs).with_for_update(read=True)).scalar_one()
+    # A run whose split is drawn must go on with the same users, so it keeps the list that it began with.
     earlier = sa.select(ReservationRow.num_opt_outs).where(ReservationRow.run_id == run_id)
     last = connection.execute(earlier.order_by(ReservationRow.created_at.desc())).scalars().first()
     if request.has_split and last is not None:
@@ -103,7 +112,14 @@ def holds(connection: sa.Connection, uid: str) -> bool:
 
 
 def take_over(connection: sa.Connection, request: RunRequest, part: Part, manifest: str) -> Reservation | None:
-    """Return the run's own reservation, open again if it had expired."""
+    """Return the reservation that the run holds already, open again if it had expired, under the request's new claim.
+
+    ``None`` if the run holds none.
+
+    Raises:
+        PrivtrainError: if another copy of the run directory holds it.
+        PlanMismatch: if it is for another plan, data set or mechanism.
+    """
     now = clock.now(connection)
     row = live(connection, request.uid, now)
     if row is None:
@@ -111,14 +127,21 @@ def take_over(connection: sa.Connection, request: RunRequest, part: Part, manife
     check_claim(row, [request.claim, *request.earlier_claims])
     _check_same_run(connection, row.run_id, request, manifest)
     _check_same_charge(connection, row, request, part)
-    values = {"state": "open", "lease_until": now + request.lease_seconds, "claim": request.claim}
-    values["seen_at"] = max(now, row.seen_at)
+    values = {
+        "state": "open",
+        "lease_until": now + request.lease_seconds,
+        "claim": request.claim,
+        "seen_at": max(now, row.seen_at),
+    }
     connection.execute(sa.update(ReservationRow).where(ReservationRow.id == row.id).values(**values))
     return Reservation(row.id, "open", row.num_opt_outs, is_new=False)
 
 
 def live(connection: sa.Connection, uid: str, now: float) -> Any:
-    """Return the run's reservation that is not closed, locked against others until the transaction ends."""
+    """Return the run's one reservation that is not closed, or ``None``; locked until the transaction ends.
+
+    Reservations whose lease is over are marked as expired first.
+    """
     endings.expire(connection, now)
     return connection.execute(
         sa.select(ReservationRow)
@@ -158,7 +181,7 @@ def _check_same_charge(connection: sa.Connection, row: Any, request: RunRequest,
 
 
 def holds_claim(claim: str | None) -> sa.ColumnElement[bool]:
-    """Select the reservations that a run directory with this claim holds."""
+    """Return the SQL condition that a reservation is held by the run directory with this claim, or by no claim."""
     return sa.or_(ReservationRow.claim.is_(None), ReservationRow.claim == claim)
 
 
@@ -173,6 +196,6 @@ def check_claim(row: Any, known: Collection[str | None]) -> None:
 
 
 def insert_missing(connection: sa.Connection, table: type[Base], **values: Any) -> None:
-    """Insert unless a row with the same unique value is there, also if it comes from a transaction beside this one."""
+    """Insert a row unless one with the same unique value is there, also if a concurrent transaction just wrote it."""
     insert = postgresql.insert if connection.dialect.name == "postgresql" else sqlite.insert
     connection.execute(insert(table).values(**values).on_conflict_do_nothing())

@@ -1,9 +1,9 @@
-"""How far this machine has seen a registry: one that is an older copy is refused.
+"""How far this machine has seen a registry, so that an older copy of it is refused.
 
 A database that was restored from a backup has forgotten what was reserved since, and of two copies each lets the last
-of a budget be spent. So every machine keeps, beside the key and outside the database, how many changes it saw: numbers
-that only grow. A registry that shows fewer is older than it was. Nothing is reserved or settled in it until a person
-has said how to go on (``privtrain registry restored``).
+of a budget be spent. So every machine keeps in a file, beside the key and outside the database, how many changes it
+saw: numbers that only grow. A registry that shows fewer is older than it was. Nothing is reserved or settled in it
+until a person has said how to go on (``privtrain registry restored``).
 
 Not seen: a machine that never used the newer one, and a copy of the directory with key and this file.
 """
@@ -21,6 +21,7 @@ from privtrain.files.atomic import write_json
 from privtrain.files.private import locked_file, make_missing
 from privtrain.registry.tables import Meta, Population, Settlement
 
+#: Number of an :class:`Extent` → what it counts, in words.
 _WORDS = {
     "num_charges": "changes of budgets",
     "last_settlement": "settlements",
@@ -53,7 +54,7 @@ class Extent:
 
 
 def extent_of(connection: sa.Connection) -> Extent:
-    """Return how far a registry has come."""
+    """Return how far a registry has come: what its database counts now."""
     charges = sa.select(sa.func.coalesce(sa.func.sum(Population.version), 0)).scalar_subquery()
     settlement = sa.select(sa.func.coalesce(sa.func.max(Settlement.id), 0)).scalar_subquery()
     row = connection.execute(sa.select(Meta.uid, charges, settlement, Meta.num_opt_outs)).one()
@@ -61,13 +62,13 @@ def extent_of(connection: sa.Connection) -> Extent:
 
 
 class SeenFile:
-    """What this machine saw of registries, by their ids.
+    """The file in which this machine keeps what it saw of one or more registries, by their ids.
 
     Args:
         path: the file.
         shown: the registry's name in messages.
-        is_of_one: whether the file is of one registry alone: then one with another id is a copy from before it had an
-            id, or was made again.
+        is_of_one: whether the file is for one registry alone. Then a registry with an id that the file lacks is not a
+            new one: it is a copy from before it had an id, or was made again.
     """
 
     def __init__(self, path: pathlib.Path, shown: str, *, is_of_one: bool = False) -> None:
@@ -76,7 +77,7 @@ class SeenFile:
         self._is_of_one = is_of_one
 
     def known(self) -> dict[str, dict[str, int]]:
-        """Return registry → its numbers when it was last used.
+        """Return id of a registry → name of a number → the largest that this machine saw; empty without a file.
 
         Raises:
             DamagedFile: if the file is damaged.
@@ -133,11 +134,11 @@ class SeenFile:
         self._write(extent, lowers=False)
 
     def accept(self, extent: Extent) -> None:
-        """Set the remembered numbers to these, even if lower; a file of one registry alone also forgets other ids."""
+        """Remember these numbers even where they are lower; a file of one registry alone also forgets other ids."""
         self._write(extent, lowers=True)
 
     def _write(self, extent: Extent, *, lowers: bool) -> None:
-        """Write a registry's numbers: the larger ones of old and new, unless ``lowers``."""
+        """Write a registry's numbers into the file: the larger of old and new or, with ``lowers``, the new ones."""
         try:
             make_missing(self.path.parent)
             with locked_file(self.path.with_name(f".{self.path.name}.lock")):

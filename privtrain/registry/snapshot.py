@@ -1,4 +1,9 @@
-"""What a run's budgets are and what is charged to them, read at one version of its population."""
+"""What a run's budgets are and what is charged to them, read at one version of its population.
+
+A *population* is a group of people, over one or more data sets. Its version number grows with every change that could
+spend budget, so that a decision made on an older snapshot is noticed. A budget is for a data set (scope ``dataset``) or
+for each user of a population over all its data sets (scope ``user``).
+"""
 
 from __future__ import annotations
 
@@ -34,7 +39,17 @@ class Snapshot:
 
 
 def snapshot_of(connection: sa.Connection, request: RunRequest, manifest: str) -> Snapshot:
-    """Read the budgets of a run's data set; raise if it is unknown, has none, or is of another unit or name."""
+    """Read the budgets that a run draws on, and what is charged to each.
+
+    Args:
+        connection: a transaction.
+        request: the run that asks.
+        manifest: HMAC of the digest of its data set's content.
+
+    Raises:
+        PrivtrainError: if the data set is unknown, has no budget, has another unit than the run, or is known by
+            another name.
+    """
     dataset = connection.execute(sa.select(Dataset).where(Dataset.name == request.dataset)).one_or_none()
     command = f"privtrain registry budget set {request.dataset} --epsilon E --delta D --per user"
     if dataset is None:
@@ -53,7 +68,7 @@ def snapshot_of(connection: sa.Connection, request: RunRequest, manifest: str) -
     now = clock.now(connection)
     budgets = []
     for row in active_budgets(connection, dataset.id):
-        since = None if row.period_seconds is None else now - row.period_seconds
+        since = None if row.period_seconds is None else now - row.period_seconds  # the budget's window begins here
         spent = charges(connection, population_id=row.population_id, dataset_id=row.dataset_id, since=since)
         name = row.population if row.scope == "user" else row.dataset
         key = BudgetKey(row.scope, name, row.epsilon, row.delta, row.period_seconds)
@@ -82,7 +97,15 @@ def active_budgets(connection: sa.Connection, dataset_id: int | None = None) -> 
 def charges(
     connection: sa.Connection, *, population_id: int, dataset_id: int | None, since: float | None
 ) -> list[Part]:
-    """Return the mechanisms charged to a budget: of live reservations and of those closed after ``since``."""
+    """Return the mechanisms charged to a budget, each with its repetitions over all runs.
+
+    Args:
+        connection: a transaction.
+        population_id: the budget's population.
+        dataset_id: the budget's data set; ``None`` if it is for users over all data sets of the population.
+        since: beginning of the budget's window. Reservations closed before it have left the budget; ones that are not
+            closed always count. ``None`` for no window.
+    """
     chosen = (
         sa.select(ReservationRow.mechanism_id, sa.func.sum(ReservationRow.num_charged).label("count"))
         .where(ReservationRow.num_charged > 0)
@@ -95,7 +118,7 @@ def charges(
         chosen = chosen.where(ReservationRow.dataset_id.in_(members))
     if since is not None:
         chosen = chosen.where(sa.or_(ReservationRow.state != "closed", ReservationRow.closed_at > since))
-    # Added up first: joining every reservation with its mechanism's kilobyte takes several times as long.
+    # Added up before the join: to join every reservation with its mechanism, of a kilobyte, takes several times longer.
     totals = chosen.subquery()
     mechanisms = sa.select(Mechanism.event, Mechanism.divergences, totals.c.count).join(
         totals, totals.c.mechanism_id == Mechanism.id
@@ -124,7 +147,14 @@ def check_unit(connection: sa.Connection, dataset: str, population_id: int, unit
 
 
 def check_name(connection: sa.Connection, dataset_id: int, name: str, manifest: str) -> None:
-    """Raise if exactly these records are known by another name."""
+    """Raise if exactly these records are known as a data set of another name.
+
+    Args:
+        connection: a transaction.
+        dataset_id: the data set of the name given.
+        name: that name.
+        manifest: HMAC of the digest of the records.
+    """
     other = connection.execute(
         sa.select(Dataset.name)
         .join(DatasetVersion, DatasetVersion.dataset_id == Dataset.id)

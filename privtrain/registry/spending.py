@@ -1,8 +1,9 @@
 """What runs spend together: their mechanisms composed by the accountants, never the sum of their epsilons.
 
-Runs that repeat one mechanism are counted together, so the work depends on the number of different (noise multiplier,
-sampling probability), not on the number of runs. Rényi divergences add up, are stored, and decide almost always; only a
-run that lands between the Rényi bound and the truth needs the privacy loss distributions to be composed.
+A *part* is one mechanism, e.g. one step of DP-SGD, and how often it was run by all runs together. So the work depends
+on the number of different (noise multiplier, sampling probability), not on the number of runs. The composition's Rényi
+bound is a sum of stored numbers and decides almost always. Only a run that lands between that bound and the true ε
+needs an exact accountant, which composes privacy loss distributions.
 
 The composition is for add-or-remove-one and holds if the settings of a run do not depend on what earlier runs released;
 choosing them from earlier results would need a privacy filter.
@@ -33,7 +34,7 @@ from accountants.units import group_event
 #: With more different mechanisms than this the exact composition takes seconds; then the Rényi bound alone decides.
 MAX_EXACT_MECHANISMS = 256
 
-#: In this order; the first that knows every part decides. The first two have no floor in delta for what they know.
+#: Accountants of :mod:`accountants`, in the order in which they are asked; the first that knows every part decides.
 _EXACT = ("tilted", "pld", "rdp")
 
 
@@ -75,13 +76,14 @@ class Limit:
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """The knobs of a DP-SGD run.
+    """The settings of a DP-SGD run with Poisson sampling.
 
     Attributes:
-        noise_multiplier: over the clipping norm of what is sampled.
-        sampling_prob: of what is sampled.
+        noise_multiplier: standard deviation of the noise over the clipping norm of a sampled unit.
+        sampling_prob: chance that a unit is in a step.
         num_steps: steps.
-        num_records: sampled records that one unit of the guarantee may own: 1 where it is sampled itself.
+        num_records: sampled units that one protected unit may own. 1 where users are sampled and protected; more where
+            records are sampled and their users are protected.
     """
 
     noise_multiplier: float
@@ -116,10 +118,10 @@ class Knobs:
 
 
 def part_of(event: dp_accounting.DpEvent) -> Part:
-    """Return one run's event as a repeated mechanism."""
+    """Return one run's event as a mechanism and its repetitions: 1 unless the event is a self-composition."""
     if isinstance(event, dp_accounting.SelfComposedDpEvent):
         return Part(event_text(event.event), event.count, divergences_of(event.event))
-    if isinstance(event, dp_accounting.NoOpDpEvent):
+    if isinstance(event, dp_accounting.NoOpDpEvent):  # a run that releases nothing
         return Part(event_text(event), 0, np.zeros(len(ORDERS)))
     return Part(event_text(event), 1, divergences_of(event))
 
@@ -156,15 +158,15 @@ def fits(parts: Sequence[Part], epsilon: float, delta: float) -> bool:
     if len(parts) > MAX_EXACT_MECHANISMS:
         return False
     event = _composed(parts)
+    # Cheap accountants first. Each gives certified bounds from below and above, which decide if both are on one side.
     try:
-        # The dearer, the sharper. A loose tolerance costs a third of a tight one; all ends are certified.
-        answer = accountants.delta(event, epsilon, accountant="tilted-edgeworth")
-        upper = accountants.certified_upper(answer)
-        if upper <= delta or answer.lower > delta:
+        by_delta = accountants.delta(event, epsilon, accountant="tilted-edgeworth")
+        upper = accountants.certified_upper(by_delta)
+        if upper <= delta or by_delta.lower > delta:
             return upper <= delta
-        answer = TiltedAccountant(tolerance=5e-3).epsilon(event, delta)
-        upper = accountants.certified_upper(answer)
-        if upper <= epsilon or answer.lower > epsilon:
+        by_epsilon = TiltedAccountant(tolerance=5e-3).epsilon(event, delta)  # a third of the time of the default
+        upper = accountants.certified_upper(by_epsilon)
+        if upper <= epsilon or by_epsilon.lower > epsilon:
             return upper <= epsilon
     except (ValueError, ArithmeticError):  # unsupported, or outside the accountant's range
         pass
@@ -172,7 +174,7 @@ def fits(parts: Sequence[Part], epsilon: float, delta: float) -> bool:
 
 
 def composed_epsilon(parts: Sequence[Part], delta: float) -> Spent:
-    """Return the smallest certified ε of the composition at ``delta`` that an accountant finds."""
+    """Return a certified ε of the composition at ``delta``, by the first accountant that knows all its mechanisms."""
     parts = [part for part in parts if part.count]
     if not parts:
         return Spent(0.0, "none")
@@ -202,19 +204,22 @@ def _composed(parts: Sequence[Part]) -> dp_accounting.DpEvent:
 
 
 def _split_delta(parts: Sequence[Part], delta: float) -> Spent:
-    """Return ε by basic composition between kinds of mechanism, with δ split equally among the kinds."""
+    """Return ε where no accountant knows all mechanisms: the sum over kinds of mechanism, each at an equal share of δ.
+
+    A kind is a type of DP event; its mechanisms are composed by whichever accountant gives the least ε.
+    """
     kinds = sorted({type(part.event).__name__ for part in parts})
     total = 0.0
     for kind in kinds:
         own = [part for part in parts if type(part.event).__name__ == kind]
+        # A single event goes to the accountants as it is: some know it only outside a composition.
         event = own[0].event if len(own) == 1 and own[0].count == 1 else _composed(own)
-        total += min(
-            (_certified(event, delta / len(kinds), name) for name in (*_EXACT, "allocation")), default=math.inf
-        )
+        total += min(_certified(event, delta / len(kinds), name) for name in (*_EXACT, "allocation"))
     return Spent(total, "basic composition of " + ", ".join(kinds))
 
 
 def _certified(event: dp_accounting.DpEvent, delta: float, name: str) -> float:
+    """Return an accountant's certified ε; infinite if it does not know the event."""
     try:
         return accountants.certified_upper(accountants.epsilon(event, delta, accountant=name))
     except (ValueError, ImportError):
@@ -222,9 +227,16 @@ def _certified(event: dp_accounting.DpEvent, delta: float, name: str) -> float:
 
 
 def knobs(settings: Settings, *, own_delta: float, limits: Sequence[Limit]) -> Knobs:
-    """Return what of ``settings`` to change, one at a time, for a run to fit into every budget."""
+    """Return which single changes of ``settings`` would make a refused run fit into every budget.
+
+    Args:
+        settings: of the run.
+        own_delta: δ of the run's own guarantee.
+        limits: the budgets, with what is charged to them.
+    """
 
     def allowed(changed: Settings) -> bool:
+        """Return whether a run with these settings fits into every budget."""
         part = part_of(changed.event())
         return all(fits([*limit.spent, part], limit.epsilon, limit.delta) for limit in limits)
 
@@ -237,21 +249,22 @@ def knobs(settings: Settings, *, own_delta: float, limits: Sequence[Limit]) -> K
         event = dataclasses.replace(settings, noise_multiplier=noise).event()
         # Rounded down, so that calibrating to it gives at least this noise.
         epsilon = math.floor(1e4 * accountants.certified_upper(accountants.epsilon(event, own_delta))) / 1e4
-    unit = 1e-6
-    prob = _largest(
+    unit = 1e-6  # probabilities are searched as multiples of this
+    num_units = _largest(
         lambda i: allowed(dataclasses.replace(settings, sampling_prob=round(i * unit, 6))),
         math.floor(settings.sampling_prob / unit),
         precision=1e-3,
     )
-    return Knobs(num_steps or None, noise, epsilon or None, round(prob * unit, 6) or None)
+    return Knobs(num_steps or None, noise, epsilon or None, round(num_units * unit, 6) or None)  # none: no advice
 
 
 def _least_noise(settings: Settings, limits: Sequence[Limit]) -> float | None:
-    """Return the least noise with which the run fits into every limit; None if none does."""
+    """Return the least noise multiplier, from the run's own on, with which it fits into every limit; None if none."""
     least = settings.noise_multiplier
     for limit in limits:
 
         def event(noise: float, before: Sequence[Part] = limit.spent) -> dp_accounting.DpEvent:
+            """Return what is charged to this limit, composed with the run at this noise."""
             own = dataclasses.replace(settings, noise_multiplier=noise).event()
             return dp_accounting.ComposedDpEvent([_composed(before), own])
 
@@ -264,7 +277,10 @@ def _least_noise(settings: Settings, limits: Sequence[Limit]) -> float | None:
 
 
 def _largest(allowed: Callable[[int], bool], below: int, precision: float = 0.0) -> int:
-    """Return the largest count in [0, ``below``) that is allowed, to a relative precision on the safe side."""
+    """Return the largest count in [0, ``below``) that is allowed, by bisection; 0 if no other is.
+
+    The count returned is allowed, and smaller than the largest by at most the relative ``precision``.
+    """
     low, high = 0, below
     while high - low > max(1, precision * low):
         middle = (low + high) // 2
@@ -273,7 +289,15 @@ def _largest(allowed: Callable[[int], bool], below: int, precision: float = 0.0)
 
 
 def settings_of(text: str, count: int) -> dict[str, Any]:
-    """Return a mechanism's noise, sampling probability and steps for display; other kinds give type and count."""
+    """Return a mechanism and its repetitions for display.
+
+    Of DP-SGD: ``noise_multiplier``, ``sampling_prob`` and ``num_steps``; of anything else ``mechanism``, the type of
+    its event, and ``count``.
+
+    Args:
+        text: of the mechanism's event, as :func:`event_text` gives it.
+        count: repetitions.
+    """
     event = parse_event(text)
     prob, inner = 1.0, event
     if isinstance(event, dp_accounting.PoissonSampledDpEvent):

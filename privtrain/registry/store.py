@@ -1,8 +1,14 @@
 """Reserve before a run, settle after it: what changes the registry. Every call is one transaction and may be repeated.
 
-A reservation is decided on a snapshot, outside any transaction, and written only if nothing that could spend budget
-happened to the population since: its version number is compared and raised by the same statement. Two jobs that race
-for the last of a budget therefore cannot both get it, and no lock is held while the accountants work.
+A *reservation* sets a run's ε aside before it starts; it is ``open`` while the run renews its lease, ``expired`` if no
+news came (and charged in full), ``closed`` when it was settled or refunded. A *claim* is a random token by which one
+copy of a run directory holds a reservation. A *population* is a group of people over one or more data sets. *Evidence*
+is what a run's verified ledger shows (:mod:`.evidence`).
+
+Whether a run fits is decided on a snapshot, outside any transaction. The reservation is written only if nothing that
+could spend budget happened to the population since: its version number is compared and raised by the same statement.
+Two jobs that race for the last of a budget therefore cannot both get it, and no lock is held while the accountants
+work.
 """
 
 from __future__ import annotations
@@ -51,9 +57,11 @@ _MAX_RACES = 1000
 class Settled(enum.Enum):
     """The outcome of a settlement.
 
-    ``OWN``: charged on the run's reservation; ``BESIDE``: it had none left and was charged in full beside another;
-    ``ALREADY``: it was settled before; ``LATE``: the registry did not know the run, and charged it now;
-    ``UNKNOWN``: it does not know the run or its data set, which is charged nowhere.
+    ``OWN``: the release was charged on the run's reservation.
+    ``BESIDE``: another copy of the run holds or settled that; the release was charged in full beside it.
+    ``ALREADY``: the release was settled before.
+    ``LATE``: the registry did not know the run, and charged it in full now.
+    ``UNKNOWN``: the registry knows neither the run nor its data set; the release is charged nowhere.
     """
 
     OWN = "own"
@@ -125,23 +133,23 @@ class Registry:
 
         def work(connection: sa.Connection) -> BudgetKey:
             dataset_id, population_id, population_name = _ensure_dataset(connection, dataset, population, unit)
-            own = None if scope == "user" else dataset_id
+            own_id = None if scope == "user" else dataset_id  # a budget per user is for no single data set
             same = (
                 Budget.population_id == population_id,
                 Budget.scope == scope,
-                Budget.dataset_id.is_not_distinct_from(own),
+                Budget.dataset_id.is_not_distinct_from(own_id),
             )
             now = clock.estimate(connection)
             connection.execute(sa.update(Budget).where(*same, Budget.superseded_at.is_(None)).values(superseded_at=now))
             values = {"epsilon": epsilon, "delta": delta, "period_seconds": period_seconds}
             connection.execute(
                 sa.insert(Budget).values(
-                    scope=scope, population_id=population_id, dataset_id=own, created_at=now, **values
+                    scope=scope, population_id=population_id, dataset_id=own_id, created_at=now, **values
                 )
             )
             raised = sa.update(Population).where(Population.id == population_id)
             connection.execute(raised.values(version=Population.version + 1))
-            # After the update, which makes whoever changes this population at the same time wait.
+            # Checked after the update, which locks the population: a concurrent change waits, and sees this one.
             check_unit(connection, dataset, population_id, unit)
             return BudgetKey(scope, population_name if scope == "user" else dataset, **values)
 
@@ -160,7 +168,7 @@ class Registry:
             raise PrivtrainError(f"budgets are for add_or_remove_one, the run's relation is {request.relation}")
         manifest = self._manifest(request)
         part = spending.part_of(request.event)
-        for _ in range(_MAX_RACES):
+        for _ in range(_MAX_RACES):  # again whenever another run was charged in between
             if self.database.read(lambda c: holds(c, request.uid)):
                 held = self.database.write(lambda c: take_over(c, request, part, manifest))
                 if held is not None:
@@ -173,9 +181,9 @@ class Registry:
             ]
             if refused:
                 raise BudgetExceeded(explain(request, part, refused, [limit for _, limit in snapshot.budgets]))
-            made = self.database.write(lambda c, s=snapshot: insert(c, s, request, part, manifest))
-            if made is not None:
-                return made
+            reserved = self.database.write(lambda c, s=snapshot: insert(c, s, request, part, manifest))
+            if reserved is not None:
+                return reserved
         raise PrivtrainError(f"the budget of {request.dataset} changed {_MAX_RACES} times while it was being reserved")
 
     def renew(
@@ -185,12 +193,12 @@ class Registry:
         claim: str | None = None,
         shown: LedgerEvidence | None = None,
     ) -> None:
-        """Renew a run's lease; an expired reservation opens again, and its charge never stopped counting.
+        """Renew a run's lease, and note its ledger. An expired reservation opens again; it was charged all the time.
 
         Args:
             reservation_id: the reservation.
             lease_seconds: how long it stays open without news.
-            claim: the number with which the run directory holds it.
+            claim: the token with which the run directory holds it.
             shown: what the run's ledger shows so far; from then on no other ledger ends the reservation.
 
         Raises:
@@ -205,7 +213,7 @@ class Registry:
                 return False
             if shown is not None:
                 evidence.note(connection, row, shown)
-            # A sign of life is never refused; a clock that is not believed makes the lease no longer than a right one.
+            # Not clock.now, which may refuse: a sign of life is taken under any clock. The estimate is never too late.
             now = clock.estimate(connection)
             values = {"state": "open", "lease_until": now + lease_seconds, "seen_at": max(now, row.seen_at)}
             connection.execute(sa.update(ReservationRow).where(ReservationRow.id == row.id).values(**values))
@@ -218,7 +226,7 @@ class Registry:
             )
 
     def opted_out(self, reservation: Reservation) -> frozenset[str]:
-        """Return the pseudonyms opted out when the run began; a resumed run drops the same ones."""
+        """Return the pseudonyms of users who had opted out when the run began; a resumed run drops the same users."""
         chosen = sa.select(OptOut.user_pseudonym).where(OptOut.number <= reservation.num_opt_outs)
         return frozenset(self.database.read(lambda c: c.execute(chosen).scalars().all()))
 
@@ -235,20 +243,24 @@ class Registry:
         claims: Collection[str] = (),
         request: RunRequest | None = None,
     ) -> Settled:
-        """Charge a finished run what its ledger shows, and keep what each user contributed.
+        """Charge a released run for the steps that its ledger shows, and keep what each user contributed.
 
-        ε is computed from the event that was reserved. A reservation that has expired and was not renewed stays charged
-        in full, and so does one that was closed by hand, from now on. Does nothing if the release with this ledger is
-        settled. One with another ledger, of a copy of the run directory, is charged in full beside the first. A run
-        that the registry does not know, as after it was restored from a backup, is charged in full too, whatever is
-        left of the budget: it is released.
+        ε is computed from the event that was reserved. In full are charged, since they are released, whatever is left
+        of the budget:
+
+        * a run whose reservation has expired or was closed by hand;
+        * a release of another copy of the run directory, beside the first copy's charge;
+        * a run that the registry does not know, as after it was restored from a backup.
+
+        Nothing happens if the release with this ledger is settled already.
 
         Args:
             uid: the run.
             shown: what the run's verified ledger shows.
-            contributions: pseudonym (of this registry) → steps, records; out of the ledger's verified bodies.
-            claims: with one of which the run directory claimed the reservation.
-            request: what the run would have asked for, should the registry not know it; without, it is charged nowhere.
+            contributions: this registry's pseudonym of a user → (steps, records), from the verified ledger.
+            claims: tokens of which the run directory's reservation must have one.
+            request: what the run would have asked for, to charge a run that the registry does not know; without it,
+                such a run is charged nowhere.
 
         Raises:
             GuaranteeLost: if the ledger shows more steps than were reserved, or is not the run's, or an older one.
@@ -269,7 +281,7 @@ class Registry:
                 return Settled.LATE
             if shown.head in endings.settled_heads(connection, rows):
                 return Settled.ALREADY
-            row = rows[-1]
+            row = rows[-1]  # the one that is not closed, if there is one
             is_ours = row.claim is None or row.claim in claims
             outcome = Settled.OWN
             if row.state != "closed" and is_ours:
@@ -279,6 +291,8 @@ class Registry:
                 endings.close(connection, row, "settle", charged, shown.head, now)
             else:
                 endings.outdate(connection, row.dataset_id)
+                # Our own reservation that was closed by hand, charged in full, is settled after all. Any other one
+                # belongs to another release, so this one is charged beside it.
                 charged_separately = not is_ours or endings.closed_by(connection, row) != "close"
                 own = endings.beside(connection, row, now) if charged_separately else row
                 connection.execute(sa.delete(Settlement).where(Settlement.reservation_id == own.id))
@@ -291,13 +305,14 @@ class Registry:
         return self.database.write(work)
 
     def _record(self, connection: sa.Connection, request: RunRequest, now: float) -> Any:
-        """Write a reservation for a run that is released; ``None`` if its data set is not known by that unit.
+        """Write a reservation for a released run that the registry does not know, and return its row.
 
-        Records that are known by another name are charged under that one.
+        The data set is the one that holds exactly these records, whatever its name, else the one that the request
+        names. ``None`` if there is neither, or its privacy unit is not the run's.
         """
         manifest = self._manifest(request)
-        of_records = sa.select(Dataset).join(DatasetVersion, DatasetVersion.dataset_id == Dataset.id)
-        dataset = connection.execute(of_records.where(DatasetVersion.manifest == manifest)).one_or_none()
+        with_version = sa.select(Dataset).join(DatasetVersion, DatasetVersion.dataset_id == Dataset.id)
+        dataset = connection.execute(with_version.where(DatasetVersion.manifest == manifest)).one_or_none()
         if dataset is None:
             dataset = connection.execute(sa.select(Dataset).where(Dataset.name == request.dataset)).one_or_none()
         if dataset is None or dataset.unit != request.unit or request.relation != "add_or_remove_one":
@@ -310,16 +325,24 @@ class Registry:
         return self.database.key().derive("dataset-manifest", request.manifest_sha256).hex()
 
     def is_settled(self, uid: str, ledger_head: str) -> bool:
-        """Return whether the release with this ledger is settled."""
+        """Return whether the release of this run whose ledger ends with the hash ``ledger_head`` is settled."""
         chosen = sa.select(Settlement.id).join(ReservationRow).join(Run)
         chosen = chosen.where(Run.uid == uid, Settlement.ledger_head == ledger_head, Settlement.kind == "settle")
         return self.database.read(lambda c: c.execute(chosen).first()) is not None
 
     def refund(self, uid: str, shown: LedgerEvidence, *, claims: Collection[str] = ()) -> int:
-        """End a run that was given up, charge the steps that its ledger shows, and return the repetitions given back.
+        """End a run that was given up: charge the steps that its ledger shows, and give back the others.
 
         The caller holds the run's lock and has verified its ledger: steps that no ledger shows were never computed, so
         nothing of them was released.
+
+        Args:
+            uid: the run.
+            shown: what the run's verified ledger shows.
+            claims: tokens of which the run directory's reservation must have one.
+
+        Returns:
+            How many repetitions of the mechanism, usually steps, were given back.
 
         Raises:
             PrivtrainError: if the run holds no reservation, or another copy of its directory does.
@@ -340,7 +363,7 @@ class Registry:
         return self.database.write(work)
 
     def _warm_up(self, uid: str, num_steps: int) -> None:
-        """Compute and cache the charge's ε before the transaction, which holds locks."""
+        """Compute and cache the ε of ``num_steps`` steps of a run, which takes long, before a transaction has locks."""
         chosen = sa.select(ReservationRow).join(Run).where(Run.uid == uid, ReservationRow.state != "closed")
 
         def work(connection: sa.Connection) -> None:
@@ -371,14 +394,14 @@ class Registry:
         self.database.write(work)
 
     def forget(self, user_pseudonym: str) -> None:
-        """Put a user on the do-not-train list. Nothing happens to runs that have begun."""
+        """Put a user on the do-not-train list, unless the user is on it. Nothing happens to runs that have begun."""
 
         def work(connection: sa.Connection) -> None:
-            # First the counter: it is the lock that numbers the list without gaps.
+            # The counter first: to raise it locks it, so the list is numbered without gaps.
             connection.execute(sa.update(Meta).values(num_opt_outs=Meta.num_opt_outs + 1))
             number = connection.execute(sa.select(Meta.num_opt_outs)).scalar_one()
             known = connection.execute(sa.select(OptOut.number).where(OptOut.user_pseudonym == user_pseudonym)).first()
-            if known is not None:
+            if known is not None:  # take the number back
                 connection.execute(sa.update(Meta).values(num_opt_outs=Meta.num_opt_outs - 1))
                 return
             now = clock.estimate(connection)
@@ -392,7 +415,11 @@ def _is_period(seconds: float | None) -> bool:
 
 
 def _ensure_dataset(connection: sa.Connection, name: str, population: str | None, unit: str) -> tuple[int, int, str]:
-    """Return the data set's id with its population's id and name, made if it is new."""
+    """Return (id of the data set, id of its population, name of its population); a new data set is added.
+
+    Raises:
+        PrivtrainError: if the data set has another unit or population.
+    """
     chosen = (
         sa.select(Dataset.id, Dataset.unit, Population.id.label("population_id"), Population.name)
         .join(Population, Population.id == Dataset.population_id)

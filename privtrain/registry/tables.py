@@ -24,9 +24,11 @@ class Base(DeclarativeBase):
 
 
 class Meta(Base):
-    """A single row: a check value of the pseudonym key, and the number of users who have opted out.
+    """A single row of facts about the registry itself.
 
+    ``key_check``: a value derived from the pseudonym key, by which another key is noticed.
     ``uid``: drawn when the registry is made; a copy has the same (:mod:`.seen`).
+    ``num_opt_outs``: how many users have opted out.
     ``newest_at``: the newest time at which a registry on SQLite was used (:mod:`.clock`).
     """
 
@@ -90,7 +92,11 @@ class Budget(Base):
 
 
 class Mechanism(Base):
-    """One repetition's release as a DP event; ``divergences`` are its Rényi divergences, ``NULL`` if unavailable."""
+    """What one repetition releases, e.g. one step: runs with equal settings share a row.
+
+    ``event``: the DP event as canonical JSON; ``digest``: SHA-256 of it.
+    ``divergences``: the event's Rényi divergences as float64; ``NULL`` if it has none.
+    """
 
     __tablename__ = "mechanisms"
     id: Mapped[int] = mapped_column(primary_key=True)
@@ -119,9 +125,9 @@ class ReservationRow(Base):
 
     ``state``: ``open``; ``expired`` (its lease ran out: charged in full until it comes back or is closed); ``closed``.
     ``num_reserved`` and ``num_charged`` count the mechanism's repetitions. ``epsilon`` is the run's own at ``delta``.
-    ``num_opt_outs`` says how much of the do-not-train list the run kept: the opt-outs numbered up to it.
-    ``claim`` is a number that only the run directory knows that holds the reservation, a new one at every start.
-    ``ledger_key`` commits to the key of the run's ledger, and ``num_begun`` steps were in it when it was last seen.
+    ``num_opt_outs`` says which users the run leaves out: the opt-outs numbered up to it.
+    ``claim`` is a random token, known to the run directory that holds the reservation; a new one at every start.
+    ``ledger_key`` commits to the key of the run's ledger, which showed ``num_begun`` steps when it was last seen.
     ``seen_at`` is the newest time of a sign of life: whatever the clock says later, the run ended no earlier.
     """
 
@@ -158,7 +164,11 @@ class ReservationRow(Base):
 
 
 class Settlement(Base):
-    """How a reservation ended: ``settle`` (released), ``refund`` (given up, with its ledger as proof), ``close``."""
+    """How a reservation ended.
+
+    ``kind``: ``settle`` (released), ``refund`` (given up, with its ledger as proof) or ``close`` (by hand).
+    ``ledger_head``: hash of the last record of the run's ledger; empty for ``close``.
+    """
 
     __tablename__ = "settlements"
     id: Mapped[int] = mapped_column(primary_key=True)

@@ -26,7 +26,7 @@ from privtrain.registry.tables import (
     Settlement,
 )
 
-#: A history has at most so many points, and is exact for at most so many different mechanisms.
+#: A budget's history has at most so many points; ε is exact with at most so many different mechanisms, else Rényi's.
 _MAX_POINTS = 16
 _MAX_EXACT_HISTORY = 8
 
@@ -41,8 +41,8 @@ class BudgetView:
         spent: certified ε of all charges together at ``delta``; ``method`` certified it.
         sum_of_epsilons, sum_of_deltas: what adding up the runs' own guarantees would have said.
         num_runs: reservations that count; ``num_live`` of them have not ended.
-        as_of: the time of all this.
-        history: (time, ε spent then, of what counts now), rising.
+        as_of: the time of all this, in seconds since 1970.
+        history: (time, ε spent) after some of the runs, oldest first; only of runs that count now, so ε rises.
     """
 
     scope: str
@@ -67,7 +67,19 @@ class BudgetView:
 
 @dataclasses.dataclass(frozen=True)
 class RunView:
-    """A reservation with its run."""
+    """A reservation with its run.
+
+    Attributes:
+        reservation: its id.
+        uid, name: of the run.
+        dataset, population: what the run is trained on.
+        unit: whom the guarantee protects, ``user`` or ``example``.
+        state: ``open``, ``expired`` or ``closed``.
+        mechanism: what is charged, of :func:`.spending.settings_of`.
+        num_reserved, num_charged: repetitions of the mechanism, usually steps.
+        epsilon, delta: of the run.
+        created_at, lease_until, closed_at: seconds since 1970.
+    """
 
     reservation: str
     uid: str
@@ -114,7 +126,7 @@ class UserView:
 
 
 def budgets(database: Database, *, history: bool = False) -> list[BudgetView]:
-    """Return every budget in force with what is spent of it."""
+    """Return every budget in force with what is spent of it; ``history``: also how that grew over time."""
     now = database.read(clock.estimate)
     views = []
     for row in database.read(active_budgets):
@@ -152,7 +164,7 @@ def runs(database: Database, limit: int | None = None) -> list[RunView]:
 
 
 def user(database: Database, pseudonym: str) -> UserView:
-    """Return what is known of one user."""
+    """Return what is known of the user with this pseudonym of the registry."""
     out = sa.select(OptOut).where(OptOut.user_pseudonym == pseudonym)
     listed = database.read(lambda c: c.execute(out).one_or_none())
     held = (
@@ -180,7 +192,14 @@ def user(database: Database, pseudonym: str) -> UserView:
 
 
 def populations_shared_with(database: Database, uid: str) -> list[str]:
-    """Return the other populations that hold a user of a settled run: their budgets do not know of each other."""
+    """Return the names of the other populations that a user of a settled run has contributed to.
+
+    A user is then protected by two budgets of which neither counts what the other allows.
+
+    Args:
+        database: the registry's.
+        uid: of the settled run.
+    """
     population_of = (
         sa.select(Run.id, Run.uid, Dataset.population_id)
         .join(DatasetVersion, DatasetVersion.id == Run.dataset_version_id)
@@ -203,6 +222,7 @@ def populations_shared_with(database: Database, uid: str) -> list[str]:
 
 
 def _run_columns() -> sa.Select[*tuple[Any, ...]]:
+    """Select reservations, with what :func:`_run_view` needs of run, data set, population and mechanism."""
     return (
         sa.select(
             ReservationRow,
@@ -243,7 +263,10 @@ def _run_view(row: Any, now: float) -> RunView:
 
 
 def _counted(connection: sa.Connection, budget: Any, since: float | None) -> Sequence[Any]:
-    """Return the reservations that count against a budget, in order of time."""
+    """Return the reservations that count against a budget, with event and divergences, oldest first.
+
+    ``since``: beginning of the budget's window: reservations closed before it have left the budget; ``None`` for none.
+    """
     chosen = (
         sa.select(ReservationRow, Mechanism.event, Mechanism.divergences)
         .join(Mechanism, Mechanism.id == ReservationRow.mechanism_id)
@@ -261,20 +284,30 @@ def _counted(connection: sa.Connection, budget: Any, since: float | None) -> Seq
 def _history(
     counted: Sequence[Any], parts: Sequence[Part], delta: float, final: float
 ) -> tuple[tuple[float, float], ...]:
-    """Return (time, ε) after each of at most ``_MAX_POINTS`` runs; the last ε is the one spent now."""
+    """Return (time, ε spent) after each of at most ``_MAX_POINTS`` runs, evenly chosen; the last is the present ε.
+
+    Args:
+        counted: the reservations that count against the budget, oldest first.
+        parts: the mechanisms charged to it.
+        delta: the budget's.
+        final: ε spent now.
+    """
     if not counted:
         return ()
     chosen = sorted(set(np.linspace(1, len(counted), min(len(counted), _MAX_POINTS)).astype(int).tolist()))
-    exact = len(parts) <= _MAX_EXACT_HISTORY
+    is_exact = len(parts) <= _MAX_EXACT_HISTORY
     points = []
-    totals: dict[str, Part] = {}
+    so_far: dict[str, Part] = {}  # event → mechanism with its repetitions in the runs so far
     for index, row in enumerate(counted, start=1):
-        known = totals.get(row.event)
+        known = so_far.get(row.event)
         divergences = None if row.divergences is None else np.frombuffer(row.divergences)
-        totals[row.event] = Part(row.event, row.num_charged + (known.count if known else 0), divergences)
+        so_far[row.event] = Part(row.event, row.num_charged + (known.count if known else 0), divergences)
         if index not in chosen[:-1]:
             continue
-        before = list(totals.values())
-        value = spending.composed_epsilon(before, delta).epsilon if exact else spending.renyi_epsilon(before, delta)
-        points.append((row.created_at, min(value, final)))
+        composed = list(so_far.values())
+        if is_exact:
+            value = spending.composed_epsilon(composed, delta).epsilon
+        else:
+            value = spending.renyi_epsilon(composed, delta)
+        points.append((row.created_at, min(value, final)))  # a Rényi bound may lie above the exact ε of now
     return (*points, (counted[-1].created_at, final))

@@ -42,8 +42,8 @@ def create_app(database: Database, *, token: str | None = None, hosts: Sequence[
     Args:
         database: opened read-only.
         token: what a visitor has to know; ``None`` for nothing.
-        hosts: names to answer under beside the usual ones of loopback; ``"*"`` for any, which a page of another site
-            could make a browser ask.
+        hosts: values of the request's Host header to answer to, beside the usual ones of loopback; ``"*"`` for any.
+            Others are refused, since a page of another site could make a browser ask here under a name of its own.
     """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined
@@ -54,6 +54,7 @@ def create_app(database: Database, *, token: str | None = None, hosts: Sequence[
     )
 
     def render(name: str, **values: object) -> Response:
+        """Return a page whose only style sheet is allowed by a nonce; nothing else may load or run."""
         nonce = secrets.token_urlsafe(16)
         page = environment.get_template(name).render(nonce=nonce, **values)
         return HTMLResponse(page, headers=_headers(nonce))
@@ -83,7 +84,13 @@ def create_app(database: Database, *, token: str | None = None, hosts: Sequence[
 
 
 def run_server(database: Database, *, host: str, port: int, always_token: bool = False) -> None:
-    """Serve until interrupted.
+    """Serve until interrupted; print the address, with the token if one is asked for.
+
+    Args:
+        database: opened read-only.
+        host: address to listen on; visitors must know a random token unless it is loopback.
+        port: 0 for any free one.
+        always_token: ask for a token on loopback too.
 
     Raises:
         PrivtrainError: if the address cannot be listened on.
@@ -115,7 +122,11 @@ def is_loopback(host: str) -> bool:
 
 
 class _TokenMiddleware:
-    """Lets in who has the token: in the first address, then in a cookie; or as a bearer."""
+    """Refuses requests without the token.
+
+    A browser brings it in the first address (``?token=...``), and is sent on with a cookie that holds it. Programs send
+    it in an ``Authorization: Bearer`` header.
+    """
 
     def __init__(self, app: ASGIApp, token: str) -> None:
         self._app = app

@@ -1,7 +1,9 @@
 """EW-Tune: DP fine-tuning of encoders with the noise of each accountant, and the ε that it really spends.
 
 Behnia et al. 2022 took the point estimate of an Edgeworth expansion (AEA, order 1) for a bound. The study computes for
-every accountant the noise that it asks for and what that noise spends, and trains with each.
+every accountant the noise multiplier σ that it asks for at ε = 8 and the ε that this σ really spends, by a certified
+bound that is tight to about 1e-3; and it trains with each σ. Two kinds of settings appear: the paper's own, from its
+authors' logs (``PUBLISHED``), and those of the cells that were trained here.
 """
 
 from __future__ import annotations
@@ -22,9 +24,11 @@ PAPER = "Behnia, Ebrahimi, Pacheco and Padmanabhan 2022, EW-Tune, arXiv 2210.150
 _LOGS = "authors' training logs, star-ailab/LLM_Tune at ebe3b2b"
 _ACCURACY = "eval/held_out_accuracy"
 _BATCH, _EPOCHS, _TARGET = 2000, 20, 8.0
-#: Of accuracy, what counts: half a point. Two runs of equal noise and seed in the logs differ by 0.36.
+#: The least difference in accuracy that counts: half a point. Two runs of equal noise and seed in the logs differ by
+#: 0.36 points.
 _LEAST = 0.005
 
+#: Accountant, as the axis of the grid names it → as the report does.
 NAMES = {
     "aea1": "AEA (EW-Tune's code)",
     "tilted-edgeworth": "tilted Edgeworth (certified)",
@@ -85,9 +89,16 @@ PUBLISHED = (
 
 
 def settle(values: Mapping[str, str], tree: Mapping[str, Any], settings: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the noise that the cell's accountant asks for, rounded up."""
+    """Return the override of a cell: the noise that its accountant asks for, rounded up to ``noise_decimals``.
+
+    Args:
+        values: axis → value of the cell; ``accountant`` is read.
+        tree: the cell's configuration, with sampling, steps and δ.
+        settings: of the recipe: ``target_epsilon`` and ``noise_decimals``.
+    """
     scale = 10 ** settings["noise_decimals"]
     noise = _setting(tree["privacy"], settings).noise(values["accountant"])
+    # Less 1e-6, so that a noise that already has so few decimals is not rounded up by a floating-point error.
     return {"privacy.noise_multiplier": math.ceil(noise * scale - 1e-6) / scale}
 
 
@@ -110,7 +121,12 @@ def find(results: Results) -> Findings:
 
 @dataclasses.dataclass(frozen=True)
 class _Group:
-    """Cells that differ in accountant and seed alone."""
+    """Cells that differ in accountant and seed alone.
+
+    Attributes:
+        values: of the other axes, which all these cells share.
+        setting: sampling probability, steps, δ and the ε asked for.
+    """
 
     values: Mapping[str, str]
     setting: Setting
@@ -129,9 +145,11 @@ class _Group:
         return cell.tree["privacy"]["noise_multiplier"]
 
     def accuracy(self, results: Results, method: str) -> Estimate | None:
+        """Return the held-out accuracy of an accountant's cells over seeds; ``None`` if none is complete."""
         return results.estimate(_ACCURACY, **self.values, accountant=method)
 
     def difference(self, results: Results, first: str, second: str) -> Estimate | None:
+        """Return the accuracy of one accountant's cells less that of another's, paired by seed."""
         return results.difference(
             _ACCURACY, {**self.values, "accountant": first}, {**self.values, "accountant": second}
         )
@@ -153,13 +171,14 @@ class _Group:
         return [self._judged(results, paper, "aea1"), self._judged(results, exact, "pld")]
 
     def _judged(self, results: Results, statement: Statement, method: str) -> Claim:
+        """Judge a claim that an accountant's cells have more accuracy than those of RDP."""
         spent, spent_by_rdp = self._spends(results, method), self._spends(results, "rdp")
         unit = f" points, at ε really spent of {spent:.2f} against {spent_by_rdp:.2f}"
         gain = self.difference(results, method, "rdp")
         return judge_direction(statement, gain, least=_LEAST, digits=2, factor=100, unit=unit)
 
     def table(self, results: Results, methods: Sequence[str]) -> Table:
-        """Return the row of each accountant: noise, ε really spent, accuracy."""
+        """Return a table with a row for each accountant: noise, ε really spent, accuracy."""
         rows = []
         for method in methods:
             trained = self.trained_with(results, method)
@@ -183,16 +202,16 @@ class _Group:
         return Table(title, columns, rows, note)
 
     def figure(self, results: Results, methods: Sequence[str]) -> Figure:
-        """Draw accuracy against the ε really spent, one point for accountants that share their runs."""
-        measured = [(m, self.accuracy(results, m)) for m in methods]
-        series = []
-        for method, accuracy in measured:
-            if accuracy is not None:
-                spent = self.setting.true_epsilon(self.trained_with(results, method))
-                percent = Estimate(tuple(100 * value for value in accuracy.values))
-                if not any(s.x == [spent] for s in series):
-                    shared = [m for m in methods if self._spends(results, m) == spent]
-                    series.append(Series(", ".join(m for m in shared), [spent], [percent]))
+        """Draw accuracy against the ε really spent; accountants whose σ is equal share their runs, and one point."""
+        series: list[Series] = []
+        for method in methods:
+            accuracy, spent = self.accuracy(results, method), self._spends(results, method)
+            is_drawn = any(one.x == [spent] for one in series)
+            if accuracy is None or is_drawn:
+                continue
+            sharing = [other for other in methods if self._spends(results, other) == spent]
+            percent = Estimate(tuple(100 * value for value in accuracy.values))
+            series.append(Series(", ".join(sharing), [spent], [percent]))
         labels = AxisLabels("ε really spent", "accuracy on held-out records, %")
         name = "accuracy" + "".join(f"-{value}" for value in self.values.values())
         caption = (
@@ -202,9 +221,11 @@ class _Group:
         return Figure(name, f"accuracy against ε spent{self.words}", curves_figure(name, series, labels), caption)
 
     def _spends(self, results: Results, method: str) -> float:
+        """Return the ε that the noise of an accountant's cells really spends."""
         return self.setting.true_epsilon(self.trained_with(results, method))
 
     def numbers(self, results: Results, methods: Sequence[str]) -> dict[str, Any]:
+        """Return accountant → its noise, the ε really spent, and accuracy, for JSON."""
         numbers_by_method: dict[str, Any] = {}
         for method in methods:
             trained, accuracy = self.trained_with(results, method), self.accuracy(results, method)
@@ -218,6 +239,7 @@ class _Group:
 
 
 def _groups(results: Results) -> list[_Group]:
+    """Return the planned cells in groups that differ in accountant and seed alone, in the order of the grid."""
     groups: dict[tuple[tuple[str, str], ...], _Group] = {}
     for cell in results.planned:
         values = {axis: value for axis, value in cell.values.items() if axis != "accountant"}
@@ -231,7 +253,7 @@ def _setting(privacy: Mapping[str, Any], settings: Mapping[str, Any]) -> Setting
 
 
 def _spent(row: Published) -> dict[str, float]:
-    """Return, at a published setting, noise by accountant today, and the ε that the published noises spend."""
+    """Return, at a published setting, the σ that accountants ask for today, and the ε that the published σ spend."""
     return {
         "exact": row.setting.noise("tilted"),
         "tilted_edgeworth": row.setting.noise("tilted-edgeworth"),
@@ -244,13 +266,14 @@ def _spent(row: Published) -> dict[str, float]:
 
 
 def _claims_on_noise() -> list[Claim]:
-    """Judge the claims about noise by the accountants alone."""
+    """Judge the claims about noise by the accountants alone, over the published settings."""
     facts = {row.label: _spent(row) for row in PUBLISHED}
+    # Shares by which a σ is below the logged PRV σ: of the paper's, of the estimate recomputed, of the exact one.
     saving = max((1 - row.edgeworth / row.prv, row.label) for row in PUBLISHED)
     ours = max(1 - facts[row.label]["aea1"] / row.prv for row in PUBLISHED)
+    kept = max((1 - facts[row.label]["exact"] / row.prv, row.label) for row in PUBLISHED)
     worst = max((facts[row.label]["epsilon_spent_by_published_edgeworth"], row.label) for row in PUBLISHED)
     least = min(facts[row.label]["epsilon_spent_by_published_edgeworth"] for row in PUBLISHED)
-    kept = max((1 - facts[row.label]["exact"] / row.prv, row.label) for row in PUBLISHED)
     against_rdp = [1 - facts[row.label]["tilted_edgeworth"] / facts[row.label]["rdp"] for row in PUBLISHED]
     return [
         judge_fact(
@@ -283,19 +306,13 @@ def _claims_on_noise() -> list[Claim]:
 
 
 def _published_noise() -> Table:
+    """Return a table of the paper's settings: σ by accountant, in the paper and today, with the ε that each spends."""
     rows = []
     for row in PUBLISHED:
         facts = _spent(row)
-        rows.append(
-            [
-                row.label,
-                *(f"{s:.4f} ({row.setting.true_epsilon(s):.3f})" for s in (row.edgeworth, row.prv, row.rdp)),
-                *(
-                    f"{facts[name]:.4f} ({row.setting.true_epsilon(facts[name]):.3f})"
-                    for name in ("exact", "tilted_edgeworth", "rdp")
-                ),
-            ]
-        )
+        today = [facts[name] for name in ("exact", "tilted_edgeworth", "rdp")]
+        noises = [row.edgeworth, row.prv, row.rdp, *today]
+        rows.append([row.label, *(f"{noise:.4f} ({row.setting.true_epsilon(noise):.3f})" for noise in noises)])
     columns = (
         "task, δ",
         "paper: Edgeworth",
@@ -319,6 +336,7 @@ def _published_accuracy() -> Table:
 
 
 def _figures_of_published() -> list[Figure]:
+    """Return two figures over the paper's settings: σ by accountant, and the ε that the paper's σ really spend."""
     places = [row.label for row in PUBLISHED]
     numbers = list(range(len(places)))
     facts = [_spent(row) for row in PUBLISHED]
@@ -351,6 +369,7 @@ def _figures_of_published() -> list[Figure]:
 
 
 def _notes(results: Results) -> list[str]:
+    """Return what a reader must know to read the numbers."""
     base = results.planned[0].tree
     model = base["model"]["name_or_path"] or base["model"]["package"]
     return [

@@ -44,7 +44,14 @@ class AxisLabels:
 
 
 def curves_figure(name: str, series: Sequence[Series], labels: AxisLabels, levels: Sequence[Level] = ()) -> str:
-    """Draw curves with intervals, such as perplexity against ε or AUROC against documents."""
+    """Return curves with intervals, such as perplexity against ε or AUROC against documents, as ``<svg>``.
+
+    Args:
+        name: begins the ids inside the SVG, so that several fit on one page.
+        series: the curves.
+        labels: of the axes, with their scales.
+        levels: horizontal lines to compare with.
+    """
     with figure_style():
         figure, axes = new_figure()
         for number, one in enumerate(series):
@@ -61,11 +68,11 @@ def curves_figure(name: str, series: Sequence[Series], labels: AxisLabels, level
                 **style,
             )
         for number, level in enumerate(levels):
-            dash: Any = (0, (4, 2 + 2 * number))
+            dash: Any = (0, (4, 2 + 2 * number))  # matplotlib's (offset, (ink, gap)): each level has gaps of its own
             axes.axhline(level.y, color=MUTED, linewidth=1.1, linestyle=dash, label=level.label)
         axes.set(xscale=labels.x_scale, yscale=labels.y_scale, xlabel=labels.x, ylabel=labels.y)
         ticks = sorted({x for one in series for x in one.x})
-        if len(ticks) <= 8:
+        if len(ticks) <= 8:  # few enough to name the values that were measured
             axes.set_xticks(ticks, [f"{x:.3g}" for x in ticks])
             axes.xaxis.set_minor_locator(NullLocator())
         return finished(figure, axes, name)
@@ -74,7 +81,15 @@ def curves_figure(name: str, series: Sequence[Series], labels: AxisLabels, level
 def places_figure(
     name: str, places: Sequence[str], series: Sequence[Series], labels: AxisLabels, levels: Sequence[Level] = ()
 ) -> str:
-    """Return the points at named places, such as σ against accountant; a series' ``x`` are numbers of places."""
+    """Return points at named places of the horizontal axis, such as σ against accountant, as ``<svg>``.
+
+    Args:
+        name: begins the ids inside the SVG.
+        places: names along the horizontal axis.
+        series: the points; ``x`` holds indices of ``places``.
+        labels: of the axes; the horizontal one has no scale.
+        levels: horizontal lines to compare with.
+    """
     with figure_style():
         figure, axes = new_figure()
         for number, one in enumerate(series):
@@ -96,8 +111,14 @@ def places_figure(
 
 
 def roc_figure(name: str, curves: Sequence[tuple[str, Sequence[float], Sequence[float]]], num_held_out: int) -> str:
-    """Draw ROC curves on log-log axes with the line of guessing."""
-    edge = 0.5 / num_held_out
+    """Return ROC curves on log-log axes, with the line of guessing, as ``<svg>``.
+
+    Args:
+        name: begins the ids inside the SVG.
+        curves: (label, false positive rates, true positive rates) of each.
+        num_held_out: users that were not trained on: no false positive rate but 0 is below one of them.
+    """
+    edge = 0.5 / num_held_out  # stands for 0, which a log axis lacks
     with figure_style():
         figure, axes = new_figure()
         axes.plot([edge, 1.0], [edge, 1.0], color=MUTED, linewidth=1.0, linestyle=DASHED, label="guessing")
@@ -120,16 +141,18 @@ def _mean(value: Estimate | float) -> float:
 
 
 def _error_bars(values: Sequence[Estimate | float]) -> list[list[float]] | None:
-    ends = [
-        (v.mean - v.interval[0], v.interval[1] - v.mean) if isinstance(v, Estimate) and v.interval else (0.0, 0.0)
-        for v in values
-    ]
-    if not any(below or above for below, above in ends):
-        return None
-    return [[below for below, _ in ends], [above for _, above in ends]]
+    """Return matplotlib's ``yerr``: lengths below the points, and above them; ``None`` if no point has an interval."""
+    below, above = [], []
+    for value in values:
+        has_interval = isinstance(value, Estimate) and value.interval is not None
+        low, high = value.interval if isinstance(value, Estimate) and value.interval else (0.0, 0.0)
+        below.append(_mean(value) - low if has_interval else 0.0)
+        above.append(high - _mean(value) if has_interval else 0.0)
+    return [below, above] if any(below) or any(above) else None
 
 
 def _shifted(xs: Sequence[float], shift: float, is_log: bool) -> list[float]:
+    """Return positions moved along the axis by a share of its length, or by powers of ten on a log axis."""
     if is_log:
         return [x * 10**shift for x in xs]
     width = (max(xs) - min(xs)) if len(xs) > 1 else 1.0

@@ -119,19 +119,21 @@ def judge_direction(
     factor: float = 1.0,
     unit: str = "",
 ) -> Claim:
-    """Judge a claim that something is more than something else.
+    """Judge a claim that a first thing is more than a second.
 
-    Reproduced if the whole interval of the difference over seeds is positive. Contradicted if all of it lies below the
-    least difference that counts. Otherwise our seeds cannot tell: the claim is undecided, with what would decide it.
+    Reproduced if the whole 95 % interval of the difference over seeds is positive. Contradicted if all of it lies below
+    the least difference that counts. Otherwise our seeds cannot tell: the claim is undecided, with what would decide
+    it.
 
     Args:
         claim: what the paper says.
         difference: first minus second, paired by seed; ``None`` if nothing was measured.
-        least: that counts, fixed before any run; 0 if any difference does. With it also a true zero can be decided.
+        least: the least difference that counts, fixed before any run; 0 if any does. With it also a true difference of
+            zero can be decided.
         users_variance: see :func:`privtrain.studies.power.plan`.
         digits: decimals to print.
-        factor: the printed number is this times ours.
-        unit: printed after it.
+        factor: numbers are printed as this multiple, e.g. 100 for per cent.
+        unit: printed after the number.
     """
     if difference is None or difference.interval is None:
         ours = "no cell is complete" if difference is None else difference.text(digits, factor)
@@ -157,13 +159,13 @@ def judge_direction(
 def judge_best(claim: Statement, leads: Mapping[str, Estimate], *, digits: int = 3) -> Claim:
     """Judge a claim that one of several is the best.
 
-    Reproduced if its lead over each of the others is positive, by the whole interval: all have to hold, so no level is
-    shared out. Contradicted if one other is better, by an interval at a level that is shared out among them
-    (Bonferroni), since any of them would do. The rival that is shown is the one of least lead.
+    Reproduced if its lead over each rival is positive, by the whole 95 % interval. All these must hold, so no
+    correction for their number is due. Contradicted if some rival is better, by an interval at a level that is
+    corrected for the number of rivals (Bonferroni), since any of them would do. The rival of least lead is shown.
 
     Args:
         claim: what the paper says.
-        leads: rival → rival minus the claimed best, where less is better, paired by seed; empty if not measured.
+        leads: rival → its value minus that of the claimed best (less is better), paired by seed; empty if not measured.
         digits: decimals to print.
     """
     if not leads or any(lead.interval is None for lead in leads.values()):
@@ -171,10 +173,11 @@ def judge_best(claim: Statement, leads: Mapping[str, Estimate], *, digits: int =
     rival, least = min(leads.items(), key=lambda item: item[1].mean)
     judged = judge_direction(claim, least, digits=digits)
     ours = f"{judged.ours}, against {rival}, the best other"
-    shared = 1 - (1 - CONFIDENCE) / len(leads)
-    intervals = [(lead.interval, lead.interval_at(shared)) for lead in leads.values()]
+    corrected = 1 - (1 - CONFIDENCE) / len(leads)
+    intervals = [(lead.interval, lead.interval_at(corrected)) for lead in leads.values()]
     if any(wide is not None and wide[1] < 0 for _, wide in intervals):
-        verdict, reason = Verdict.CONTRADICTED, f"another is better, at {100 * shared:.0f} % for each of {len(leads)}"
+        reason = f"another is better, at {100 * corrected:.0f} % for each of {len(leads)}"
+        verdict = Verdict.CONTRADICTED
     elif all(narrow is not None and narrow[0] > 0 for narrow, _ in intervals):
         verdict, reason = Verdict.REPRODUCED, f"better than each of {len(leads)} others, by the whole interval"
     else:
@@ -187,7 +190,13 @@ def judge_best(claim: Statement, leads: Mapping[str, Estimate], *, digits: int =
 def judge_no_effect(claim: Statement, difference: Estimate | None, *, margin: float) -> Claim:
     """Judge a claim that something changes nothing.
 
-    Reproduced if the whole interval is within the margin, contradicted if it is wholly outside, else undecided.
+    Reproduced if the whole 95 % interval is within ± ``margin`` of zero, contradicted if it is wholly outside, else
+    undecided.
+
+    Args:
+        claim: what the paper says.
+        difference: what changed, paired by seed; ``None`` if nothing was measured.
+        margin: a change within it counts as none.
     """
     if difference is None or difference.interval is None:
         return _judged(claim, "no cell is complete", Verdict.NOT_MEASURED, "fewer than two seeds are complete")
@@ -242,7 +251,14 @@ def judge_not_worse(claim: Statement, difference: Estimate | None) -> Claim:
 
 
 def judge_fact(claim: Statement, holds: bool | None, *, ours: str, reason: str) -> Claim:
-    """Judge a claim about computed numbers that have no noise, such as an accountant's."""
+    """Judge a claim about computed numbers that have no noise, such as an accountant's.
+
+    Args:
+        claim: what the paper says.
+        holds: whether the numbers agree; ``None`` if they are not known.
+        ours: the numbers, as text.
+        reason: how they were computed.
+    """
     verdict = {True: Verdict.REPRODUCED, False: Verdict.CONTRADICTED, None: Verdict.NOT_MEASURED}[holds]
     return _judged(claim, ours, verdict, reason)
 
@@ -254,6 +270,7 @@ def _judged(claim: Statement, ours: str, verdict: Verdict, reason: str) -> Claim
 def _with_power(
     claim: Claim, difference: Estimate, planned: power.Plan | None, digits: int = 3, factor: float = 1.0
 ) -> Claim:
+    """Return the claim with what its seeds can show; ``digits`` and ``factor`` as for :func:`judge_direction`."""
     assert planned is not None, "an interval has at least two seeds"
     numbers = {
         "difference": difference.to_json(),
@@ -264,7 +281,7 @@ def _with_power(
 
 
 def summary(claims: Sequence[Claim]) -> list[str]:
-    """Return the verdicts in plain sentences, one each; of the undecided also what would decide."""
+    """Return a sentence for each claim, with its verdict; for an undecided one also what would decide it."""
     sentences = []
     for claim in claims:
         needs = f" {claim.power}." if claim.verdict is Verdict.UNDECIDED and claim.power else ""

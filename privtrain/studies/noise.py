@@ -1,4 +1,7 @@
-"""The noise that each accountant asks for, and what it really spends; kept on disk, because some take long."""
+"""The noise multiplier that each accountant asks for, and the ε that a noise multiplier really spends.
+
+Both are cached on disk, because some accountants take long.
+"""
 
 from __future__ import annotations
 
@@ -21,13 +24,13 @@ from accountants.registry import get_accountant
 from privtrain.files.atomic import write_json
 from privtrain.files.cache import cache_directory
 
-#: Those whose answer is an estimate: it bounds nothing. As EW-Tune's code used them: the remove direction alone.
+#: Accountants whose answer is an estimate, which bounds nothing; for removing a record alone, as in EW-Tune's code.
 ESTIMATES = {"aea1": Aea1Accountant, "aea2": Aea2Accountant, "aea3": Aea3Accountant}
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """A run of DP-SGD under Poisson sampling, add or remove one record."""
+    """A run of DP-SGD under Poisson sampling, and the ε that is asked for it, for adding or removing one record."""
 
     sampling_prob: float
     num_steps: int
@@ -35,7 +38,7 @@ class Setting:
     epsilon: float
 
     def spent(self, name: str, noise_multiplier: float) -> float:
-        """Return ε by an accountant: its certified upper end, or its estimate where it has no other."""
+        """Return the ε of a noise multiplier by the accountant ``name``: a certified upper bound, or its estimate."""
         event = accountants.dp_sgd_event(
             noise_multiplier=noise_multiplier, sampling_prob=self.sampling_prob, num_steps=self.num_steps
         )
@@ -47,15 +50,15 @@ class Setting:
         return _cached(self, "true", noise_multiplier)
 
     def noise(self, name: str) -> float:
-        """Return the noise at which an accountant says that ``epsilon`` is met, rounded up to four decimals."""
+        """Return the noise multiplier at which the accountant ``name`` says that ``epsilon`` is met; four decimals."""
         return _cached(self, name, 0.0)
 
 
 def _accountant(name: str) -> Accountant:
-    """Return the accountant by name; ``prv-0.1`` is PRV with that error in ε."""
+    """Return the accountant of a name; ``prv-0.1`` is PRV with an error of 0.1 in ε, as EW-Tune's code allowed."""
     if name in ESTIMATES:
         return ESTIMATES[name](Direction.REMOVE)
-    if name.startswith("prv"):  # prv-0.1: with the error that EW-Tune's code allowed
+    if name.startswith("prv"):
         return PrvAccountant(eps_error=float(name.partition("-")[2] or 0.01))
     if name == "tilted":
         return TiltedAccountant(tolerance=1e-4)  # the studies quote four digits
@@ -64,7 +67,11 @@ def _accountant(name: str) -> Accountant:
 
 @functools.cache
 def _cached(setting: Setting, name: str, noise_multiplier: float) -> float:
-    """Return the setting's noise, or for the name ``true`` the ε of ``noise_multiplier``; kept on disk."""
+    """Return a number from the cache on disk, computed and stored if it is not there.
+
+    For the name ``true`` the ε that ``noise_multiplier`` really spends; for that of an accountant the noise multiplier
+    at which it says that the setting's ε is met (``noise_multiplier`` is then 0).
+    """
     facts = {**dataclasses.asdict(setting), "accountant": name, "noise_multiplier": noise_multiplier}
     key = hashlib.sha256(json.dumps([facts, _code_version()], sort_keys=True).encode()).hexdigest()
     cache = cache_directory() / "noise"
@@ -86,22 +93,28 @@ def _code_version() -> str:
 
 
 def _calibrated(setting: Setting, name: str) -> float:
-    """Return the noise rounded up to ``DECIMALS``, and on until it is certified."""
-    root = _root(setting, name, 1.0 if name == "tilted" else setting.noise("tilted"))
-    # A root that is a whole step but for the root finder's error is not rounded up; estimates certify nothing.
-    value = math.ceil(root * 10**DECIMALS - 1e-3) / 10**DECIMALS
+    """Return the noise at which an accountant says that ``epsilon`` is met, rounded up to ``DECIMALS``.
+
+    Raised further, step by step, until the accountant certifies it; estimates certify nothing.
+    """
+    # Tilted's noise is near that of every other accountant.
+    guess = 1.0 if name == "tilted" else setting.noise("tilted")
+    # Less 1e-3 of a step, so that a root which is a whole step but for the root finder's error is not rounded up.
+    value = math.ceil(_root(setting, name, guess) * 10**DECIMALS - 1e-3) / 10**DECIMALS
     while name not in ESTIMATES and setting.spent(name, value) > setting.epsilon:
         value = round(value + 10**-DECIMALS, DECIMALS)
     return value
 
 
 def _root(setting: Setting, name: str, guess: float) -> float:
-    """Return the noise at which ``epsilon`` is met; near a good guess few evaluations find it."""
+    """Return the noise at which the accountant's ε is the one asked for; near a good guess few evaluations find it."""
 
     @functools.cache
     def excess(noise: float) -> float:
+        """Return ε above the one asked for; it falls with the noise."""
         return setting.spent(name, noise) - setting.epsilon
 
+    # Widen an interval around the guess until the root is in it.
     low, high, ratio = guess, guess, 1.01
     while excess(high) > 0:
         low, high, ratio = high, high * ratio, ratio**2

@@ -1,9 +1,10 @@
 """What a design can decide: the power of verdicts that rest on a t-interval over seeds.
 
-A claim is decided by the 95 % interval of a mean over n seeds, of differences that are paired by seed. If one seed's
-difference is N(d, s²), the interval excludes zero on the right side with a probability that the noncentral t
-distribution gives exactly (n - 1 degrees of freedom, noncentrality d √n / s; Cohen 1988, chapter 2). Nothing here looks
-at whether a claim held: what is planned for is the paper's difference where it states one.
+A claim is decided by the 95 % interval of a mean over n seeds, of differences that are paired by seed. A difference is
+*shown* if the whole interval has its sign; the chance of that is the *power*. If one seed's difference is N(d, s²),
+with *spread* s, the noncentral t distribution gives the power exactly (n - 1 degrees of freedom, noncentrality
+d √n / s; Cohen 1988, chapter 2). Nothing here looks at whether a claim held: what is planned for is the paper's
+difference where it states one.
 
 The spread s comes from few seeds, so that a plan which takes it at face value is too small half of the time. Each plan
 is therefore made twice: at the spread as seen, and at its upper 80 % confidence limit, with which the wanted power is
@@ -22,13 +23,14 @@ from scipy import optimize, stats
 
 from privtrain.studies.results import CONFIDENCE
 
-#: The wanted chance of a verdict.
+#: The wanted power.
 POWER = 0.8
-#: Of the spread's upper limit.
+#: Confidence of the spread's upper limit.
 SPREAD_CONFIDENCE = 0.8
 #: No study has more seeds; what needs them is said to be out of reach.
 MOST_SEEDS = 1000
 
+#: Gauss-Legendre quadrature on [-1, 1].
 _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(200)
 
 
@@ -37,7 +39,7 @@ class Design:
     """How much a number of seeds can show at a spread.
 
     Attributes:
-        num_seeds: that the interval is over, at least 2.
+        num_seeds: seeds that the interval is over, at least 2.
         spread: standard deviation of one seed's difference.
     """
 
@@ -57,18 +59,20 @@ class Design:
             return float(abs(difference) <= margin)
         degrees = self.num_seeds - 1
         error = self.spread / self.num_seeds**0.5
-        # The mean is independent of the spread that is seen: average over the quantiles of the latter that leave room.
+        # The interval's half width follows from the spread that is seen in the seeds, and the mean is independent of
+        # it. So integrate over the quantiles of the seen spread, up to the one whose half width is the margin, the
+        # chance that the mean is within the room that is left.
         most = float(stats.chi2.cdf(degrees * (margin / (_critical(degrees) * error)) ** 2, degrees))
-        seen = np.sqrt(stats.chi2.ppf(most * (_NODES + 1) / 2, degrees) / degrees)
-        room = margin - _critical(degrees) * error * seen
+        seen_over_spread = np.sqrt(stats.chi2.ppf(most * (_NODES + 1) / 2, degrees) / degrees)
+        room = margin - _critical(degrees) * error * seen_over_spread
         inside = stats.norm.cdf((room - difference) / error) - stats.norm.cdf((-room - difference) / error)
         return float(most / 2 * (_WEIGHTS @ inside))
 
     def detectable(self, power: float = POWER) -> float:
-        """Return the least true difference that is shown with this probability."""
+        """Return the least true difference that is shown with this power."""
         if self.spread == 0:
             return 0.0
-        most = self.spread
+        most = self.spread  # doubled until it is above the root
         while self.chance_shown(most) < power:
             most *= 2
         root = optimize.brentq(lambda difference: self.chance_shown(difference) - power, 0.0, most)
@@ -95,24 +99,24 @@ def seeds_to_exclude(margin: float, spread: float, power: float = POWER) -> int 
 def users_to_show(
     difference: float, spread: float, num_seeds: int, users_variance: float | None = None, power: float = POWER
 ) -> float:
-    """Return the factor on users that shows a true difference with as many seeds; infinity if none suffices.
+    """Return by which factor more users would show a true difference with as many seeds; infinity if none would.
 
-    A finite number of users adds to the spread a variance that falls as their number grows; no number of them takes
-    away what the runs' own randomness adds.
+    A finite number of users adds to the spread a variance that falls in proportion as their number grows; the rest of
+    the variance is the runs' own randomness, which no number of users takes away.
 
     Args:
-        difference: to show.
-        spread: of one seed's difference.
-        num_seeds: as many as there are.
-        users_variance: the part of ``spread``² that users add; without it all of it, and the factor is the least.
+        difference: to be shown.
+        spread: standard deviation of one seed's difference.
+        num_seeds: seeds that there are.
+        users_variance: the part of ``spread``² that users add; if ``None`` all of it, so that the factor is a minimum.
         power: wanted.
     """
-    wanted = (difference / Design(num_seeds, 1.0).detectable(power)) ** 2  # variance that shows it
+    needed = (difference / Design(num_seeds, 1.0).detectable(power)) ** 2  # the largest variance that shows it
     of_users = spread**2 if users_variance is None else min(users_variance, spread**2)
-    if spread**2 <= wanted:
+    if spread**2 <= needed:
         return 1.0
-    left = wanted - (spread**2 - of_users)
-    return of_users / left if left > 0 else math.inf
+    left_for_users = needed - (spread**2 - of_users)
+    return of_users / left_for_users if left_for_users > 0 else math.inf
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,15 +124,16 @@ class Plan:
     """What one claim would need; see :func:`plan`.
 
     Attributes:
-        num_seeds: of the runs that exist.
-        spread: of one seed's difference, over them.
-        detectable: the least true difference that they show with power 80 %.
-        difference: that is planned for.
-        whose: where it is from: "the paper's", "the least that counts" or "as seen".
-        seeds: that show it, at the spread as seen, and at its upper limit; ``None`` beyond ``MOST_SEEDS``.
-        users: factor on the number of users that shows it with as many seeds; infinity if none does.
-        users_share: users' share of the spread's variance; ``None`` if it is not known, and ``users`` is the least.
-        margin: of claims of no effect: what is shown is that a true zero lies within it.
+        num_seeds: seeds of the runs that exist.
+        spread: standard deviation of one seed's difference, over these seeds.
+        detectable: the least true difference that these seeds show with power 80 %.
+        difference: the difference that is planned for.
+        whose: where that is from: "the paper's", "the least that counts" or "as seen".
+        seeds: numbers of seeds that show it, at the spread as seen and at its upper limit; ``None`` beyond
+            ``MOST_SEEDS``.
+        users: by which factor more users would show it with as many seeds; infinity if none would.
+        users_share: users' share of the spread's variance; ``None`` if not known, and then ``users`` is a minimum.
+        margin: for a claim of no effect: what is to be shown is that a true zero lies within it.
     """
 
     num_seeds: int
@@ -159,6 +164,7 @@ class Plan:
         return {**facts, "users": None if math.isinf(self.users) else self.users}
 
     def _more_users(self) -> str:
+        """Return the end of the sentence: how many more users would do in place of more seeds."""
         if self.users == 1:
             return ""
         share = "" if self.users_share is None else f" (users make {100 * self.users_share:.0f} % of its variance)"
@@ -178,13 +184,15 @@ def plan(
 ) -> Plan | None:
     """Return what a claim would need, from the existing seeds' differences; ``None`` for fewer than two.
 
+    Planned for is the paper's difference; if that is unknown the least one that counts, if that is 0 the size of the
+    mean as seen.
+
     Args:
-        values: one a seed.
-        papers: the paper's difference in the same unit.
-        least: without it, the least difference that counts: as many seeds show it as refute it where there is none.
-            Without either the mean that was seen, whichever its sign.
-        margin: for a claim of no effect, what counts as none.
-        users_variance: what a finite number of users adds to the variance of one seed's value, where it is known.
+        values: differences, one a seed.
+        papers: the paper's difference in the same unit, if it states one.
+        least: the least difference that counts; 0 if any does.
+        margin: for a claim of no effect, what counts as none: planned for is to show that a true zero is within it.
+        users_variance: what a finite number of users adds to the variance of one seed's difference, if known.
     """
     num_seeds = len(values)
     if num_seeds < 2:
@@ -200,7 +208,7 @@ def plan(
     if margin is not None:
         difference, fewest = margin, seeds_to_exclude
     spreads = (spread, upper_spread(spread, num_seeds))
-    can_plan = difference > 0
+    can_plan = difference > 0  # no number of seeds shows a zero difference
     share = None if users_variance is None or spread == 0 else min(1.0, users_variance / spread**2)
     return Plan(
         num_seeds=num_seeds,
@@ -216,6 +224,7 @@ def plan(
 
 
 def _critical(degrees: int) -> float:
+    """Return the half width of the 95 % interval in standard errors."""
     return float(stats.t.ppf(0.5 + CONFIDENCE / 2, degrees))
 
 
@@ -231,5 +240,6 @@ def _fewest(suffices: Callable[[int], bool]) -> int | None:
 
 
 def _seeds(seeds: tuple[int | None, int | None]) -> str:
+    """Return e.g. ``8 to 14 seeds``."""
     seen, upper = (f"over {MOST_SEEDS}" if n is None else str(n) for n in seeds)
     return f"{seen} seeds" if seen == upper else f"{seen} to {upper} seeds"

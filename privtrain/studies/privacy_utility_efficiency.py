@@ -5,6 +5,9 @@
   canaries, membership of records and of users.
 * Utility: loss on *other* tokens of held-out users.
 * Efficiency: floating-point operations of a token, seconds, peak memory: counted and measured by the training job.
+
+Measures read a finished cell: ``report/attacks.json`` of its attack job, or a metric of training. ``tuned`` is the
+model after training, ``base`` the one before; ``train`` are training records, ``test`` those of held-out users.
 """
 
 from __future__ import annotations
@@ -23,22 +26,30 @@ FLOPS, SECONDS, MEMORY = "perf/flops_per_token", "perf/step_seconds", "perf/peak
 
 
 def _facts(result: CellResult) -> Any:
+    """Return the report of the cell's attack job."""
     return result.json("report/attacks.json")
 
 
 def nll(tokens: str, split: str, model: str) -> Callable[[CellResult], float]:
-    """Return loss per token, ``sensitive`` or ``other``, on ``train`` or ``test``, ``tuned`` or ``base``."""
+    """Return the measure of a loss in nats per token.
+
+    Args:
+        tokens: ``sensitive`` or ``other``.
+        split: ``train`` or ``test``.
+        model: ``tuned`` or ``base``.
+    """
 
     def measure(result: CellResult) -> float:
+        """Return that loss of a cell."""
         wanted = {"tokens": tokens, "split": split, "model": model}
-        cells = _facts(result)["sensitive"]["cells"]
-        return next(c["nll"] for c in cells if all(c[key] == value for key, value in wanted.items()))
+        rows = _facts(result)["sensitive"]["cells"]  # one for each combination of the three
+        return next(row["nll"] for row in rows if all(row[key] == value for key, value in wanted.items()))
 
     return measure
 
 
 def fall(result: CellResult) -> float:
-    """Return how far tuning lowered the loss on sensitive training tokens, by memory or by learning the kind."""
+    """Return how far tuning lowered the loss on sensitive training tokens: by memorising, or by learning the domain."""
     return nll("sensitive", "train", "base")(result) - nll("sensitive", "train", "tuned")(result)
 
 
@@ -48,32 +59,36 @@ def leak(result: CellResult) -> float:
 
 
 def excess(result: CellResult) -> float:
-    """Return how much more that is on sensitive than on other tokens: what the paper says is overlooked."""
+    """Return the leak on sensitive tokens less that on other tokens: what the paper says is overlooked."""
     return _facts(result)["sensitive"]["difference_in_differences"]["excess_on_sensitive"]["value"]
 
 
 def user_auroc(result: CellResult) -> float:
-    """Return the AUROC of user inference, the headline."""
+    """Return the AUROC of user inference: of the attack that the report calls its headline."""
     facts = _facts(result)
     return facts["results"][facts["headline"]]["auroc"]
 
 
 def record_auroc(result: CellResult) -> float:
-    """Return membership of records by the ratio of likelihoods."""
+    """Return the AUROC of membership of records by the ratio of likelihoods, tuned over base."""
     return _facts(result)["results"]["ratio_records"]["auroc"]
 
 
 def exposure(result: CellResult) -> float:
-    """Return the excess of planted secrets' mean exposure in the most records over untrained secrets', in bits."""
+    """Return the mean exposure of planted secrets above that of untrained ones, in bits.
+
+    Of the secrets that stand in the most records (the highest tier).
+    """
     row = max(_facts(result)["panels"]["canaries"]["rows"], key=lambda each: each["tier"])
     return row["exposure"] - row["exposure_expected"]
 
 
 def seconds(result: CellResult) -> float:
-    """Return all steps."""
+    """Return the seconds of all steps."""
     return sum(value for _, value in result.series(SECONDS))
 
 
+#: Name → (title with unit, measure or metric, factor for printing, digits for printing).
 MEASURES: Mapping[str, tuple[str, str | Callable[[CellResult], float], float, int]] = {
     "leak": ("leak on sensitive tokens, nats", leak, 1.0, 3),
     "exposure": ("exposure above chance, bits", exposure, 1.0, 2),
@@ -112,30 +127,37 @@ def find(results: Results) -> Findings:
 
 
 class _View:
-    """Cells of one model."""
+    """The cells of one model, with what is compared between training methods.
+
+    Args:
+        results: everything that is complete.
+        values: ``model`` → its name; empty if the grid has one model.
+    """
 
     def __init__(self, results: Results, values: Mapping[str, str]) -> None:
         self.results, self.values = results, dict(values)
         self.name = values.get("model", "here")
         self.words = f" ({self.name})" if values else ""
+        # Methods without DP, full fine-tuning first; and those under user-level DP, full first and a LoRA last.
         self.plain: list[str] = results.recipe.settings["plain"]
         self.private: list[str] = results.recipe.settings["private"]
 
     def estimate(self, measure: str | Callable[[CellResult], float], method: str) -> Estimate | None:
-        """Return the mean over seeds."""
+        """Return the mean of a measure over a method's seeds; ``None`` if no seed is complete."""
         return self.results.estimate(measure, method=method, **self.values)
 
     def less(self, measure: str | Callable[[CellResult], float], first: str, second: str) -> Estimate | None:
-        """Return the first minus second, paired by seed."""
+        """Return a measure of the first method minus that of the second, paired by seed."""
         sides = ({**self.values, "method": method} for method in (first, second))
         return self.results.difference(measure, *sides)
 
     def claims(self) -> list[Claim]:
-        """Return the paper's claims, and the row that it lacks."""
+        """Judge the paper's claims, and some of ours about rows that the paper lacks."""
         full, *loras = self.plain
         dp_full, dp_lora = self.private[0], self.private[-1]
         lora = dp_lora.removeprefix("dp-")
         assert lora in loras, (lora, loras)
+        # (claim, citation, the paper's result, difference that is positive if the claim holds)
         directed = [
             ("full fine-tuning leaks sensitive tokens of its training records", "finding", "poor privacy",
              self.estimate(leak, full)),
@@ -156,22 +178,26 @@ class _View:
              self.less(FLOPS, full, lora)),
         ]  # fmt: skip
         return [
-            judge_direction(Statement(what + self.words, where, paper), found) for what, where, paper, found in directed
+            judge_direction(Statement(claim + self.words, citation, paper), difference)
+            for claim, citation, paper, difference in directed
         ]
 
     def _nearness(self, method: str, private: str) -> Estimate | None:
-        """Return half the fall of one method's loss on sensitive training tokens, less the other's whole fall."""
+        """Return half of ``method``'s fall in loss on sensitive training tokens, less the whole fall of ``private``.
+
+        Positive if the loss of ``private`` falls by less than half as much, so that it stays near the base model's.
+        """
         return minus(self.estimate(lambda result: fall(result) / 2, method), self.estimate(fall, private))
 
     def costs(self) -> Table:
-        """Return the paper's three axes, and what it was asked for beside them."""
+        """Return a table with a row for each training method: its (ε, δ), and every one of ``MEASURES``."""
         rows = []
         for method in self._methods():
-            ones = [
-                (self.estimate(measure, method), factor, digits) for _, measure, factor, digits in MEASURES.values()
-            ]
-            shown = [one.text(digits, factor) if one else "" for one, factor, digits in ones]
-            rows.append([method, self._guarantee(method), *shown])
+            row = [method, self._guarantee(method)]
+            for _, measure, factor, digits in MEASURES.values():
+                estimate = self.estimate(measure, method)
+                row.append(estimate.text(digits, factor) if estimate else "")
+            rows.append(row)
         columns = ("training", "(ε, δ)", *(title for title, *_ in MEASURES.values()))
         return Table(f"Privacy, utility, efficiency{self.words}", columns, rows, "95 % t-intervals over seeds.")
 
@@ -180,7 +206,7 @@ class _View:
         kinds = [(tokens, split) for tokens in ("sensitive", "other") for split in ("train", "test")]
         rows = []
         for place, method in enumerate(self._methods()):
-            if place == 0:
+            if place == 0:  # the base model is the same for all methods
                 base = [self.estimate(nll(tokens, split, "base"), method) for tokens, split in kinds]
                 rows.append(["base model", *(one.text() if one else "" for one in base)])
             tuned = [self.estimate(nll(tokens, split, "tuned"), method) for tokens, split in kinds]
@@ -189,16 +215,16 @@ class _View:
         return Table(f"Loss in nats per token{self.words}", columns, rows)
 
     def figures(self) -> list[Figure]:
-        """Return loss of sensitive tokens on train and test by method; leak against operations."""
+        """Return two figures: loss of sensitive tokens on train and test by method, and leak against operations."""
         methods = self._methods()
         if not methods:
             return []
-        slug = "".join(f"-{value.replace('.', '-')}" for value in self.values.values())
+        slug = "".join(f"-{value.replace('.', '-')}" for value in self.values.values())  # tells models' figures apart
         series = []
         for split in ("train", "test"):
-            losses = [(i, self.estimate(nll("sensitive", split, "tuned"), m)) for i, m in enumerate(methods)]
-            known = [(float(i), one) for i, one in losses if one is not None]
-            series.append(Series(f"sensitive tokens, {split}", [x for x, _ in known], [y for _, y in known]))
+            losses = [self.estimate(nll("sensitive", split, "tuned"), method) for method in methods]
+            places = [float(place) for place, loss in enumerate(losses) if loss is not None]
+            series.append(Series(f"sensitive tokens, {split}", places, [loss for loss in losses if loss is not None]))
         base = self.estimate(nll("sensitive", "test", "base"), methods[0])
         levels = [] if base is None else [Level("base model, test", base.mean)]
         svg = places_figure(f"losses{slug}", methods, series, AxisLabels("", "loss, nats per token"), levels)
@@ -230,12 +256,12 @@ class _View:
         }
 
     def _methods(self) -> list[str]:
+        """Return the training methods with a complete cell, in the order of the grid."""
         return [m for m in self.results.values_of("method") if self.results.where(method=m, **self.values)]
 
     def _guarantee(self, method: str) -> str:
+        """Return a method's ε and δ in words, by the privacy statement of its first cell."""
         statement = self.results.where(method=method, **self.values)[0].json("privacy.json")
-        return (
-            "none"
-            if statement["epsilon"] is None
-            else f"({statement['epsilon']:.3g}, {statement['delta']:g}) for a user"
-        )
+        if statement["epsilon"] is None:
+            return "none"
+        return f"({statement['epsilon']:.3g}, {statement['delta']:g}) for a user"

@@ -1,8 +1,10 @@
-"""A study's recipe: one YAML file with a base job, axes and seeds, expanded into cells in a fixed order.
+"""A study's recipe: one YAML file with a base configuration, axes and seeds, expanded into cells in a fixed order.
 
-A cell is one training job and the commands that follow it. Its digest covers everything that decides what it does: the
-resolved configuration, its commands, how its data are made, and privtrain's version. Cells of equal digest are one and
-the same job.
+An *axis* has named values, e.g. ``method`` with ``plain`` and ``dp``; a value is a set of overrides of the base, such
+as ``{privacy.noise_multiplier: 1.1}``. A *cell* is one combination of values and a seed: a training job and the
+commands that follow it. A cell's *digest* covers everything that decides what it does: its configuration, its commands,
+how its data are made, and privtrain's version. Cells of equal digest are one and the same job. A *place* is a
+placeholder such as ``{data}``, for a path that is known only when the study runs.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ RECIPES = pathlib.Path(__file__).parents[2] / "launch" / "recipes" / "studies"
 
 TRAIN = "privtrain train {config}"
 
-#: What stands in a configuration or a command for a place that is known only when the study runs.
+#: Placeholders in a configuration or a command: the configuration file, the run directory, the job's directory, the
+#: directory of the study's prepared files, and that of its recipe.
 PLACES = ("config", "run", "cell", "data", "recipe")
 
 _NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
@@ -75,8 +78,8 @@ class Cell:
         name: its axis values and seed, unique in the study.
         values: axis -> value.
         seed: which repetition.
-        tree: its configuration, all defaults filled in, without ``run``; paths under ``{data}`` as they stand.
-        commands: with their places still open.
+        tree: its configuration, all defaults filled in, without the section ``run``; ``{data}`` is not filled in.
+        commands: with placeholders not filled in.
         digest: SHA-256 of everything that decides what the job does.
     """
 
@@ -172,15 +175,29 @@ def expand(recipe: Recipe, settle: Settle | None = None) -> list[Cell]:
 
 
 def _combinations(recipe: Recipe) -> Iterator[dict[str, str]]:
-    """Yield the axis values of every cell that the recipe does not exclude."""
+    """Yield axis → value of every combination that the recipe does not exclude."""
     for chosen in itertools.product(*(axis for axis in recipe.axes.values())):
         values = dict(zip(recipe.axes, chosen, strict=True))
-        if not any(all(values.get(axis) in some for axis, some in left.items()) for left in recipe.exclude):
+        is_excluded = any(
+            all(values.get(axis) in excluded for axis, excluded in rule.items()) for rule in recipe.exclude
+        )
+        if not is_excluded:
             yield values
 
 
 def _cell(recipe: Recipe, name: str, values: Mapping[str, str], seed: int, settle: Settle | None) -> Cell:
-    """Return one cell: base, axis values, seed and ``settle`` laid over each other, validated and digested."""
+    """Return one cell: the base with the overrides of its axis values, its seed and ``settle``, validated and digested.
+
+    Args:
+        recipe: the study's.
+        name: of the cell.
+        values: axis → value.
+        seed: which repetition.
+        settle: computes further overrides, e.g. a noise multiplier.
+
+    Raises:
+        ConfigError: with every fault of the cell.
+    """
     if not _NAME.match(name):
         raise ConfigError([Fault("axes", "names of values are letters, digits, dots, dashes and underscores")])
     tree, commands = copy.deepcopy(recipe.base), list(recipe.commands)
@@ -194,14 +211,14 @@ def _cell(recipe: Recipe, name: str, values: Mapping[str, str], seed: int, settl
         _assign(tree, settle(values, tree, recipe.settings))
     config = validate({**tree, "run": {"name": "run"}})
     resolved = config.model_dump(mode="json", exclude={"run"})
-    # What stands at its default is left out: a new key that changes nothing must not make every cell another.
-    telling = config.model_dump(mode="json", exclude={"run"}, exclude_defaults=True)
+    # Keys at their default are not digested, so that a key which a later version adds does not change every digest.
+    not_default = config.model_dump(mode="json", exclude={"run"}, exclude_defaults=True)
     faults = [Fault("commands", f"{c!r} has an unknown place") for c in commands if _open_places(c) - set(PLACES)]
     if faults:
         raise ConfigError(faults)
     deciding = {
         "privtrain": privtrain.__version__,
-        "config": telling,
+        "config": not_default,
         "commands": commands,
         "prepare": recipe.prepare,
         "seed": seed,
@@ -212,7 +229,7 @@ def _cell(recipe: Recipe, name: str, values: Mapping[str, str], seed: int, settl
 
 
 def fill(command: str, places: Mapping[str, str]) -> list[str]:
-    """Return a command's words with its places filled in; a path with a space stays one word."""
+    """Return a command's words with placeholders filled in (name → path); a path with a space stays one word."""
     return [_in_strings(word, places) for word in command.split()]
 
 
@@ -221,7 +238,7 @@ def _open_places(text: str) -> set[str]:
 
 
 def _assign(tree: dict[str, Any], overrides: Mapping[str, Any]) -> None:
-    """Put dotted overrides into a tree; ``null`` takes a key away."""
+    """Put dotted overrides, e.g. ``{"privacy.num_steps": 9}``, into a tree; ``None`` removes a key."""
     for key, value in overrides.items():
         try:
             node, leaf = place_of(tree, key)
@@ -246,7 +263,7 @@ def _in_strings(node: Any, places: Mapping[str, str]) -> Any:
 
 
 def _with_text_keys(tree: dict[str, Any]) -> dict[str, Any]:
-    """Turn keys into text, since YAML reads ``8:`` as a number; names of axis values are text."""
+    """Turn names of axes and of their values into text, in ``tree`` itself: YAML reads the name ``8`` as a number."""
     axes = tree.get("axes")
     if isinstance(axes, dict):
         tree["axes"] = {
@@ -254,10 +271,14 @@ def _with_text_keys(tree: dict[str, Any]) -> dict[str, Any]:
             for axis, values in axes.items()
             if isinstance(values, dict)
         }
-    left_out = cast(Sequence[Any], tree.get("exclude") or [])
-    tree["exclude"] = [{str(k): _texts(v) for k, v in i.items()} if isinstance(i, dict) else i for i in left_out]
+    rules = cast(Sequence[Any], tree.get("exclude") or [])
+    tree["exclude"] = [
+        {str(axis): _texts(values) for axis, values in rule.items()} if isinstance(rule, dict) else rule
+        for rule in rules
+    ]
     return tree
 
 
 def _texts(value: Any) -> list[str]:
+    """Return a value, or a list of values, as a list of texts."""
     return [str(item) for item in (value if isinstance(value, list) else [value])]

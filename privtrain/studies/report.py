@@ -37,16 +37,16 @@ class Run:
 
     Attributes:
         recipe: what was planned.
-        module: names the paper and reads the results: ``TITLE``, ``PAPER``, ``find(results) -> Findings``.
+        module: the study's Python module, with ``TITLE``, ``PAPER`` and ``find(results) -> Findings``.
         scale: ``"small"`` or ``"paper"``.
         root: directory of the study.
         results: of complete cells.
-        failed: job name and its record, for each that failed.
+        failed: (job name, its ``failed.json``) of each job that failed.
         num_open: jobs still to be run.
         seconds: all jobs' time, added up.
         num_jobs: jobs in all.
-        software: of the jobs that are complete, each kind once; see :mod:`privtrain.studies.software`.
-        command: that goes on with the study and writes this report.
+        software: what complete jobs ran with, each version once; see :mod:`privtrain.studies.software`.
+        command: the command line that continues the study and writes this report.
     """
 
     recipe: Recipe
@@ -103,6 +103,7 @@ def write_report(run: Run) -> pathlib.Path:
 
 
 def _facts(run: Run, findings: Findings) -> dict[str, Any]:
+    """Return the content of ``report.json``."""
     return {
         "schema": SCHEMA,
         "study": run.recipe.study,
@@ -146,7 +147,11 @@ def _design(run: Run, findings: Findings) -> list[str]:
 
 
 def _pairing(findings: Findings) -> list[str]:
-    """Return what the runs' commitments say of the pairs behind each claim."""
+    """Return in sentences for which claims the two runs of a pair have the same held-in and held-out users.
+
+    Each run commits to its split before training. Nothing is said where ``same_split`` is ``None``: not known, or no
+    pair.
+    """
     known = [(claim.statement, claim.numbers["same_split"]) for claim in findings.claims if claim.numbers]
     same = [statement for statement, is_same in known if is_same]
     other = [statement for statement, is_same in known if is_same is False]
@@ -162,7 +167,7 @@ def _pairing(findings: Findings) -> list[str]:
 
 
 def _standalone(svg: str) -> str:
-    """Return a stand-alone SVG file: with its namespaces declared, and white under its ink."""
+    """Return an ``<svg>`` element as a file of its own: with its namespace declared, and on a white background."""
     declared = svg if "xmlns=" in svg[:400] else svg.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
     return re.sub(r"(<svg [^>]*)>", r'\1 style="background:#fff">', declared, count=1)
 

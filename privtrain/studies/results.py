@@ -26,8 +26,8 @@ class Estimate:
 
     Attributes:
         values: one a seed.
-        same_split: of a difference, whether the runs of each seed committed to the same split of users, by
-            ``split_commitment`` of their statements; ``None`` if it is no difference, or a statement lacks it.
+        same_split: of a difference, whether at each seed both runs had the same held-in and held-out users, by
+            ``split_commitment`` of their privacy statements; ``None`` if it is no difference, or a statement lacks it.
     """
 
     values: tuple[float, ...]
@@ -56,7 +56,7 @@ class Estimate:
         return self.mean - half, self.mean + half
 
     def text(self, digits: int = 3, factor: float = 1.0) -> str:
-        """Return the estimate for a table: ``0.812 (0.801 to 0.823; n=5)``."""
+        """Return the estimate for a table: ``0.812 (0.801 to 0.823; n=5)``, its numbers multiplied by ``factor``."""
         if self.interval is None:
             return f"{factor * self.mean:.{digits}f} (n=1, no interval)"
         low, high = (factor * end for end in self.interval)
@@ -76,6 +76,7 @@ class CellResult:
 
     @functools.cached_property
     def _metrics(self) -> dict[str, list[tuple[int, float]]]:
+        """Released metric → its (step, value) pairs, in order."""
         by_name: dict[str, list[tuple[int, float]]] = {}
         for line in (self.run / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
             row = json.loads(line)
@@ -116,7 +117,13 @@ Measure = str | Callable[[CellResult], float]
 
 
 class Results:
-    """Everything that is complete."""
+    """Everything that is complete.
+
+    Attributes:
+        recipe: the study's.
+        cells: the complete cells, in the order of the grid.
+        planned: all cells of the grid.
+    """
 
     def __init__(self, recipe: Recipe, cells: Sequence[CellResult], planned: Sequence[Cell]) -> None:
         self.recipe = recipe
@@ -137,15 +144,22 @@ class Results:
         return Estimate(tuple(measured)) if measured else None
 
     def difference(self, measure: Measure, first: Mapping[str, str], second: Mapping[str, str]) -> Estimate | None:
-        """Return the mean of first minus second, paired by seed; ``None`` if no seed has both."""
-        sides = [{r.cell.seed: r for r in self.where(**side)} for side in (first, second)]
-        pairs = [(sides[0][seed], sides[1][seed]) for seed in sides[0] if seed in sides[1]]
+        """Return the mean of first minus second, paired by seed; ``None`` if no seed has both.
+
+        Args:
+            measure: what to measure of a cell.
+            first: axis → value of the first cells.
+            second: axis → value of the cells to subtract.
+        """
+        first_by_seed = {result.cell.seed: result for result in self.where(**first)}
+        second_by_seed = {result.cell.seed: result for result in self.where(**second)}
+        pairs = [(result, second_by_seed[seed]) for seed, result in first_by_seed.items() if seed in second_by_seed]
         if not pairs:
             return None
         values = tuple(_measured(one, measure) - _measured(other, measure) for one, other in pairs)
         splits = [(one.split_commitment, other.split_commitment) for one, other in pairs]
-        known = all(one and other for one, other in splits)
-        return Estimate(values, all(one == other for one, other in splits) if known else None)
+        are_known = all(one and other for one, other in splits)
+        return Estimate(values, same_split=all(one == other for one, other in splits) if are_known else None)
 
 
 def minus(first: Estimate | None, second: Estimate | None) -> Estimate | None:
@@ -153,9 +167,9 @@ def minus(first: Estimate | None, second: Estimate | None) -> Estimate | None:
     if first is None or second is None or first.n != second.n:
         return None
     values = tuple(a - b for a, b in zip(first.values, second.values, strict=True))
-    return Estimate(
-        values, None if None in (first.same_split, second.same_split) else first.same_split and second.same_split
-    )
+    if first.same_split is None or second.same_split is None:
+        return Estimate(values)
+    return Estimate(values, same_split=first.same_split and second.same_split)
 
 
 def _measured(result: CellResult, measure: Measure) -> float:

@@ -1,4 +1,8 @@
-"""Run a study: expand its grid, start what is not complete, go on after a failure, and write the report."""
+"""Run a study: expand its grid, start the jobs that are not complete, continue after failures, and write the report.
+
+A *cell* is a combination of the grid's axis values and a seed. Cells whose configurations are equal share a *job*: a
+training and the commands that follow it.
+"""
 
 from __future__ import annotations
 
@@ -66,12 +70,22 @@ class StudyOptions:
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """A study on disk: its grid and the jobs behind it."""
+    """A study on disk.
+
+    Attributes:
+        recipe: base configuration, axes and seeds.
+        module: the study's Python module, which may complete cells (``settle``) and reads results (``find``).
+        root: directory of the study.
+        data: directory of the prepared files that all jobs read.
+        recipe_directory: where the recipe lies.
+        cells: of the grid.
+        jobs: of the cells.
+    """
 
     recipe: Recipe
-    module: Any  # of privtrain.studies, settles cells and reads results
+    module: Any
     root: pathlib.Path
-    data: pathlib.Path  # files that all jobs read
+    data: pathlib.Path
     recipe_directory: pathlib.Path
     cells: tuple[Cell, ...]
     jobs: tuple[Job, ...]
@@ -90,25 +104,24 @@ class Study:
         module = module_of(recipe)
         cells = expand(recipe, getattr(module, "settle", None))
         root = options.output or pathlib.Path("runs/studies") / f"{name}-{options.scale}"
+        # Another recipe of the data gets another directory, so that no job reads files that were made otherwise.
         recipe_of_data = json.dumps(recipe.prepare, sort_keys=True).encode()
         data = root / "data" / hashlib.sha256(recipe_of_data).hexdigest()[:16]
         jobs = jobs_of(cells, root, data, path.parent)
         return cls(recipe, module, root, data, path.parent, tuple(cells), tuple(jobs))
 
     def chosen(self, only: Sequence[str]) -> list[Job]:
-        """Return jobs with a cell that one of the patterns fits.
+        """Return the jobs with a cell whose name matches one of the shell patterns; all jobs without a pattern.
 
         Raises:
-            ConfigError: if a pattern fits none.
+            ConfigError: if a pattern matches no cell.
         """
         unmatched = [p for p in only if not any(fnmatch.fnmatch(cell.name, p) for cell in self.cells)]
         if unmatched:
             raise ConfigError([Fault("--only", f"no cell is named {p}; see --dry-run") for p in unmatched])
-        return [
-            job
-            for job in self.jobs
-            if not only or any(fnmatch.fnmatch(cell.name, p) for cell in job.cells for p in only)
-        ]
+        if not only:
+            return list(self.jobs)
+        return [job for job in self.jobs if any(fnmatch.fnmatch(cell.name, p) for cell in job.cells for p in only)]
 
     def results(self) -> Results:
         """Return what is complete, in the order of the grid."""
@@ -118,7 +131,11 @@ class Study:
 
 
 def run_study(name: str, options: StudyOptions) -> None:
-    """Do what the options say with a study.
+    """Show a study's grid, or run its jobs (at paper scale: list or submit them) and write the report.
+
+    Args:
+        name: of the study.
+        options: what the command line says.
 
     Raises:
         ConfigError: for a recipe that cannot be run; nothing was started.
@@ -140,7 +157,11 @@ def run_study(name: str, options: StudyOptions) -> None:
 
 
 def _report(study: Study, chosen: Sequence[Job], options: StudyOptions) -> None:
-    """Write the report of what is complete; raise if a chosen job failed."""
+    """Write the report of what is complete.
+
+    Raises:
+        StudyIncompleteError: if a chosen job failed; the report is written all the same.
+    """
     failed = [job for job in study.jobs if job.state() == "failed"]
     open_jobs = [job for job in study.jobs if job.state() == "open"]
     results = study.results()
@@ -170,7 +191,7 @@ def _report(study: Study, chosen: Sequence[Job], options: StudyOptions) -> None:
 
 
 def _software(jobs: Sequence[Job]) -> list[Mapping[str, Any]]:
-    """Return what complete jobs ran with, each kind once; nothing of jobs that did not record it."""
+    """Return the software that complete jobs recorded, each combination of versions once."""
     kinds: list[Mapping[str, Any]] = []
     for job in jobs:
         facts = (job.record() or {}).get("software") if job.state() == "complete" else None
@@ -180,6 +201,7 @@ def _software(jobs: Sequence[Job]) -> list[Mapping[str, Any]]:
 
 
 def _command(study: Study, options: StudyOptions) -> str:
+    """Return the command line that continues the study, with the options that decide what it does."""
     recipe = [] if options.recipe is None else ["--recipe", str(options.recipe)]
     here = ["--here"] if options.scale == "paper" else []
     words = ["privtrain", "study", study.recipe.study, "--scale", options.scale, "--output", str(study.root)]
@@ -187,7 +209,11 @@ def _command(study: Study, options: StudyOptions) -> str:
 
 
 def _prepare(study: Study, num_threads: int) -> None:
-    """Write the study's data files, each once; a file is there whole or not at all."""
+    """Write the study's data files by the recipe's commands, each once; a file is there whole or not at all.
+
+    Raises:
+        ConfigError: if a command fails, with the end of what it printed.
+    """
     for file_name, command in study.recipe.prepare.items():
         target = study.data / file_name
         if target.exists():
@@ -208,7 +234,11 @@ def _prepare(study: Study, num_threads: int) -> None:
 
 
 def _run_all(jobs: Sequence[Job], options: StudyOptions, num_complete: int) -> None:
-    """Run the jobs, some at a time, with a progress bar; raise if asked to stop."""
+    """Run the jobs, ``options.num_jobs`` at a time, with a progress bar; a job that fails does not stop the others.
+
+    Raises:
+        Preempted: if the study was asked to stop.
+    """
     processes = Processes(thread_environment(options.num_threads))
     bar = rich.progress.Progress(
         rich.progress.TextColumn("cells"),
@@ -236,6 +266,7 @@ def _run_all(jobs: Sequence[Job], options: StudyOptions, num_complete: int) -> N
 
 
 def _outcome(job: Job, processes: Processes) -> tuple[State | str, str]:
+    """Run a job; return how it ended, and a note for people."""
     try:
         state = run_job(job, processes)
     except RunBusy as error:
@@ -260,6 +291,7 @@ def _passing_signals(processes: Processes) -> Iterator[None]:
 
 
 def _show_grid(study: Study, chosen: Sequence[Job]) -> None:
+    """Print the cells of the chosen jobs with their states, and the commands of the first job."""
     table = rich.table.Table(title=f"{study.recipe.study}: {len(study.cells)} cells, {len(study.jobs)} jobs")
     for column in ("cell", "job", "state"):
         table.add_column(column, overflow="fold")
@@ -273,7 +305,13 @@ def _show_grid(study: Study, chosen: Sequence[Job]) -> None:
 
 
 def _hand_out(study: Study, jobs: Sequence[Job], options: StudyOptions) -> None:
-    """Write the list of cells for a job array and print, or give to the scheduler, what runs them."""
+    """Write the list of cells for a job array; then submit it, or print the commands that run the cells.
+
+    Args:
+        study: at paper scale.
+        jobs: to be run.
+        options: ``submit`` is the scheduler's command, e.g. ``sbatch``; without it nothing is submitted.
+    """
     if not jobs:
         return
     study.root.mkdir(parents=True, exist_ok=True)
@@ -281,6 +319,7 @@ def _hand_out(study: Study, jobs: Sequence[Job], options: StudyOptions) -> None:
     write_atomically(names, "".join(f"{job.name}\n" for job in jobs))
     recipe = [] if options.recipe is None else ["--recipe", str(options.recipe)]
     alone = ["privtrain", "study", study.recipe.study, "--scale", "paper", "--output", str(study.root), *recipe]
+    # study.sbatch takes the list of cells, then what follows "privtrain study"; each task runs the cell of its number.
     array = ["--array", f"0-{len(jobs) - 1}", "launch/slurm/study.sbatch", str(names), *alone[2:]]
     if options.submit is not None:
         done = subprocess.run([*shlex.split(options.submit), *array], check=False)

@@ -40,6 +40,7 @@ def words(facts: dict[str, Any]) -> str:
 
 
 def _commit() -> str | None:
+    """Return the commit that is checked out, marked if tracked files differ; ``None`` for an installed package."""
     if not (_ROOT / ".git").exists():
         return None
     head = _git("rev-parse", "HEAD")
@@ -49,6 +50,7 @@ def _commit() -> str | None:
 
 
 def _git(*arguments: str) -> str | None:
+    """Return what git prints; ``None`` if it fails or is not installed."""
     try:
         done = subprocess.run(["git", "-C", str(_ROOT), *arguments], capture_output=True, text=True, check=False)
     except FileNotFoundError:
@@ -57,6 +59,7 @@ def _git(*arguments: str) -> str | None:
 
 
 def _code_digest() -> str:
+    """Return SHA-256 over name and content of all Python files."""
     digest = hashlib.sha256()
     for package in _PACKAGES:
         for file in sorted((_ROOT / package).rglob("*.py")):

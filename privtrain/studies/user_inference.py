@@ -1,12 +1,14 @@
-"""User inference: whether a user's data were trained on, and what lowers it.
+"""User inference: whether a user's data were trained on, and what lowers the success of such an attack.
 
 Every measure is of the headline attack of ``attacks analyse``: the mean over the attacker's documents of a user of
-log p_tuned - log p_base per token. The documents were never trained on.
+log p_tuned - log p_base per token. The documents were never trained on. Measures read ``report/attacks.json`` of a
+finished cell. The axis ``method`` of the grid names the ways of training, by ``NAMES``; ``cap-N`` is a cap of N records
+a user. Its further values, by ``settings.canaries`` of the recipe, plant users whose documents share a substring.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from privtrain.studies.figures import AxisLabels, Level, Series, curves_figure, places_figure, roc_figure
@@ -20,9 +22,9 @@ PAPER = (
 
 PERPLEXITY = "eval/held_out_perplexity"
 
-#: An effect on the AUROC within this is none, where none is claimed.
+#: Where the paper claims no effect on the AUROC: an effect within this counts as none.
 MARGIN = 0.05
-#: And where one is claimed, less than this is none: half of the least difference that the paper reports.
+#: Where the paper claims an effect: a smaller one counts as none. Half of the least difference that the paper reports.
 LEAST = 0.02
 
 NAMES = {
@@ -57,9 +59,10 @@ def above_chance(result: CellResult) -> float:
 
 
 def tpr(target_fpr: float) -> Callable[[CellResult], float]:
-    """Return what reads the share of held-in users found at ``target_fpr``, or the sample's next lower rate."""
+    """Return the measure of the true positive rate over users at a false positive rate of at most ``target_fpr``."""
 
     def measure(result: CellResult) -> float:
+        """Return that rate of a cell."""
         facts = result.json("report/attacks.json")
         rows = facts["results"][facts["headline"]]["tpr_at_fpr"]
         return next(row["tpr"] for row in rows if row["target_fpr"] == target_fpr)
@@ -68,9 +71,10 @@ def tpr(target_fpr: float) -> Callable[[CellResult], float]:
 
 
 def last_less_first(curve: str) -> Callable[[CellResult], float]:
-    """Return how much the AUROC grows along one of the attack report's curves."""
+    """Return the measure of how much the AUROC grows along one of the attack report's curves, of ``_CURVES``."""
 
     def measure(result: CellResult) -> float:
+        """Return the AUROC at the curve's last point less that at its first."""
         points = _points(result, curve)
         return points[-1]["auroc"] - points[0]["auroc"]
 
@@ -78,9 +82,14 @@ def last_less_first(curve: str) -> Callable[[CellResult], float]:
 
 
 def more_documents_gain(place: int) -> Callable[[CellResult], float]:
-    """Return AUROC with more documents less that of the same users with one, at a place of the curve."""
+    """Return the measure of what more documents of the attacker gain over one.
+
+    Args:
+        place: index of the point on the curve ``by_num_documents``, which says how many documents.
+    """
 
     def measure(result: CellResult) -> float:
+        """Return the AUROC with these documents less that with one, over the same users."""
         point = _points(result, "by_num_documents")[place]
         return point["auroc"] - point["auroc_with_one"]
 
@@ -119,6 +128,11 @@ def find(results: Results) -> Findings:
 
 
 def _settings(results: Results) -> tuple[str, list[str], dict[str, int]]:
+    """Return the recipe's (baseline, caps, canaries).
+
+    The method without mitigation; the methods with a cap on a user's records; and method → tokens that all documents of
+    a planted user share.
+    """
     settings: Mapping[str, Any] = results.recipe.settings
     return settings["baseline"], list(settings["caps"]), dict(settings["canaries"])
 
@@ -128,24 +142,28 @@ def _claims(results: Results) -> list[Claim]:
     plain, caps, canaries = _settings(results)
 
     def less(method: str, than: str = plain) -> Estimate | None:
+        """Return by how much a method's AUROC is below another's."""
         return results.difference(auroc, {"method": than}, {"method": method})
 
     def grows(curve: str) -> Estimate | None:
+        """Return how much the AUROC without mitigation grows along a curve of the attack report."""
         cells = [r for r in results.where(method=plain) if len(_points(r, curve)) > 1]
         return Estimate(tuple(last_less_first(curve)(r) for r in cells)) if cells else None
 
     def documents() -> Estimate | None:
-        # The same number of documents in every seed.
+        """Return what the most documents that every seed has gain over one document."""
         place = min((len(_points(r, "by_num_documents")) for r in results.where(method=plain)), default=0) - 1
         return results.estimate(more_documents_gain(place), method=plain) if place > 0 else None
 
     def users_variance(method: str) -> float | None:
+        """Return what the finite number of users adds to the variance of a method's AUROC."""
         variance = results.estimate(auroc_variance, method=method)
         return None if variance is None else variance.mean
 
     shortest, longest = min(canaries, key=canaries.__getitem__), max(canaries, key=canaries.__getitem__)
     lengths = f"{canaries[longest]} tokens, not {canaries[shortest]}"
-    # What is planned for is the paper's difference in AUROC; of several data sets the least.
+    # (claim, measured difference in AUROC, users' part of its variance). ``expected`` is the paper's difference in
+    # AUROC; of several data sets the least.
     directed = [
         (
             Statement(
@@ -255,27 +273,30 @@ def _claims(results: Results) -> list[Claim]:
 
 
 def _mitigations(results: Results) -> Table:
+    """Return a table with a row for each complete way of training: AUROC, perplexity, guarantee."""
+    _, _, canaries = _settings(results)
     rows = []
     for method in results.values_of("method"):
         estimate = results.estimate(auroc, method=method)
-        if estimate is None or method in _settings(results)[2]:
+        if estimate is None or method in canaries:
             continue
-        ones = [results.estimate(measure, method=method) for measure in (tpr(0.01), tpr(0.1), PERPLEXITY)]
-        rows.append(
-            [_name(method), estimate.text(), *(one.text() if one else "" for one in ones), _guarantee(results, method)]
-        )
+        others = [results.estimate(measure, method=method) for measure in (tpr(0.01), tpr(0.1), PERPLEXITY)]
+        texts = [other.text() if other else "" for other in others]
+        rows.append([_name(method), estimate.text(), *texts, _guarantee(results, method)])
     columns = ("training", "AUROC", "TPR at FPR 1 %", "TPR at FPR 10 %", "held-out perplexity", "guarantee")
     note = f"Means over seeds with 95 % t-intervals. The paper without mitigation: {PAPER_AUROC}."
     return Table("What lowers user inference", columns, rows, note)
 
 
 def _guarantee(results: Results, method: str) -> str:
+    """Return a method's ε and δ in words, by the privacy statement of its first cell."""
     statement = results.where(method=method)[0].json("privacy.json")
     if statement["epsilon"] is None:
         return "none"
     return f"({statement['epsilon']:.3g}, {statement['delta']:g}) for one {statement['unit']}, were its seed secret"
 
 
+#: Curve of the attack report, over which AUROC is given → what its points are.
 _CURVES = {
     "by_num_documents": "documents of the attacker",
     "by_share": "quarter of users by share of the training text",
@@ -284,6 +305,7 @@ _CURVES = {
 
 
 def _dependences(results: Results) -> list[Table]:
+    """Return tables of what raises the AUROC without mitigation, and of planted users; only those with rows."""
     plain, _, canaries = _settings(results)
     rows = []
     for curve, title in _CURVES.items():
@@ -302,46 +324,72 @@ def _dependences(results: Results) -> list[Table]:
 
 
 def _by_place(results: Results, method: str, curve: str) -> list[list[dict[str, Any]]]:
-    """Return the points of a curve by place, over the seeds that have them."""
+    """Return, for each place on a curve of the attack report, the points there of the seeds that have one."""
     by_seed = [_points(result, curve) for result in results.where(method=method)]
     longest = max(map(len, by_seed), default=0)
     return [[points[place] for points in by_seed if place < len(points)] for place in range(longest)]
 
 
+_CHANCE = Level("guessing", 0.5)
+
+
 def _figures(results: Results) -> list[Figure]:
-    plain, _, canaries = _settings(results)
+    """Return the figures for which enough is complete."""
+    _, _, canaries = _settings(results)
     methods = [m for m in results.values_of("method") if m not in canaries and results.where(method=m)]
-    chance = [Level("guessing", 0.5)]
-    figures = []
-    if methods:
-        points: list[Estimate | float] = [e for m in methods if (e := results.estimate(auroc, method=m)) is not None]
-        series = [Series("AUROC", list(range(len(points))), points)]
-        svg = places_figure(
-            "mitigations", [_name(m) for m in methods], series, AxisLabels("", "AUROC over users"), chance
-        )
-        figures.append(Figure("mitigations", "AUROC by mitigation", svg, "Means over seeds with 95 % t-intervals."))
-        shown = [m for m in (plain, "cap-1", "dp-example", "dp-user") if m in methods]
-        svg = roc_figure("roc", [(_name(m), *_roc(results.where(method=m)[0])) for m in shown], _num_held_out(results))
-        figures.append(Figure("roc", "ROC on log axes", svg, "Of the first seed."))
+    figures = [_auroc_figure(results, methods), _roc_curves(results, methods)] if methods else []
+    more = (_documents_figure(results), _canaries_figure(results))
+    return [*figures, *(figure for figure in more if figure is not None)]
+
+
+def _auroc_figure(results: Results, methods: Sequence[str]) -> Figure:
+    """Draw the AUROC of each way of training."""
+    points: list[Estimate | float] = [e for m in methods if (e := results.estimate(auroc, method=m)) is not None]
+    series = [Series("AUROC", list(range(len(points))), points)]
+    labels = AxisLabels("", "AUROC over users")
+    svg = places_figure("mitigations", [_name(m) for m in methods], series, labels, [_CHANCE])
+    return Figure("mitigations", "AUROC by mitigation", svg, "Means over seeds with 95 % t-intervals.")
+
+
+def _roc_curves(results: Results, methods: Sequence[str]) -> Figure:
+    """Draw the ROC curves, of the first seed, of some ways of training."""
+    plain, _, _ = _settings(results)
+    shown = [m for m in (plain, "cap-1", "dp-example", "dp-user") if m in methods]
+    curves = [(_name(m), *_roc(results.where(method=m)[0])) for m in shown]
+    return Figure("roc", "ROC on log axes", roc_figure("roc", curves, _num_held_out(results)), "Of the first seed.")
+
+
+def _documents_figure(results: Results) -> Figure | None:
+    """Draw AUROC against the attacker's number of documents, without mitigation; ``None`` for fewer than two points."""
+    plain, _, _ = _settings(results)
     documents = _by_place(results, plain, "by_num_documents")
-    if len(documents) > 1:
-        x = [float(points[0]["num_documents"]) for points in documents]
-        series = [Series(_name(plain), x, [Estimate(tuple(p["auroc"] for p in points)) for points in documents])]
-        labels = AxisLabels("documents of the attacker", "AUROC over users", "log")
-        svg = curves_figure("documents", series, labels, chance)
-        figures.append(Figure("documents", "AUROC against documents", svg, "Users with at least so many documents."))
+    if len(documents) < 2:
+        return None
+    x = [float(points[0]["num_documents"]) for points in documents]
+    series = [Series(_name(plain), x, [Estimate(tuple(p["auroc"] for p in points)) for points in documents])]
+    labels = AxisLabels("documents of the attacker", "AUROC over users", "log")
+    svg = curves_figure("documents", series, labels, [_CHANCE])
+    return Figure("documents", "AUROC against documents", svg, "Users with at least so many documents.")
+
+
+def _canaries_figure(results: Results) -> Figure | None:
+    """Draw AUROC over planted users against the length of their shared substring; ``None`` with fewer than two."""
+    _, _, canaries = _settings(results)
     planted = [
-        (float(n), e) for m, n in canaries.items() if (e := results.estimate(canary_auroc, method=m)) is not None
+        (float(length), estimate)
+        for method, length in canaries.items()
+        if (estimate := results.estimate(canary_auroc, method=method)) is not None
     ]
-    if len(planted) > 1:
-        labels = AxisLabels("tokens shared by a user's documents", "AUROC over planted users", "log")
-        series = [Series("planted users", [length for length, _ in planted], [estimate for _, estimate in planted])]
-        svg = curves_figure("canaries", series, labels, chance)
-        figures.append(Figure("canaries", "AUROC against the shared substring", svg, "Users with a planted substring."))
-    return figures
+    if len(planted) < 2:
+        return None
+    labels = AxisLabels("tokens shared by a user's documents", "AUROC over planted users", "log")
+    series = [Series("planted users", [length for length, _ in planted], [estimate for _, estimate in planted])]
+    svg = curves_figure("canaries", series, labels, [_CHANCE])
+    return Figure("canaries", "AUROC against the shared substring", svg, "Users with a planted substring.")
 
 
 def _roc(result: CellResult) -> tuple[list[float], list[float]]:
+    """Return false and true positive rates at the corners of a cell's ROC curve."""
     facts = result.json("report/attacks.json")
     corners = facts["results"][facts["headline"]]["roc"]["corners"]
     return corners["fpr"], corners["tpr"]

@@ -4,6 +4,9 @@
 * ``mixture``: the same training, accounted for exactly (ELS of Charles et al. 2024, mixture of Gaussians).
 * ``user``: User-wise DP-SGD (Chua et al.), which is ULS of Charles et al.: users are sampled, each with at most k
   records, and clipped once.
+
+Axes of the grid: ``method`` (these three), ``k`` (most records of a user), ``epsilon`` (for a user), ``selection``
+(which k records of a user are kept: ``random`` but for a few cells), and maybe model and data set.
 """
 
 from __future__ import annotations
@@ -35,10 +38,16 @@ NAMES = {"group": "Group Privacy", "mixture": "ELS, mixture accounting", "user":
 
 
 def settle(values: Mapping[str, str], tree: Mapping[str, Any], settings: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the expected batch: the sampling probability times the public number of units.
+    """Return the overrides of a cell: the expected batch size and, where records are sampled, unit and accounting.
 
-    ``settings.populations`` holds it: the value of the axis ``data`` (or ``here``) → ``num_users`` that are held in,
-    and ``num_records`` by k, of them at most k each. Constants: they scale the step, no guarantee depends on them.
+    The expected batch size is the sampling probability times the number of sampled units. That number is a public
+    constant of the recipe, on which no guarantee depends.
+
+    Args:
+        values: axis → value of the cell.
+        tree: the cell's configuration, with the sampling probability.
+        settings: of the recipe. ``populations``: value of the axis ``data`` (or ``here``) → ``num_users`` held in, and
+            ``num_records``: k → their records, at most k of each.
     """
     population, sampling_prob = settings["populations"][values.get("data", "here")], tree["privacy"]["sampling_prob"]
     num_units = population["num_users"] if values["method"] == "user" else population["num_records"][values["k"]]
@@ -61,17 +70,22 @@ def find(results: Results) -> Findings:
 
 
 class _View:
-    """Cells of one model and data set.
+    """The cells of one model and data set, and what is compared between them.
+
+    Arguments ``method``, ``k``, ``epsilon`` and ``selection`` of its methods are values of the axes, as texts.
 
     Args:
         results: everything that is complete.
-        values: of the axes beside method, k, epsilon and selection.
+        values: axis → value for the other axes, such as model and data set; maybe none.
+
+    Attributes:
+        words: of model and data set, for the end of a title.
+        selection_k, selection_epsilon: of the cells that compare selections; empty if there are none.
     """
 
     def __init__(self, results: Results, values: Mapping[str, str]) -> None:
         self.results, self.values = results, values
         self.name = ", ".join(values.values()) or "here"
-        #: What follows a title.
         self.words = f" on {self.name}" if values else ""
         self.methods, self.ks = results.values_of("method"), results.values_of("k")
         self.epsilons, self.selections = results.values_of("epsilon"), results.values_of("selection")
@@ -88,15 +102,18 @@ class _View:
         return self.results.estimate(_PERPLEXITY, **self.cell(method, k, epsilon, selection))
 
     def best_k(self, method: str, epsilon: str) -> str | None:
-        """Return the k of least mean perplexity; chosen on the same held-out users, for every method alike."""
+        """Return the k of a method's least mean perplexity; ``None`` unless the cells of all its k are complete.
+
+        It is chosen on the held-out users that perplexity is reported on, for every method alike.
+        """
         planned = self.planned("k", method=method, epsilon=epsilon, selection="random")
         if not all(self.is_complete(method, k, epsilon) for k in planned):
-            return None  # the best of a part is not the best
+            return None
         means = {k: estimate.mean for k in planned if (estimate := self.perplexity(method, k, epsilon)) is not None}
         return min(means, key=means.__getitem__) if means else None
 
     def planned(self, axis: str, **values: str) -> list[str]:
-        """Return the values of an axis that the grid has together with these."""
+        """Return the values of an axis that the grid has in combination with these values of other axes."""
         wanted = {**self.values, **values}.items()
         return list(dict.fromkeys(c.values[axis] for c in self.results.planned if wanted <= c.values.items()))
 
@@ -106,12 +123,12 @@ class _View:
         return estimate is not None and estimate.n == len(self.results.recipe.seeds)
 
     def best(self, method: str, epsilon: str) -> Estimate | None:
-        """Return its perplexity."""
+        """Return a method's perplexity at its best k."""
         k = self.best_k(method, epsilon)
         return None if k is None else self.perplexity(method, k, epsilon)
 
     def gap(self, first: str, second: str, epsilon: str) -> Estimate | None:
-        """Return the first minus second, each at its best k, paired by seed."""
+        """Return the perplexity of the first method minus that of the second, each at its best k, paired by seed."""
         k_first, k_second = self.best_k(first, epsilon), self.best_k(second, epsilon)
         if k_first is None or k_second is None:
             return None
@@ -120,7 +137,7 @@ class _View:
         )
 
     def noise(self, method: str, k: str, epsilon: str) -> float | None:
-        """Return the noise multiplier of the complete cells."""
+        """Return the noise multiplier of a cell's complete runs; ``None`` if there are none."""
         estimate = self.results.estimate(_noise_multiplier, **self.cell(method, k, epsilon))
         return None if estimate is None else estimate.mean
 
@@ -128,6 +145,7 @@ class _View:
         """Return the papers' claims, judged."""
         chua, charles = "Chua et al. 2024", "Charles et al. 2024"
         smallest, largest, few, many = self.epsilons[0], self.epsilons[-1], self.ks[0], self.ks[-1]
+        # (claim, citation, the paper's result, difference in perplexity that is positive if the claim holds)
         judged: list[tuple[str, str, str, Estimate | None]] = [
             (
                 f"User-wise DP-SGD has lower perplexity than Group Privacy at ε = {epsilon}",
@@ -170,51 +188,51 @@ class _View:
         return [*claims, self._accounting(charles), *(self._selection_claims(chua) if self.selection_k else [])]
 
     def _between(self, method: str, first: tuple[str, str], second: tuple[str, str]) -> Estimate | None:
+        """Return a method's perplexity at the first (k, epsilon) minus that at the second, paired by seed."""
         return self.results.difference(_PERPLEXITY, self.cell(method, *first), self.cell(method, *second))
 
     def _accounting(self, charles: str) -> Claim:
-        pairs = [
-            (self.noise("mixture", k, epsilon), self.noise("group", k, epsilon), k, epsilon)
-            for k in self.ks
-            for epsilon in self.epsilons
-        ]
-        known = [(m / g, k, epsilon) for m, g, k, epsilon in pairs if m is not None and g is not None]
-        ratio, k, epsilon = min(known, default=(1.0, "", ""))
+        """Judge the claim that mixture accounting asks for less noise than group privacy; ``charles``: the citation."""
+        ratios = []  # (noise by mixture over noise by group, k, epsilon) where both are known
+        for k in self.ks:
+            for epsilon in self.epsilons:
+                mixture, group = self.noise("mixture", k, epsilon), self.noise("group", k, epsilon)
+                if mixture is not None and group is not None:
+                    ratios.append((mixture / group, k, epsilon))
+        least, k, epsilon = min(ratios, default=(1.0, "", ""))
         statement = f"mixture accounting asks for less noise than group privacy at equal k and ε{self.words}"
         return judge_fact(
             Statement(statement, charles, "far below group privacy"),
-            all(r < 1 for r, _, _ in known) if known else None,
-            ours=f"down to {ratio:.3f} of it (k = {k}, ε = {epsilon})" if known else "no pair is complete",
-            reason=f"noise multipliers of {len(known)} pairs of complete cells",
+            all(ratio < 1 for ratio, _, _ in ratios) if ratios else None,
+            ours=f"down to {least:.3f} of it (k = {k}, ε = {epsilon})" if ratios else "no pair is complete",
+            reason=f"noise multipliers of {len(ratios)} pairs of complete cells",
         )
 
     def _selection_claims(self, chua: str) -> list[Claim]:
+        """Judge for two methods which selection of a user's records is the best; ``chua``: the citation."""
         claims = []
         for method, best in (("group", "longest"), ("user", "random_chunk")):
             k, epsilon = self.selection_k, self.selection_epsilon
             planned = self.planned("selection", method=method, k=k, epsilon=epsilon)
-            is_whole = all(self.is_complete(method, k, epsilon, selection) for selection in planned)
-            leads = {
-                other.replace("_", " "): self.results.difference(
-                    _PERPLEXITY, self.cell(method, k, epsilon, other), self.cell(method, k, epsilon, best)
-                )
-                for other in planned
-                if is_whole and other != best
-            }
-            known = {other: lead for other, lead in leads.items() if lead is not None}
+            leads: dict[str, Estimate] = {}  # the best of a part is not the best: none unless all are complete
+            if all(self.is_complete(method, k, epsilon, selection) for selection in planned):
+                claimed = self.cell(method, k, epsilon, best)
+                for other in planned:
+                    lead = self.results.difference(_PERPLEXITY, self.cell(method, k, epsilon, other), claimed)
+                    if other != best and lead is not None:
+                        leads[other.replace("_", " ")] = lead
             words = f"{best.replace('_', ' ')} is the best selection for {NAMES[method]}{self.words}"
-            claims.append(judge_best(Statement(words, f"{chua}, data selection", "best of six"), known))
+            claims.append(judge_best(Statement(words, f"{chua}, data selection", "best of six"), leads))
         return claims
 
     def table(self) -> Table:
-        """Return perplexity and noise by method, k and ε."""
+        """Return a table of perplexity and noise: a row for each method and k, a column for each ε."""
         rows = []
         for method in self.methods:
             for k in self.ks:
-                cells = [self._entry(method, k, epsilon) for epsilon in self.epsilons]
-                if any(cells):
-                    missing = [self._absence(method, k, epsilon) for epsilon in self.epsilons]
-                    texts = [cell or why for cell, why in zip(cells, missing, strict=True)]
+                entries = {epsilon: self._entry(method, k, epsilon) for epsilon in self.epsilons}
+                if any(entries.values()):
+                    texts = [entry or self._absence(method, k, epsilon) for epsilon, entry in entries.items()]
                     rows.append([f"{NAMES[method]}, k = {k}", *texts])
         columns = ("method", *(f"ε = {epsilon}" for epsilon in self.epsilons))
         note = "Held-out perplexity (95 % t-interval over seeds) and noise multiplier σ; ε is for a user, at equal δ."
@@ -236,7 +254,10 @@ class _View:
         return self.results.estimate(lambda result: result.first(_PERPLEXITY), **self.values)
 
     def figures(self) -> list[Figure]:
-        """Return perplexity against ε, against k, and by selection."""
+        """Return figures of perplexity against ε, against k, and by selection, and of noise against k.
+
+        Only those with points. Against k they are at the ε of the cells that compare selections, else at the smallest.
+        """
         slug = "".join(f"-{value}" for value in self.values.values())
         base = self.base()
         levels = [] if base is None else [Level("before training", base.mean)]
@@ -265,17 +286,19 @@ class _View:
         levels: Sequence[Level],
         caption: str,
     ) -> Figure | None:
-        """Return a figure of the series that have points; None if none has. ``words`` name model and data set."""
+        """Return a figure of the series that have points; ``None`` if none has. Arguments: :func:`curves_figure`."""
         kept = [one for one in series if one.x]
         if not kept:
             return None
         return Figure(name, title + self.words, curves_figure(name, kept, labels, levels), caption)
 
     def _series(self, method: str, points: Sequence[tuple[float, Estimate | float | None]]) -> Series:
+        """Return a method's curve through (x, y), without the points whose y is not known."""
         known = [(x, y) for x, y in points if y is not None]
         return Series(NAMES[method], [x for x, _ in known], [y for _, y in known])
 
     def _selection_figure(self, slug: str) -> list[Figure]:
+        """Return the figure of perplexity by selection, or nothing; ``slug`` ends its name."""
         if not self.selection_k:
             return []
         series = []
@@ -313,6 +336,7 @@ def _noise_multiplier(result: CellResult) -> float:
 
 
 def _other_values(results: Results) -> list[dict[str, str]]:
+    """Return every combination of the axes other than method, k, epsilon and selection; one empty without others."""
     known = ("method", "k", "epsilon", "selection")
     distinct = {tuple((a, v) for a, v in cell.values.items() if a not in known) for cell in results.planned}
     return [dict(values) for values in sorted(distinct)]

@@ -7,10 +7,14 @@ from privtrain.errors import SelfTestFailed
 
 
 def agree_on_fault(fault: str, backend: Backend) -> None:
-    """Raise on every rank if ``fault`` is not empty on any, which would otherwise wait for it until the time-out.
+    """Raise on every rank if any rank found a fault. Every rank calls it: else the others would wait until a time-out.
+
+    Args:
+        fault: what this rank found, in words; empty for nothing.
+        backend: asks the other ranks.
 
     Raises:
-        SelfTestFailed: with this rank's fault, or a word about another's.
+        SelfTestFailed: with this rank's fault, or saying that another rank's message has it.
     """
     if backend.any_rank(bool(fault)) or fault:
         raise SelfTestFailed(fault or "another rank found a fault; see its message")

@@ -40,9 +40,14 @@ def noise_name(auxiliary_sum: str) -> str:
 
 
 def sums(plan: PrivacyPlan, counts: ClippingDiagnostics) -> dict[str, int]:
-    """Return this rank's part of every auxiliary sum in units of 2**EXPONENT, without noise: private.
+    """Return this rank's part of every auxiliary sum, without noise: private.
 
-    A loss that is not a number counts as the largest: it says nothing of how large it would be.
+    Args:
+        plan: says which sums are released: the count of units within the clipping norm, the sum of losses, or both.
+        counts: what the clipper noted of this rank's units in the step.
+
+    Returns:
+        Name of the sum → an integer, in steps of 2**EXPONENT.
     """
     totals = {}
     for auxiliary_sum in plan.auxiliary_sums:
@@ -69,11 +74,16 @@ def reduced(plan: PrivacyPlan, counts: ClippingDiagnostics, backend: Backend) ->
 
 
 def release(plan: PrivacyPlan, totals: Mapping[str, int], noise: StepNoise) -> dict[str, float]:
-    """Release every auxiliary sum through the door.
+    """Add each auxiliary sum's noise.
+
+    Args:
+        plan: with the sums' noise and the expected batch size.
+        totals: of :func:`reduced`: over all ranks, without noise.
+        noise: the step's source of noise, the same on every rank.
 
     Returns:
-        Auxiliary sum → its value with noise, divided by the expected batch size, the constant that stands for the
-        number of units; the same on every rank.
+        Name of the sum → its value with noise, divided by the expected batch size, a public constant that stands for
+        the number of units; the same on every rank.
     """
     return {
         auxiliary_sum.name: float(
@@ -96,19 +106,24 @@ def share_within(released: Mapping[str, float]) -> float:
 
 
 def metrics(plan: PrivacyPlan, released: Mapping[str, float]) -> dict[str, float]:
-    """Return a step's noised metrics and the standard deviation of their noise: post-processing of the release."""
+    """Return a step's noised metrics, e.g. ``noised/loss``, and the standard deviation of the noise in each.
+
+    They cost no ε: they are computed from the released sums, ``released`` of :func:`release`, alone.
+    """
     if plan.noised_metrics is None:
         return {}
     low, high = plan.noised_metrics.loss_range
     stddevs = plan.metric_stddevs
     values = {}
     for metric in plan.noised_metrics.release:
+        # A loss as _centred mapped it, or the share that was clipped.
         value = (low + high) / 2 + (high - low) * released[LOSS] if metric == "loss" else 1 - share_within(released)
         values |= {f"noised/{metric}": value, f"noised/{metric}_stddev": stddevs[metric]}
     return values
 
 
 def _centred(loss: float, low: float, high: float) -> float:
+    """Return a loss cut to [``low``, ``high``] and mapped to [-1/2, 1/2]; NaN counts as the largest."""
     inside = high if math.isnan(loss) else min(max(loss, low), high)
     return (inside - low) / (high - low) - 0.5
 
@@ -122,13 +137,18 @@ def _on_grid(value: float) -> int:
 #: The norm changes by at most a factor e in a step, whatever the noise.
 _MOST_LOG_CHANGE = 1.0
 
-
-#: A norm this many times the first one, or its share, is no clipping norm of anything.
+#: The norm may grow or shrink by this factor over the run.
 _FURTHEST = 1e12
 
 
 def next_norm(settings: AdaptiveClipping, clipping_norm: float, share: float, *, initial_norm: float) -> float:
-    """Return the next step's clipping norm: post-processing of the released share.
+    """Return the next step's clipping norm, computed from released values alone.
+
+    Args:
+        settings: learning rate and target of the share within the norm.
+        clipping_norm: of this step.
+        share: of units within it, with noise, as released.
+        initial_norm: of the first step.
 
     Raises:
         GuaranteeLost: if it has left [1e-12, 1e12] times ``initial_norm``, beyond which fp32 may lose noise or sum.

@@ -1,11 +1,11 @@
-"""The mean of the weights after the last steps: post-processing, since every one of those weights is covered by ε.
+"""The mean of the weights after the last steps, which is released in place of the last weights.
 
-The steps of a plan are what ε is computed for, with all that leaves each of them: so a function of the weights after
-several steps costs nothing. A mean over a run's tail takes out part of its noise where the learning rate does not decay
-(Rakhlin et al. 2012, arXiv 1109.5647; with privacy De et al. 2022, arXiv 2204.13650, section 4.6).
+It costs no privacy: ε covers the weights after every step, and any function of them is post-processing. Where the
+learning rate does not decay, a mean over a run's last steps takes out part of the noise (Rakhlin et al. 2012, arXiv
+1109.5647; with privacy De et al. 2022, arXiv 2204.13650, section 4.6).
 
-The mean is kept beside AdamW's moments, 4 bytes a trained weight: checkpoints, and whoever shards the optimizer, carry
-it as they carry those.
+The mean is kept in the optimizer's state beside AdamW's moments, 4 bytes a trained weight. So it is saved in
+checkpoints and sharded over ranks as the moments are.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 
 from privtrain.backends import Backend
 
-#: The entry of an optimizer's state that holds it.
+#: The entry of a parameter's optimizer state that holds the mean.
 _KEY = "average"
 
 
@@ -34,11 +34,11 @@ def include(optimizer: torch.optim.Optimizer, step: int, *, num_steps: int, num_
         if num_included == 1:
             state[_KEY] = parameter.detach().clone()
         else:
-            state[_KEY].lerp_(parameter.detach(), 1 / num_included)
+            state[_KEY].lerp_(parameter.detach(), 1 / num_included)  # the running mean
 
 
 def install(optimizer: torch.optim.Optimizer, backend: Backend) -> bool:
-    """Put the mean in place of the weights, on every rank; return whether there is one. Repeatable."""
+    """Put the mean in place of the weights, on every rank; return whether there is one. Safe to repeat."""
     trained = [(parameter, state) for parameter, state in _trained(optimizer) if _KEY in state]
     for parameter, state in trained:
         parameter.detach().copy_(state[_KEY])

@@ -21,6 +21,11 @@ def flops_per_token(trainer: Trainer, packer: Packer, *, vocabulary_size: int) -
 
     Matrix products, convolutions and attention are counted, by torch's own counter; a multiplication and an addition
     are two. Every rank calls it, between steps; what the clipper holds is thrown away.
+
+    Args:
+        trainer: whose model and clipper are measured.
+        packer: makes microbatches of the job's shape.
+        vocabulary_size: planted tokens are below this.
     """
     rng = np.random.default_rng(0)
     rows = [
@@ -28,7 +33,7 @@ def flops_per_token(trainer: Trainer, packer: Packer, *, vocabulary_size: int) -
         for _ in range(packer.microbatch_size)
     ]
     batches = [batch.to(trainer.backend.device) for batch in packer.pack(rows, packer.num_batches(rows))]
-    # Twice: the first pass of a clipper also looks for layers that it does not see.
+    # Twice, of which the second counts: a clipper's first pass does more, to look for layers that no rule covers.
     for counter in (FlopCounterMode(display=False), FlopCounterMode(display=False)):
         trainer.clipper.reset()
         with counter:

@@ -21,8 +21,8 @@ class Scores:
 
     Attributes:
         losses: [records] sum of the negative log-likelihoods of each record's predicted tokens, or its label, in nats.
-        num_targets: [records] predicted tokens of each, at least one in all.
-        num_correct: labels that are the model's first choice; 0 for language models.
+        num_targets: [records] predicted tokens of each; not all are 0.
+        num_correct: number of labels that are the model's first choice; 0 for language models.
     """
 
     losses: np.ndarray
@@ -50,13 +50,23 @@ def evaluate(
     autocast: torch.autocast,
     between_batches: Callable[[], None] = lambda: None,
 ) -> Scores | None:
-    """Score the records over all ranks; ``None`` if they predict nothing.
+    """Score the records over all ranks, and return the same scores on each; ``None`` if nothing is to be predicted.
 
-    Every rank runs as many batches as the busiest one, and ``between_batches`` before each, where all ranks may talk.
+    Every rank runs as many batches as the busiest one, since sharded models need equal passes.
+
+    Args:
+        model: as it is now.
+        records: tokenised.
+        backend: reduces the losses.
+        objective: the loss of a row.
+        packer: makes microbatches.
+        autocast: precision of forward passes.
+        between_batches: called before each batch, on all ranks at the same time, so that it may use collectives.
     """
+    # Rank r takes the records r, r + world_size, ...; the packer takes units, so each record is a unit of one.
     shares = [[[record] for record in records[rank :: backend.world_size]] for rank in range(backend.world_size)]
     num_batches = max(packer.num_batches(share) for share in shares)
-    # A record is scored on one rank; in the sum over ranks the others add zeros.
+    # A record is scored on one rank; in the sum over ranks the others add zeros. The last entry counts correct labels.
     losses = torch.zeros(len(records) + 1, dtype=torch.float32, device=backend.device)
     model.eval()
     with torch.no_grad():
@@ -66,10 +76,11 @@ def evaluate(
             with autocast:
                 row_losses = objective.losses(model, moved.input_ids, moved.target_mask)
                 losses[-1] += objective.num_correct(model, moved.input_ids, moved.target_mask)
-            is_record = batch.owner != NOBODY
-            owners = torch.tensor(batch.owners, dtype=torch.int64)  # nobody in a batch that only other ranks need
-            mine = owners[batch.owner[is_record]] * backend.world_size + backend.rank
-            losses[mine.to(backend.device)] = row_losses[is_record.to(backend.device)].float()
+            # batch.owner: of each row, which of batch.owners it belongs to; these are positions in this rank's share.
+            is_record = batch.owner != NOBODY  # the others are padding rows
+            owners = torch.tensor(batch.owners, dtype=torch.int64)  # empty in a batch that only other ranks need
+            record_numbers = owners[batch.owner[is_record]] * backend.world_size + backend.rank
+            losses[record_numbers.to(backend.device)] = row_losses[is_record.to(backend.device)].float()
     model.train()
     backend.reduce(losses)
     *per_record, num_correct = losses.double().tolist()
@@ -78,10 +89,11 @@ def evaluate(
 
 
 def difference(before: Scores, after: Scores) -> tuple[float, float, float]:
-    """Return how much the mean loss rose, with a 95 % interval over records: (estimate, low, high).
+    """Return how much the mean loss per token rose, with a 95 % interval: (estimate, low, high).
 
-    The records are the same, so each is compared with itself: a ratio estimator with its linearised variance and
-    Student's t. Records are taken to be independent draws; of fewer than two nothing is known.
+    The same records were scored before and after, and each is compared with itself. The mean is the ratio of summed
+    losses to summed tokens, so the interval is that of a ratio estimator: linearised variance, Student's t. Records are
+    taken to be independent draws; from fewer than two the interval is infinite.
     """
     from scipy import stats
 

@@ -1,8 +1,9 @@
-"""Units whose update is a random direction, for an audit from inside (:mod:`privtrain.data.directions`).
+"""Gradient canaries: planted units whose gradient is a random direction, for an audit from inside.
 
-Such a unit is sampled, written to the ledger and accounted as every unit. In a step that draws it its direction takes
-the place of a gradient, ten times longer than the clipping norm, and goes through the clipper's own path for one unit:
-norm, factor, grid, sum. So one of them moves the sum by at most the sensitivity of the plan, as anybody does.
+The auditor, who knows the directions (:mod:`privtrain.data.directions`), tests from the model which of them took part.
+A gradient canary is sampled, written to the ledger and accounted as every unit. In a step that draws it, its direction
+takes the place of a gradient, ten times longer than the clipping norm, and goes through the clipper's own path for one
+unit: norm, factor, grid, sum. So a canary moves the sum by at most the sensitivity of the plan, as any unit does.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from privtrain.privacy.layout import Layout
 from privtrain.privacy.sampling import DrawnUnit
 from privtrain.privacy.secret import SecretKey
 
+#: Stands for a unit's position among those that the clipper runs rows of: a canary has no rows.
 _NO_ROW = -1
-"""In place of a unit's position among those whose rows run: it has none."""
 
 
 class GradientCanaries:
@@ -32,7 +33,7 @@ class GradientCanaries:
 
     Args:
         root_key: the run's, which the directions are drawn from.
-        canaries: all of the run.
+        canaries: all planted users of the run; those that carry texts are ignored here.
         units: the training units.
     """
 
@@ -42,9 +43,9 @@ class GradientCanaries:
         self._user_of = {n: owner for n, owner in enumerate(units.owners) if owner in names} if names else {}
 
     def apart(self, drawn: Sequence[DrawnUnit]) -> tuple[list[DrawnUnit], list[str]]:
-        """Return the units with rows to run, and the drawn canaries' ids."""
-        rows = [unit for unit in drawn if unit.unit not in self._user_of]
-        return rows, [self._user_of[unit.unit] for unit in drawn if unit.unit in self._user_of]
+        """Split the units of a step: return those with records to run, and the user ids of the gradient canaries."""
+        with_records = [unit for unit in drawn if unit.unit not in self._user_of]
+        return with_records, [self._user_of[unit.unit] for unit in drawn if unit.unit in self._user_of]
 
     def add(self, clipper: PerUnitClipper, users: Iterable[str]) -> None:
         """Add the clipped directions of these canaries to a step's sum."""
@@ -53,10 +54,14 @@ class GradientCanaries:
             clipper.add_gradient(_NO_ROW, self._gradient(user, clipper.layout, norm))
 
     def _gradient(self, user: str, layout: Layout, norm: float) -> dict[str, torch.Tensor]:
-        """Return a canary's gradient: its random signs at norm ``norm``, name → tensor."""
+        """Return a canary's gradient, name of the tensor → fp32: in every coordinate a random sign times one size.
+
+        The size makes the norm over all tensors ``norm``.
+        """
         size = norm / math.sqrt(layout.num_coordinates)
         tensors = {}
         for slot, parameter in zip(layout.slots, layout.parameters.values(), strict=True):
+            # Signs are drawn block by block, so that the auditor can draw those of one block alone.
             parts = [signs(self._key, user, slot.name, number, num) for number, _, num in blocks(slot.num_coordinates)]
             values = torch.from_numpy(np.concatenate(parts)).to(parameter.device)
             tensors[slot.name] = values.float().mul_(size).view(slot.shape)
@@ -64,10 +69,10 @@ class GradientCanaries:
 
 
 def check_placement(num_gradient_users: int, placement: Placement) -> None:
-    """Raise where a unit's gradient is in parts: a direction takes the place of a whole one.
+    """Raise if there are gradient canaries and the backend shards gradients: a direction stands for a whole gradient.
 
     Raises:
-        ConfigError: if there are gradient canaries and the backend shards gradients, be it over a single process.
+        ConfigError: then, also if there is only one process to shard over.
     """
     if num_gradient_users and placement.shards is not None:
         problem = f"{num_gradient_users} needs whole gradients, and this backend shards them, also in one process"

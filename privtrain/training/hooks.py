@@ -1,4 +1,13 @@
-"""What the start-up probes hook into a model: loud rows, shared random numbers at their ends, one row's outputs."""
+"""Hooks with which the start-up probes test whether a model keeps the rows of a batch apart.
+
+The probes (:mod:`.probes`, :mod:`.line_probe`) compare what a model makes of a row alone and beside others. Three hooks
+make a mixture show:
+
+* *loud* rows or tokens enter the model with activations a thousand times larger than usual, so that whatever reaches
+  another row from them is seen;
+* random numbers that a whole batch shares are replaced by an extreme value, 0 or 1, so that sharing changes losses;
+* the outputs of every module for one row are collected, to name the first one that differs.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +21,13 @@ from torch.overrides import TorchFunctionMode
 
 from privtrain.clipping import refusals
 
-#: A loud row's activations, in root mean squares of its ordinary ones.
+#: Activations of a loud row, as a multiple of the root mean square of its ordinary ones.
 _LOUDNESS = 1e3
-#: Weight of its loss: its gradient is larger than any that the self-test's planted units have.
+#: Factor of a loud row's loss: it makes its gradient larger than any that the self-test's planted units have.
 LOUD_WEIGHT = 1e8
-#: Values of a module's output that are kept.
+#: Values of a module's output that are kept, roughly.
 _NUM_KEPT = 4096
-#: What draws random numbers in torch, by name.
+#: Names of torch's functions that draw random numbers.
 _DRAWS = ("rand", "randn", "rand_like", "randn_like", "randint", "randint_like", "randperm", "normal", "bernoulli")
 _DRAWS += ("multinomial", "poisson", "uniform_", "normal_", "bernoulli_", "exponential_", "random_", "dropout")
 
@@ -27,18 +36,19 @@ _DRAWS += ("multinomial", "poisson", "uniform_", "normal_", "bernoulli_", "expon
 def loud_rows(model: nn.Module, first_token: int) -> Iterator[None]:
     """Let rows that begin with ``first_token`` enter the model with huge activations, within the block.
 
-    At every other token one coordinate alone is huge, which stays an outlier behind any norm; else all are.
+    The input embedding's output is replaced; :func:`_pattern` says by what.
     """
 
     def shout(_module: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> Any:
         """Replace the embedding of rows that begin with ``first_token`` by a pattern much larger than it."""
         ids = inputs[0] if inputs else next(iter(keywords.values()), None)
-        # Rows stay as loud as they are where an embedding is called in another way.
+        # Where an embedding is called in another way than with ids [rows, tokens], nothing is made loud.
         if not isinstance(ids, torch.Tensor) or not isinstance(output, torch.Tensor) or ids.ndim != 2:
             return output
-        pattern = _pattern(output)
-        size = output.detach().float().square().mean(dim=(1, 2), keepdim=True).sqrt().to(output)  # of the row alone
-        return torch.where((ids[:, :1] == first_token)[..., None], _LOUDNESS * size * pattern, output)
+        # Each row's own root mean square: one over all rows would itself mix them.
+        row_rms = output.detach().float().square().mean(dim=(1, 2), keepdim=True).sqrt().to(output)
+        is_loud = (ids[:, :1] == first_token)[..., None]
+        return torch.where(is_loud, _LOUDNESS * row_rms * _pattern(output), output)
 
     embedding = _input_embedding(model)
     handle = None if embedding is None else embedding.register_forward_hook(shout, with_kwargs=True)
@@ -73,15 +83,20 @@ def loud_tokens(model: nn.Module, is_loud: torch.Tensor) -> Iterator[None]:
 
 
 def _pattern(output: torch.Tensor) -> torch.Tensor:
-    """Return [tokens, width]: one coordinate alone at every other token, signs at the others."""
+    """Return [tokens, width] of loud activations, for an output [rows, tokens, width] of an embedding.
+
+    At tokens 0, 2, 4, ... one coordinate is 1 and the others 0: an outlier, also after any normalisation. At the other
+    tokens the coordinates are 1 and -1 in turn: large everywhere.
+    """
     num_tokens, width = output.shape[1:]
-    place = torch.arange(num_tokens, device=output.device)
-    spike = nn.functional.one_hot(place % width, width).to(output)
+    token = torch.arange(num_tokens, device=output.device)
+    spike = nn.functional.one_hot(token % width, width).to(output)
     sign = (1 - 2 * (torch.arange(width, device=output.device) % 2)).to(output)
-    return torch.where((place % 2 == 0)[:, None], spike, sign)
+    return torch.where((token % 2 == 0)[:, None], spike, sign)
 
 
 def _input_embedding(model: nn.Module) -> nn.Module | None:
+    """Return the module that turns token ids into activations; ``None`` if the model has no embedding."""
     try:
         embedding = refusals.unwrapped(model).get_input_embeddings()
     except (AttributeError, NotImplementedError):
@@ -91,15 +106,15 @@ def _input_embedding(model: nn.Module) -> nn.Module | None:
 
 @contextlib.contextmanager
 def outputs_of_row(model: nn.Module, row: int, num_rows: int, share: float) -> Iterator[dict[str, torch.Tensor]]:
-    """Collect what every module returns for one row, in the order of the forward pass within the block.
+    """Yield a dictionary that fills with what every module returns for one row, in the order of the forward pass.
 
-    Of a large output some values and the sum of all are kept.
+    Name of the module → [values] float64: some evenly spaced values of its output for the row, then the sum of all.
 
     Args:
         model: whose modules are watched.
         row: which row of the batch.
-        num_rows: rows of the batch, which lie in the first dimension of an output, before tokens or folded with them.
-        share: the part of the row, from its beginning, that is no padding.
+        num_rows: rows of the batch. They are an output's first dimension, [rows, tokens, ...] or [rows * tokens, ...].
+        share: the part of the row, from its beginning, that is no padding: 0.5 for 6 tokens in a row of 12.
     """
     outputs: dict[str, torch.Tensor] = {}
 
@@ -124,15 +139,19 @@ def outputs_of_row(model: nn.Module, row: int, num_rows: int, share: float) -> I
 
 
 class SharedRandomNumbers(TorchFunctionMode):
-    """Replaces every random tensor without a dimension for rows by 0 or 1, while it is entered.
+    """Replaces random tensors that all rows share by 0 or 1, while it is entered.
+
+    A tensor is shared if none of its dimensions stands for rows: e.g. one number that decides whether a layer is
+    dropped for the whole batch. If losses then differ between 0 and 1, rows are coupled by that number.
 
     Args:
         model: whose modules are named.
-        sizes: of a dimension that stands for rows, alone or folded with tokens; no other dimension should have them.
+        sizes: sizes of a dimension that stands for rows: their number, or rows times tokens where the two are one
+            dimension; no other dimension of the model may have these sizes.
         value: 0 or 1.
 
     Attributes:
-        owner: the module that drew the first such tensor; empty if none did.
+        owner: in words, the module that drew the first shared tensor; empty if none was drawn.
     """
 
     def __init__(self, model: nn.Module, sizes: tuple[int, ...], value: float) -> None:
@@ -141,13 +160,15 @@ class SharedRandomNumbers(TorchFunctionMode):
         self._model = model
         self._sizes = sizes
         self._value = value
-        self._inside: list[str] = []
+        self._inside: list[str] = []  # modules whose forward pass runs, the innermost last
         self._handles: list[Any] = []
 
     def __enter__(self) -> SharedRandomNumbers:
+        """Follow which module runs, and begin to replace."""
         for name, module in self._model.named_modules():
             text = f"module {name!r} of type {type(module).__name__}"
             self._handles.append(module.register_forward_pre_hook(lambda _m, _i, text=text: self._inside.append(text)))
+            # "and None": a hook that returned the name would replace the module's output by it.
             self._handles.append(module.register_forward_hook(lambda _m, _i, _o: self._inside.pop() and None))
         super().__enter__()
         return self
@@ -158,17 +179,19 @@ class SharedRandomNumbers(TorchFunctionMode):
             handle.remove()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call one of torch's functions; replace its result if it is a random tensor that rows share."""
         result = func(*args, **(kwargs or {}))
         name = getattr(func, "__name__", "")
         if name not in _DRAWS or not isinstance(result, torch.Tensor):
             return result
         if any(size in result.shape for size in self._sizes):
-            return result
+            return result  # each row has numbers of its own
         given = args[0] if args and isinstance(args[0], torch.Tensor) else None
         if given is not None and not name.endswith("_") and (given is result or torch.equal(given, result)):
-            return result  # dropout that is off, which gives back the very tensor
+            return result  # dropout that is off returns its input
         self.owner = self.owner or (self._inside[-1] if self._inside else "")
         with torch.no_grad():
             if result.is_floating_point():
                 return result.fill_(self._value)
+            # Integers, e.g. of randperm, must stay valid: their two extremes are the order drawn and its reverse.
             return result.flip(0) if self._value and result.ndim else result

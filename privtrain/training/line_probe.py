@@ -1,6 +1,9 @@
 """Prove on the real model that units may share a line, or say why records need rows of their own.
 
-Rows have passed their own checks before. A line is compared with them, and with itself:
+A *line* is one long row that several units share, each with one or more records; attention and positions are confined
+to a record. A line is for a constant number of units (*slots*), each of at most a constant number of tokens. The
+alternative is a padded *row* for each record. Rows have passed their own checks (:mod:`.probes`) before. A line is
+compared with them, and with itself:
 
 * every token's loss is what it is in a row of its own, also in the longest record: attention and positions are right;
 * what the clipper adds for planted units is what it adds by rows; a huge unit adds at most the clipping norm, one that
@@ -9,7 +12,9 @@ Rows have passed their own checks before. A line is compared with them, and with
   activations that add gradients of their own, and these add the same with it and without;
 * no random number is shared by the tokens of a line.
 
-Every rank looks for itself and reduces nothing, so that what one rank finds keeps nobody waiting; then all agree.
+*Loud* units enter the model with huge activations (:func:`.hooks.loud_tokens`), so that whatever of them reaches
+another unit is seen. Every rank looks for itself and reduces nothing, so that what one rank finds keeps nobody waiting;
+then all agree.
 """
 
 from __future__ import annotations
@@ -35,9 +40,9 @@ from privtrain.training.trainer import Trainer
 _OTHER_SHAPE = {"fp32": 1e-4, "bf16": 5e-2}
 #: The same of a unit's clipped gradient, by tensor.
 _OTHER_GRADIENT = {"fp32": 1e-3, "bf16": 5e-2}
-#: Records of the planted units, and tokens of the line that they share: odd, so that no width of a model has as many.
+#: Tokens of each planted unit's records, and of the line that the units share: odd, unlike the widths of models.
 _PLANTED_LENGTHS, _PLANTED_TOKENS = (7, 12), 61
-#: Norms of the planted units in clipping norms; the third is not a number.
+#: Gradient norms of the first two planted units, in clipping norms; the third unit's loss is NaN.
 _SIZES = (1e4, 0.5)
 #: Full lines in which units are moved about, for each size of slots.
 _NUM_CROWDS = 4
@@ -60,22 +65,25 @@ class LineProbe:
     route: str
 
     def why_rows(self) -> str:
-        """Return why records need rows; nothing, on every rank, if a line is exact. Dropout must be off."""
+        """Return in words why records need rows; empty, on every rank, if lines are exact. Dropout must be off."""
         return self._agreed(self._fault)
 
     def shared_coins(self) -> str:
-        """Return why rows are needed for random numbers that tokens of a line share. Dropout must be as in training."""
+        """Return in words who draws a random number for several tokens of a line; empty if nobody does.
+
+        Dropout must be as in training.
+        """
         return self._agreed(self._coins)
 
     def _agreed(self, check: Callable[[], str]) -> str:
-        """Return why rows are needed, on every rank; a model that fails on a line needs them too."""
+        """Return why rows are needed: what ``check`` finds, or that it fails; on every rank if on any, else empty."""
         try:
             fault = check()
         except (UnsupportedLayer, GuaranteeLost) as refusal:
             fault = str(refusal)
-        except Exception as failure:  # whatever a model does with positions that it does not know: rows are the way out
+        except Exception as failure:  # a model may fail in any way on a line; it can still be trained by rows
             if isinstance(failure, PrivtrainError) or fallback.is_elsewhere(failure):
-                raise
+                raise  # not the model's fault: e.g. no memory is left, or another rank is lost
             fault = f"a line fails: {fallback.in_words(failure)}"
         if self.trainer.backend.any_rank(bool(fault)):
             return fault or "another rank found that its model needs them"
@@ -95,12 +103,15 @@ class LineProbe:
     # What is computed.
 
     def _other_losses(self) -> str:
-        """Return how far losses in a line are from those in rows, if it is more than rounding."""
+        """Return in words how far losses in a line are from those in rows, if by more than rounding; else empty.
+
+        The line holds one unit: the longest record that the job may have, and two short ones where there is room.
+        """
         packer = self._packer
         lengths = [packer.max_length]
         for length in (5, 9):
             if sum(lengths) + length <= packer.num_tokens:
-                lengths.insert(len(lengths) // 2, length)
+                lengths.insert(len(lengths) // 2, length)  # in the order 5, 9, longest
         records = [self._record(length, seed) for seed, length in enumerate(lengths)]
         line = packer.arranged([records]).to(self._device)
         with torch.no_grad(), attention.within_records(self.trainer.model, line):
@@ -110,7 +121,7 @@ class LineProbe:
             with torch.no_grad(), self.trainer.autocast:
                 ids = torch.from_numpy(record.tokens)[None].to(self._device)
                 alone = -token_log_probs(self.trainer.model, ids)[0]
-            if len(alone):
+            if len(alone):  # nothing predicts a record's first token
                 change = (together[first + 1 : stop] - alone).abs().max() / alone.abs().max().clamp(min=1e-30)
                 worst = max(worst, float("inf") if change.isnan() else float(change))
         if worst > _OTHER_SHAPE[self.precision]:
@@ -118,58 +129,68 @@ class LineProbe:
         return ""
 
     def _other_sums(self, clipper: LineClipper) -> str:
-        """Return what is wrong with the sum over planted units in a line, or nothing."""
+        """Return in words what is wrong with the clipped sum of planted units in a line; empty if nothing.
+
+        Three units of two records: one to be clipped, one within the norm, one whose loss is NaN. The first two are
+        compared with rows, whole in a line and cut over two lines. Then all three share a line.
+        """
         units = [[self._record(n, 10 * u + n) for n in _PLANTED_LENGTHS] for u in range(3)]
-        factors = [self._factor(unit, size) for unit, size in zip(units, _SIZES, strict=False)]
+        huge_and_small = units[:2]
+        factors = [self._factor(unit, size) for unit, size in zip(huge_and_small, _SIZES, strict=True)]
         if not all(0 < factor < float("inf") for factor in factors):
             return "a planted unit has no gradient"
-        factors = [*factors, float("nan")]
         longest = max(_PLANTED_LENGTHS)
         packer = LinePacker(_PLANTED_TOKENS, _PLANTED_TOKENS, len(units), longest, self._packer.pad_id)
-        short = dataclasses.replace(packer, num_tokens=max(_PLANTED_LENGTHS) + 1)
+        short = dataclasses.replace(packer, num_tokens=longest + 1)  # its lines hold one record
         alone = []
-        for unit, factor in zip(units[:2], factors, strict=False):
+        for unit, factor in zip(huge_and_small, factors, strict=True):
             by_rows = self._by_rows(clipper, unit, factor)
             for name, one in (("line", packer), ("line of a part of it", short)):
                 total = self._sum(clipper, self._weighted(one, [unit], [factor]))
                 fault = self._difference(clipper, total, by_rows)
                 if fault:
                     return f"a unit in a {name} {fault}"
-                alone += [total] if one is packer else []
+                if one is packer:
+                    alone.append(total)
+        factors.append(float("nan"))
         together = self._sum(clipper, self._weighted(packer, units, factors))
         if not torch.equal(together, alone[0] + alone[1]):
             return "units of a line, beside one that is not a number, do not add what each adds alone"
         return ""
 
     def _difference(self, clipper: LineClipper, total: torch.Tensor, by_rows: torch.Tensor) -> str:
-        """Return in words where a unit's sum in a line differs from that in rows by more than rounding."""
+        """Return in words where a unit's clipped sum in a line differs from that in rows by more than rounding.
+
+        Both are in steps of the clipper's grid. The words follow "a unit in a line"; empty if nothing differs.
+        """
         plan, layout = self.trainer.plan, clipper.layout
-        own, rows = (exact_sum.as_float32(value, clipper.grid_exponent).double() for value in (total, by_rows))
-        if plan.clipping_style != "batch" and not float(own.norm()) <= clipper.clipping_norm * (1 + SLACK):
-            return f"moved the sum by {float(own.norm()):.6g}, above clipping_norm={clipper.clipping_norm}"
+        in_line, in_rows = (exact_sum.as_float32(value, clipper.grid_exponent).double() for value in (total, by_rows))
+        # "not <=" rather than ">", so that NaN is a fault.
+        if plan.clipping_style != "batch" and not float(in_line.norm()) <= clipper.clipping_norm * (1 + SLACK):
+            return f"moved the sum by {float(in_line.norm()):.6g}, above clipping_norm={clipper.clipping_norm}"
+        share = clipper.clipping_norm / len(layout.slots) ** 0.5  # a tensor's, if all had equal norms
         for slot in layout.slots:
-            one, other = (layout.view(value, slot).norm() for value in (own - rows, rows))
-            share = clipper.clipping_norm / len(layout.slots) ** 0.5
-            if not float(one) <= _OTHER_GRADIENT[self.precision] * (float(other) + share):
-                return f"adds {float(one):.3g} of {float(other):.3g} to {slot.name!r} that it does not add in rows"
+            change, size = (float(layout.view(value, slot).norm()) for value in (in_line - in_rows, in_rows))
+            if not change <= _OTHER_GRADIENT[self.precision] * (size + share):
+                return f"adds {change:.3g} of {size:.3g} to {slot.name!r} that it does not add in rows"
         return ""
 
     # Its bits.
 
     def _other_bits(self, clipper: LineClipper) -> str:
-        """Return where a unit of a shared line of the job does not add the bits that it adds alone, or nothing."""
-        for size, num_slots in self._packer.slots():
+        """Return in words where a unit in a shared line of the job's size adds other bits than alone; else empty."""
+        for size, num_slots in self._packer.slots():  # of one slot is a line that is not shared
             fault = self._other_bits_in(clipper, size, num_slots) if num_slots > 1 else ""
             if fault:
                 return fault
         return ""
 
     def _other_bits_in(self, clipper: LineClipper, size: int, num_slots: int) -> str:
-        """Return what :meth:`_other_bits` does for lines of ``num_slots`` slots of ``size`` tokens."""
-        moved = self._moved(size)
-        alone = [self._packer.arranged([unit]).to(self._device) for unit in moved]
+        """Do the work of :meth:`_other_bits` for lines of ``num_slots`` slots of ``size`` tokens."""
+        probed = self._probed_units(size)
+        alone = [self._packer.arranged([unit]).to(self._device) for unit in probed]
         bits = [self._sum(clipper, [line]) for line in alone]
-        for units, kinds in self._crowds(size, num_slots, moved):
+        for units, kinds in self._crowds(size, num_slots, probed):
             total, expected = self._crowded(clipper, units, kinds, bits)
             if not torch.equal(total, expected):
                 share = float((total - expected).double().norm() / expected.double().norm().clamp(min=1))
@@ -184,7 +205,16 @@ class LineProbe:
     def _crowded(
         self, clipper: LineClipper, units: Sequence[list[Record]], kinds: Sequence[int], bits: Sequence[torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return what a crowded line adds, and what it should: the loud units without the others, and each of these."""
+        """Return what a crowded line adds to the clipped sum, and what it should add.
+
+        It should add what the loud units add without the others, and for each other unit what that adds alone.
+
+        Args:
+            clipper: adds up.
+            units: of the line, in order.
+            kinds: of each unit which probed unit it is, or -1 for a loud one; of :meth:`_crowds`.
+            bits: what each probed unit adds alone.
+        """
         line = self._packer.arranged(units).to(self._device)
         loud = [i for i, kind in enumerate(kinds) if kind < 0]
         is_loud = torch.zeros(line.num_tokens, dtype=torch.bool, device=self._device)
@@ -198,24 +228,24 @@ class LineProbe:
             expected += kinds.count(kind) * own
         return total, expected
 
-    def _moved(self, size: int) -> list[list[Record]]:
-        """Return the units that are moved about in slots of ``size`` tokens: a short one, and one of two records."""
+    def _probed_units(self, size: int) -> list[list[Record]]:
+        """Return two units that need a slot of ``size`` tokens, to be tried at many places: of one record, of two."""
         packer = self._packer
-        smallest = next((tokens for tokens in range(1, size) if packer.slot(tokens) == size), size)
-        short, first = smallest + min(4, size - smallest), max(1, size * 3 // 5)
-        lengths = [[short], [first, max(1, size // 5)]]
-        return [self._unit(unit, 50 + i) for i, unit in enumerate(lengths)]
+        fewest = next((tokens for tokens in range(1, size) if packer.slot(tokens) == size), size)  # for such a slot
+        one_record = [fewest + min(4, size - fewest)]
+        two_records = [max(1, size * 3 // 5), max(1, size // 5)]
+        return [self._unit(lengths, 50 + i) for i, lengths in enumerate((one_record, two_records))]
 
     def _crowds(
-        self, size: int, num_slots: int, moved: Sequence[list[Record]]
+        self, size: int, num_slots: int, probed: Sequence[list[Record]]
     ) -> Iterator[tuple[list[list[Record]], list[int]]]:
-        """Yield the units of full lines, and which of ``moved`` each is: -1 for the loud ones between them.
+        """Yield (units, kinds) of full lines of ``num_slots`` slots of ``size`` tokens.
 
-        First equal units fill a line. Then those of ``moved`` take turns at every slot, behind loud units of many
-        lengths.
+        ``kinds`` says of each unit which of ``probed`` it is, or -1 for a loud one. First copies of each probed unit
+        fill a line. Then probed units stand at every other slot, and loud units of random lengths between them.
         """
         packer = self._packer
-        for kind, unit in enumerate(moved):
+        for kind, unit in enumerate(probed):
             num_units = min(num_slots, packer.shared_length(size) // packer.cost(unit))
             yield [list(unit) for _ in range(num_units)], [kind] * num_units
         rng = np.random.default_rng(size)
@@ -224,14 +254,15 @@ class LineProbe:
             kinds: list[int] = []
             room = packer.shared_length(size)
             for i in range(num_slots):
-                kind = (i // 2) % len(moved) if i % 2 == turn % 2 else -1
+                # Even turns have probed units at even slots, odd turns at odd ones.
+                kind = (i // 2) % len(probed) if i % 2 == turn % 2 else -1
                 tokens = int(rng.integers(1, size + 1))
-                unit = self._unit([tokens], 70 + i) if kind < 0 else list(moved[kind])
+                unit = self._unit([tokens], 70 + i) if kind < 0 else list(probed[kind])
                 if packer.cost(unit) <= room:
                     units.append(unit)
                     kinds.append(kind)
                     room -= packer.cost(unit)
-            if max(kinds, default=-1) >= 0:
+            if max(kinds, default=-1) >= 0:  # some probed unit found room
                 yield (units, kinds) if turn < 2 else (units[::-1], kinds[::-1])
 
     def _unit(self, lengths: Sequence[int], seed: int) -> list[Record]:
@@ -243,11 +274,14 @@ class LineProbe:
     # Random numbers.
 
     def _coins(self) -> str:
-        """Return who draws a random number for several tokens: an extreme value of it changes a loss; or empty."""
-        lengths = (5, 11)
-        packer = LinePacker(23, 23, 2, max(lengths), self._packer.pad_id)
+        """Return in words who draws a random number for several tokens of a line; empty if nobody does.
+
+        All such numbers are set to 0, then to 1: losses that differ depend on one.
+        """
+        lengths, line_tokens = (5, 11), 23  # sizes by which a dimension of tokens is told from the model's own
+        packer = LinePacker(line_tokens, line_tokens, len(lengths), max(lengths), self._packer.pad_id)
         line = packer.arranged([[self._record(n, n)] for n in lengths]).to(self._device)
-        trainer, sizes = self.trainer, (23, *lengths, 1 + sum(lengths))
+        trainer, sizes = self.trainer, (line_tokens, *lengths, 1 + sum(lengths))
         losses, owner = [], ""
         for extreme in (0.0, 1.0):
             with torch.random.fork_rng(devices=[self._device] if self._device.type == "cuda" else []):
@@ -279,7 +313,7 @@ class LineProbe:
         return self.trainer.objective.plant(tokens)
 
     def _weighted(self, packer: LinePacker, units: Sequence[list[Record]], factors: Sequence[float]) -> Sequence[Line]:
-        """Return the lines of some units, whose losses are multiplied by ``factors``."""
+        """Return the lines into which ``packer`` packs some units, with each unit's losses multiplied by its factor."""
         lines = []
         for line in packer.pack(units, packer.num_batches(units)):
             weight = line.token_weight.clone()
@@ -289,7 +323,7 @@ class LineProbe:
         return lines
 
     def _by_rows(self, clipper: LineClipper, unit: list[Record], factor: float) -> torch.Tensor:
-        """Return what a unit adds to the sum in rows, its losses times ``factor``."""
+        """Return what a unit adds to the clipped sum in rows, in grid steps, its losses multiplied by ``factor``."""
         packer = Packer(len(unit), max(_PLANTED_LENGTHS), self._packer.pad_id)
         (batch,) = packer.pack([unit], 1)
         batch = dataclasses.replace(batch, row_weight=batch.row_weight * factor).to(self._device)
@@ -298,7 +332,10 @@ class LineProbe:
         return clipper.finish().clone()
 
     def _factor(self, unit: list[Record], size: float) -> float:
-        """Return the factor that gives a unit's loss a gradient of ``size`` clipping norms, by plain autograd."""
+        """Return the factor that gives a unit's loss a gradient of ``size`` clipping norms; 0 if it has no gradient.
+
+        By plain autograd, in rows.
+        """
         (batch,) = Packer(len(unit), max(_PLANTED_LENGTHS), self._packer.pad_id).pack([unit], 1)
         batch = batch.to(self._device)
         (self.trainer.row_losses(batch.input_ids, batch.target_mask) * batch.row_weight).sum().backward()
@@ -310,7 +347,7 @@ class LineProbe:
         return size * self.trainer.plan.clipping_norm / square**0.5 if square else 0.0
 
     def _sum(self, clipper: LineClipper, lines: Sequence[Line]) -> torch.Tensor:
-        """Return the clipped sum over the lines."""
+        """Return the clipped sum of this rank over the lines, in grid steps."""
         clipper.reset()
         for line in lines:
             clipper.accumulate(line)

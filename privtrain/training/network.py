@@ -25,14 +25,25 @@ from privtrain.models.weights import BaseSource, ClassifierHead, weights_checksu
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """The model and what goes with it on this rank."""
+    """The model and what goes with it on this rank.
+
+    Attributes:
+        tokenizer: of transformers.
+        model: with what is trained of it; the rest is frozen.
+        precision: of forward and backward passes, ``"bf16"`` or ``"fp32"``.
+        autocast: context of that precision.
+        packer: makes microbatches of padded rows, a record in each.
+        line_packer: makes *lines*, long rows that several units share; ``None`` where the configuration asks for rows.
+        encoder: turns records into tokens.
+        objective: the loss of a row.
+    """
 
     tokenizer: Any
     model: Any
-    precision: str  # bf16 or fp32
+    precision: str
     autocast: torch.autocast
     packer: Packer
-    line_packer: LinePacker | None  # none where the configuration asks for rows
+    line_packer: LinePacker | None
     encoder: Encoder
     objective: Objective
 
@@ -64,7 +75,7 @@ def load_network(config: Config, backend: Backend) -> Network:
 
 
 def _line_packer(config: Config, pad_id: int, device_type: str, model: torch.nn.Module) -> LinePacker | None:
-    """Return what packs lines for this model; none where the configuration asks for rows."""
+    """Return what packs units into lines for this model; ``None`` where the configuration asks for rows."""
     performance, max_length = config.performance, config.data.max_length
     if performance.packing == "rows":
         return None
@@ -74,12 +85,13 @@ def _line_packer(config: Config, pad_id: int, device_type: str, model: torch.nn.
         pad_id,
         performance.microbatch_tokens,
         device_type=device_type,
-        avoided=_sizes(model),  # a line of such a length could be taken for another dimension
+        # The probes tell a tensor's dimension of tokens by its size, so no line may be as long as another dimension.
+        avoided=_sizes(model),
     )
 
 
 def _sizes(model: Any) -> set[int]:
-    """Return the sizes that a dimension of a tensor of this model may have, whatever it reads."""
+    """Return the sizes of the model's own dimensions: of its weights, and every number in its configs."""
     sizes = {size for parameter in model.parameters() for size in parameter.shape}
     for config in refusals.configs(refusals.unwrapped(model)):
         sizes.update(value for value in vars(config).values() if isinstance(value, int) and not isinstance(value, bool))
@@ -93,7 +105,8 @@ def _make_repeatable(performance: PerformanceSection, device: torch.device) -> N
         torch.use_deterministic_algorithms(True, warn_only=True)
     route = performance.clipping_route
     if route == "two_pass" or (route == "auto" and performance.gradient_checkpointing):
-        # Under warn_only its backward adds up in any order; flash attention heeds the setting, plain needs none.
+        # Despite the setting above, which only warns, this kernel's backward pass adds up in any order. Flash attention
+        # heeds the setting, and plain attention is deterministic.
         torch.backends.cuda.enable_mem_efficient_sdp(False)
 
 
@@ -122,6 +135,6 @@ def _trainable_model(config: Config, precision: str, backend: Backend, tokenizer
 
 
 def checksum_over_ranks(model: torch.nn.Module, backend: Backend) -> str:
-    """Return one digest of all weights, whichever rank holds them."""
+    """Return one digest of all weights, whichever rank holds them; the same on every rank, which all call it."""
     mine = weights_checksum(backend.local_tensors(model))
     return backend.combined_digest(bytes.fromhex(mine)).hex()

@@ -6,7 +6,11 @@ also change what the other units add. So, in training mode, before the first ste
 * no pass over rows of any width, loud or long, changes a buffer, an attribute or a weight (:mod:`.traces`);
 * what the clipper adds for a short unit has the same bits alone, after a long row, beside rows of huge activations that
   add gradients of their own, in every row, and whatever ids stand in its padding;
-* no random number is shared between rows (layer drop, router jitter).
+* no random number is shared between rows (layer drop, router jitter): such a number is called a *coin*.
+
+*Loud* rows enter the model with huge activations (:func:`.hooks.loud_rows`), so that whatever of them reaches another
+row is seen. A *width* is a number of tokens, padding included, that the packer makes rows of. The *route* is how the
+clipper computes gradients of units; ``one_unit`` runs one unit at a time, so rows of different units never meet.
 
 One probe is about what is learned, not about privacy: a token's loss does not move when later tokens change or vanish,
 or when the row is padded further. A model that sees the token it predicts learns to copy it.
@@ -35,15 +39,17 @@ from privtrain.training import hooks, traces
 from privtrain.training.agreement import agree_on_fault
 from privtrain.training.trainer import Trainer
 
-#: A row that moves by more than this share beside others is mixed with them; by less, kernels round it differently.
+#: A row whose outputs change by more than this share beside others is mixed with them; by less, kernels round it
+#: differently. By bytes of a number in forward passes: 4 for fp32, 2 for bf16.
 _MIXED = {4: 1e-5, 2: 2e-2}
 #: Change of logits, relative to the largest, that the rounding of other shapes explains, by bytes of a weight.
 _OTHER_SHAPE = {4: 1e-4, 2: 5e-2}
 #: The same where every shape is the same: none is expected.
 _SAME_SHAPE = 1e-6
-#: Rows and tokens of the passes that look for shared random numbers. Two pairs, since one may be sizes of the model's.
+#: (rows, tokens) of the passes that look for coins. Rows are told by these sizes, which a dimension of the model may
+#: have too, so two pairs are tried.
 _COIN_SHAPES = ((5, 7), (3, 11))
-#: Keys of a config that toss one coin for a whole batch.
+#: Parts of a config key's name by which it tosses one coin for a whole batch.
 _COIN_KEYS = ("layerdrop", "layer_drop", "drop_path", "stochastic_depth", "jitter", "expert_drop")
 #: Tokens of the short unit, at least.
 _SHORT = 4
@@ -52,11 +58,11 @@ _IN_CONFIG = "in the model's config.json"
 
 @dataclasses.dataclass(frozen=True)
 class Probe:
-    """The probes of one trainer.
+    """The probes of one trainer. Each ``check_...`` raises on every rank if any rank finds a fault.
 
     Attributes:
-        trainer: about to train; its adapter has been moved off its starting point.
-        vocabulary_size: planted tokens are below this.
+        trainer: about to train; its adapter has been moved off its starting point, where half of LoRA has no gradient.
+        vocabulary_size: planted token ids are below this.
     """
 
     trainer: Trainer
@@ -88,7 +94,8 @@ class Probe:
     def check_coins(self) -> None:
         """Refuse random numbers that rows share: another unit in the batch would change how they fall for the others.
 
-        Dropout draws for every row apart, and stays on here.
+        All shared numbers are set to 0, then to 1: losses that differ depend on one. Dropout draws for every row apart,
+        and stays on here.
 
         Raises:
             SelfTestFailed: naming the module.
@@ -99,16 +106,17 @@ class Probe:
         fault = ""
         for num_rows, num_tokens in _COIN_SHAPES:
             batch = self._batch([self._record(num_tokens, seed) for seed in range(num_rows)], num_tokens)
-            losses, drew = zip(*(self._with_coins(batch, extreme) for extreme in (0.0, 1.0)), strict=True)
-            if not fault and not _equal(*losses):
+            losses_at_0, module = self._with_coins(batch, 0.0)
+            losses_at_1, _ = self._with_coins(batch, 1.0)
+            if not fault and not _equal(losses_at_0, losses_at_1):
                 fault = (
-                    f"{drew[0] or type(refusals.unwrapped(trainer.model)).__name__} draws random numbers that all rows "
+                    f"{module or type(refusals.unwrapped(trainer.model)).__name__} draws random numbers that all rows "
                     f"of a batch share, which couples units; switch them off {_IN_CONFIG}, or {refusals.ONE_UNIT}"
                 )
         self._agree(fault)
 
     def _with_coins(self, batch: Microbatch, extreme: float) -> tuple[torch.Tensor, str]:
-        """Return losses, and the module that drew, where every random number that rows share is 0 or 1."""
+        """Return losses with all random numbers that rows share at ``extreme``, and the module that drew the first."""
         device = self.trainer.backend.device
         num_rows, num_tokens = batch.input_ids.shape
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -119,10 +127,13 @@ class Probe:
     # Traces.
 
     def check_traces(self) -> dict[str, object]:
-        """Demand that passes over rows of every width, longest and loudest first, leave no trace; return the state.
+        """Demand that passes over rows of every width, longest and loudest first, leave no trace in the model.
 
-        One short pass comes before: what a layer builds once, where nothing was, is a function of the model alone. The
-        same pass at the end must have the same bits, whatever is kept where it cannot be seen.
+        One short pass comes before: it may build what was not there yet (e.g. a cached mask), which then depends on the
+        model alone. The same pass at the end must have the same bits, since a trace may be kept where it is not seen.
+
+        Returns:
+            The model's state, to compare with later by :meth:`check_unchanged`.
 
         Raises:
             SelfTestFailed: naming the module and what it kept.
@@ -144,7 +155,7 @@ class Probe:
         return built
 
     def check_unchanged(self, state: dict[str, object]) -> None:
-        """Demand that the model is what it was, after whatever passes.
+        """Demand that the model's state is still the one of :meth:`check_traces`.
 
         Raises:
             SelfTestFailed: naming the module and what it kept.
@@ -155,6 +166,7 @@ class Probe:
         return traces.snapshot(self.trainer.model, self.trainer.backend.local_tensors(self.trainer.model))
 
     def _refuse_traces(self, kept: Sequence[str]) -> None:
+        """Raise, on every rank, if any rank has places in the model that a pass changed."""
         fault = ""
         if kept:
             fault = (
@@ -179,10 +191,10 @@ class Probe:
         fault, widths = "", self._widths()
         for width in sorted({widths[0], widths[-1]}):
             with hooks.loud_rows(trainer.model, self._loud):
-                alone, beside = (
-                    self._outputs(self._arranged(0, is_crowded, width=width)) for is_crowded in (False, True)
-                )
-            # Experts return as many tokens as they get; what becomes of those is seen in the modules behind them.
+                alone = self._outputs(self._arranged(0, is_crowded=False, width=width))
+                beside = self._outputs(self._arranged(0, is_crowded=True, width=width))
+            # An expert's outputs have other shapes beside other rows: it returns the tokens that are routed to it. A
+            # mixture there shows in the modules after it.
             beside = {
                 name: value for name, value in beside.items() if name in alone and value.shape == alone[name].shape
             }
@@ -198,10 +210,10 @@ class Probe:
     def independent_route(self, route: str) -> str:
         """Demand that a short unit adds the same bits to the sum whatever is computed beside it or before it.
 
-        And whatever ids stand in its padding, but for a model with experts.
+        Also whatever ids stand in its padding, except for a model with experts.
 
         Args:
-            route: clipping route to test, of which :meth:`check_rows` found no mixed rows.
+            route: clipping route to test, after :meth:`check_rows` has passed.
 
         Returns:
             ``route``; or ``"one_unit"`` where that passes and ``"auto"`` does not, because kernels round a row
@@ -223,44 +235,50 @@ class Probe:
         raise AssertionError("unreachable")
 
     def _first_difference(self, route: str) -> str:
-        """Return what is wrong with a short unit's contribution, or nothing; on every rank if on any."""
+        """Return, in words, in which circumstance a short unit adds other bits than alone; empty if in none.
+
+        The circumstances are tried together, and one by one only if a difference is to be explained. Every rank runs
+        the same passes, as ranks that gather weights need, whether or not it sees a difference itself.
+        """
         trainer, widths = self.trainer, self._widths()
         clipper = trainer.new_clipper(trainer.row_losses, route)
 
         def contribution(batch: Microbatch) -> torch.Tensor:
+            """Return what a batch adds to the clipped sum, in whole grid steps."""
             clipper.reset()
             clipper.accumulate(batch)
             return clipper.finish().clone()
 
         last = trainer.packer.microbatch_size - 1
-        # Which ids pad a row is a constant, so others need not give the same bits where experts are run on the tokens
-        # that they get, padding among them, in a shape of that number. No token reads them: :meth:`check_causality`.
+        # Other ids than the packer's in the padding, which no token may read. Not with experts: these run on all tokens
+        # that are routed to them, padding among them, and how many there are decides how kernels round.
         other_pad = trainer.packer.pad_id if self._has_experts() else self._quiet
         alone = self._arranged(0, False)
         with hooks.loud_rows(trainer.model, self._loud):
             reference = contribution(alone)
-            for width in {widths[0], widths[-1]}:  # with their gradients: what a backward pass keeps shows only so
+            # Loud rows whose gradients count, so that a trace of their backward pass would show too.
+            for width in {widths[0], widths[-1]}:
                 contribution(self._batch([self._record(width, 3, is_loud=True)], width, [hooks.LOUD_WEIGHT]))
-            # Sums are exact, so what the short unit adds beside others is the difference that it makes.
-            mates = contribution(self._arranged(last, True, other_pad, is_member=False))
-            cases = {
+            # Sums are exact, so what the unit adds beside others is the sum with it less the sum of the others.
+            without_unit = contribution(self._arranged(last, True, other_pad, is_member=False))
+            cases = {  # circumstance → (batch, what the other rows of it add)
                 "after a long row with huge activations": (alone, 0),
                 "in another row of the batch, beside rows with huge activations": (
                     self._arranged(last, True, other_pad),
-                    mates,
+                    without_unit,
                 ),
                 "after rows with gradients of their own": (alone, 0),
             }
             for when, (batch, others) in cases.items():
                 difference = contribution(batch) - others - reference
                 if not trainer.backend.any_rank(bool(difference.any())):
-                    continue  # together: ranks that gather weights run equal passes
+                    continue
+                # Explain it: which of the case's circumstances makes the difference on its own?
                 single = {
                     "beside rows with huge activations": self._arranged(0, True, is_counted=False),
                     "in another row of the batch": self._arranged(last, False),
                     "with other ids in its padding": self._arranged(0, False, other_pad),
                 }
-                # All of them on every rank, differing or not: ranks that gather weights run equal passes.
                 added = {circumstance: contribution(rows) for circumstance, rows in single.items()}
                 differing = [circumstance for circumstance in single if not _equal(added[circumstance], reference)]
                 if differing and batch is not alone:
@@ -274,11 +292,14 @@ class Probe:
         return "" if route == "one_unit" else self._row_that_differs(contribution)
 
     def _row_that_differs(self, contribution: Callable[[Microbatch], torch.Tensor]) -> str:
-        """Return what is wrong if a unit adds other bits in some row of a batch than in the first, or nothing.
+        """Return, in words, that a unit adds other bits in some row of a batch than in the first; empty if in none.
 
-        Equal units fill all rows of each width at once, to the last place: products of few rows and features may round
-        every other row in a way of its own, which neither the first nor the last one shows; and attention may run
-        another kernel where no row of a batch has padding.
+        A batch of equal units, one in each row and as long as the row, must add exactly as many times what one adds.
+        Kernels may round each row by its place, so the first row and the last alone would not show it; and attention
+        may run another kernel where no row of a batch has padding.
+
+        Args:
+            contribution: returns what a batch adds to the clipped sum, in whole grid steps.
         """
         num_rows = self.trainer.packer.microbatch_size
         for width in self._widths():
@@ -304,31 +325,33 @@ class Probe:
         is_counted: bool = True,
         is_member: bool = True,
     ) -> Microbatch:
-        """Return the short unit in row ``place`` of a microbatch, beside padding rows or loud ones.
+        """Return a microbatch with the short unit in row ``place``, beside padding rows or loud ones.
 
         Args:
-            place: its row; the rows before it hold itself, too, where they are not loud.
-            is_crowded: whether the other rows are loud.
-            pad_id: what pads rows.
-            width: of the rows; the short unit is two tokens shorter. By default the shortest.
+            place: row of the short unit, whose loss has weight 1. Unless crowded, the rows before it are copies of it
+                with weight 0, and padding rows follow.
+            is_crowded: whether all other rows are loud.
+            pad_id: id that pads rows; by default the packer's.
+            width: tokens of a row, by default the fewest; the short unit is two tokens shorter.
             is_counted: whether loud rows have weight, so that they add their own gradients to the sum.
-            is_member: whether the short unit is there at all; only in the last row.
+            is_member: whether the short unit is there at all; without it, ``place`` must be the last row.
         """
         width, num_rows = width or self._widths()[0], self.trainer.packer.microbatch_size
         short = self._record(max(2, width - 2), 0)
         rows = [self._record(width, 10 + i, is_loud=True) for i in range(num_rows)] if is_crowded else [short] * place
         rows[place : place + 1] = [short] if is_member else []
-        mates = hooks.LOUD_WEIGHT if is_crowded and is_counted else 0.0
-        weights = [1.0 if is_member and i == place else mates for i in range(len(rows))]
-        return self._batch(rows, width, weights, num_rows, self.trainer.packer.pad_id if pad_id is None else pad_id)
+        weight_of_others = hooks.LOUD_WEIGHT if is_crowded and is_counted else 0.0
+        weights = [1.0 if is_member and i == place else weight_of_others for i in range(len(rows))]
+        return self._batch(rows, width, weights, num_rows, pad_id)
 
     def _first_module(self, one: Microbatch, other: Microbatch) -> str:
-        """Return the first module, in the order of the forward pass, whose output for the row with weight differs."""
+        """Return in words the first module, in forward order, whose output for the short unit differs in the two."""
         name = self._first_differing(self._outputs(one), self._outputs(other))
         return self._named(name) if name else "no module (it is in the backward pass)"
 
     def _outputs(self, batch: Microbatch) -> dict[str, torch.Tensor]:
-        """Return what every module returns for the row with weight that is not loud, without its padding."""
+        """Return name of the module → its output for the short unit's row, without padding, in one forward pass."""
+        # The short unit's is the row with weight that is not loud.
         row = int((batch.row_weight * (batch.input_ids[:, 0] != self._loud)).argmax())
         length = int(batch.target_mask[row].nonzero().max()) + 1
         share = length / batch.input_ids.shape[1]
@@ -337,6 +360,7 @@ class Probe:
         return outputs
 
     def _first_differing(self, one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> str:
+        """Return the name of the first module whose outputs, of :meth:`_outputs`, differ; empty if none."""
         return next((name for name in one if name in other and not _equal(one[name], other[name])), "")
 
     def _named(self, name: str) -> str:
@@ -355,48 +379,52 @@ class Probe:
         self._agree(faults[0] if faults else "")
 
     def _looks_behind(self, width: int) -> str:
-        """Return what moves the logits of a record of one width though it stands behind its tokens, or nothing."""
+        """Return, in words, what comes later than some token of a record and yet changes its logits; empty if nothing.
+
+        Three changes are made to a record in a row of ``width`` tokens, one at a time: other ids in its padding; more
+        padding; and its second half changed or gone, which must leave the logits of the first half.
+        """
         name, widest = type(refusals.unwrapped(self.trainer.model)).__name__, self._widths()[-1]
         record = self._record(max(2, width - 1), 4)
         is_causal, length = isinstance(self.trainer.objective, CausalLM), len(record)
-        of_shape = self._tolerance(_OTHER_SHAPE)
-        of_bits = of_shape if self._has_experts() else _SAME_SHAPE
+        other_shape = self._tolerance(_OTHER_SHAPE)
+        same_shape = other_shape if self._has_experts() else _SAME_SHAPE
         plain = self._logits(record, width, length)
         if torch.isnan(plain).any() or (plain == torch.inf).any():
             return (
                 f"the outputs of {name} on made-up tokens are not finite: its weights hold NaN or infinity, or it "
                 "overflows; fetch the model again, or set performance.precision: fp32"
             )
-        of_ids = _moved(plain, self._logits(record, width, length, pad_id=self._quiet))
-        of_width = _moved(plain, self._logits(record, widest, length))
-        cut = -(-length // 2)
+        by_pad_ids = _moved(plain, self._logits(record, width, length, pad_id=self._quiet))
+        by_width = _moved(plain, self._logits(record, widest, length))
+        half = -(-length // 2)  # rounded up
         changed = record.tokens.copy()
-        changed[cut:] = (changed[cut:] + 1) % self.vocabulary_size
-        before, others = plain[:cut], {"change": changed, "vanish": record.tokens[:cut]}
+        changed[half:] = (changed[half:] + 1) % self.vocabulary_size
+        second_halves = {"change": changed, "vanish": record.tokens[:half]}
         moved = {
-            way: _moved(before, self._logits(Record.of(ids), width, cut)) if is_causal else 0.0
-            for way, ids in others.items()
+            way: _moved(plain[:half], self._logits(Record.of(ids), width, half)) if is_causal else 0.0
+            for way, ids in second_halves.items()
         }
         way = max(moved, key=moved.__getitem__)
-        if moved[way] > of_bits:
+        if moved[way] > same_shape:
             can_decode = getattr(refusals.unwrapped(self.trainer.model).config, "is_decoder", None) is False
             way_out = f"set is_decoder: true {_IN_CONFIG}" if can_decode else "choose a causal language model"
             return (
                 f"the model class {name} is not causal: logits move by {moved[way]:.2g} when tokens behind {way}, "
                 f"so it would learn to copy the token that it predicts; {way_out}"
             )
-        if of_ids > of_bits or of_width > of_shape:
+        if by_pad_ids > same_shape or by_width > other_shape:
             return (
-                f"the model class {name} reads the padding behind a record: logits move by {of_ids:.2g} with the ids "
-                f"that stand there, by {of_width:.2g} with their number. Choose a model whose tokens do not depend on "
-                "what stands behind them"
+                f"the model class {name} reads the padding behind a record: logits move by {by_pad_ids:.2g} with the "
+                f"ids that stand there, by {by_width:.2g} with their number. Choose a model whose tokens do not depend "
+                "on what stands behind them"
             )
         return ""
 
     def _logits(self, record: Record, width: int, length: int, pad_id: int | None = None) -> torch.Tensor:
-        """Return what the model makes of a record: [tokens, …] up to ``length``, or [labels].
+        """Return the logits of a record in a row of ``width`` tokens: [length, ids] of its first ones, or [labels].
 
-        Without autocast where the weights allow it, so that rounding hides little.
+        Without autocast if the weights are fp32, so that rounding hides little. By default padded with the packer's id.
         """
         batch = self._batch([record], width, pad_id=self.trainer.packer.pad_id if pad_id is None else pad_id)
         outputs: list[torch.Tensor] = []
@@ -411,22 +439,25 @@ class Probe:
                 self._passed(lambda: objective.losses(model, batch.input_ids, batch.target_mask))
         finally:
             handle.remove()
-        logits = outputs[0][0].detach().float()
-        return logits[-width:][:length] if logits.ndim == 2 else logits
+        logits = outputs[0][0].detach().float()  # of the first pass, and its only row
+        if logits.ndim != 2:
+            return logits  # a classifier's
+        return logits[-width:][:length]  # without virtual tokens, which prompt tuning puts in front
 
     def _has_experts(self) -> bool:
-        """Return whether tokens are sorted by expert, and each is rounded in a shape that others decide."""
+        """Return whether the model routes tokens to experts, so that other tokens decide the shapes it computes in."""
         return any(refusals.has_experts(config) for config in refusals.configs(refusals.unwrapped(self.trainer.model)))
 
     # Planted rows.
 
     @property
     def _loud(self) -> int:
-        """First token of loud rows, of no other row and no padding."""
+        """Id of the first token of loud rows; no other row begins with it, and it is not the padding's."""
         return 1 if self.trainer.packer.pad_id != 1 else 3
 
     @property
     def _quiet(self) -> int:
+        """Id of the first token of all other planted rows; also an id for padding other than the packer's."""
         return 2 if self.trainer.packer.pad_id != 2 else 3
 
     @property
@@ -436,15 +467,18 @@ class Probe:
         )
 
     def _tolerance(self, by_bytes: dict[int, float]) -> float:
-        return by_bytes[2 if self._precision == "bf16" or _weight_bytes(self.trainer.model) < 4 else 4]
+        """Return the tolerance of the job's precision, of those by bytes of a number: 4 for fp32, 2 for less."""
+        is_low = self._precision == "bf16" or _weight_bytes(self.trainer.model) < 4
+        return by_bytes[2 if is_low else 4]
 
     def _widths(self) -> list[int]:
-        """Return the widths that the packer makes, from the shortest that holds a short unit."""
+        """Return the widths of rows that the packer makes, ascending, from the first that holds a short unit."""
         packer = self.trainer.packer
         widths = sorted({packer.width([np.zeros(n)]) for n in range(1, packer.max_length + 1)})
         return [width for width in widths if width >= _SHORT] or widths[-1:]
 
     def _record(self, length: int, seed: int, *, is_loud: bool = False) -> Record:
+        """Return a planted record of random tokens; :func:`.hooks.loud_rows` makes it loud by its first token."""
         tokens = np.random.default_rng(seed).integers(0, self.vocabulary_size, size=length)
         tokens[0] = self._loud if is_loud else self._quiet
         return self.trainer.objective.plant(tokens)
@@ -457,7 +491,15 @@ class Probe:
         num_rows: int | None = None,
         pad_id: int | None = None,
     ) -> Microbatch:
-        """Return the rows of a unit each, then padding rows."""
+        """Return a microbatch of one row for each record, each a unit of its own, and then padding rows.
+
+        Args:
+            rows: the records.
+            width: tokens of a row.
+            weights: factor of each record's loss; by default 1.
+            num_rows: rows in all; by default no padding rows.
+            pad_id: id that pads rows; by default the packer's.
+        """
         num_rows = num_rows or len(rows)
         input_ids = np.full((num_rows, width), self.trainer.packer.pad_id if pad_id is None else pad_id, dtype=np.int64)
         mask = np.zeros((num_rows, width), dtype=bool)
@@ -476,7 +518,10 @@ class Probe:
         return self._passed(lambda: self.trainer.row_losses(batch.input_ids, batch.target_mask))
 
     def _passed(self, losses: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """Return losses without gradients; where a pass gathers weights, its backward pass frees them."""
+        """Return [rows] losses, leaving no gradients.
+
+        Where a forward pass gathers sharded weights, a backward pass must follow, which frees them.
+        """
         placement = self.trainer.placement
         if placement.shards is None and not placement.equal_passes:
             with torch.no_grad():
@@ -494,7 +539,7 @@ class Probe:
 
 
 def _forget(_slot: Slot, _part: torch.Tensor) -> None:
-    pass
+    """Drop a gradient that a backward pass hands over."""
 
 
 def _owners(model: nn.Module) -> Iterator[tuple[str, object]]:

@@ -1,4 +1,8 @@
-"""The training units of a run, and what has to be known of the base model to choose them."""
+"""Select the training units of a run: which records of each held-in user are trained on.
+
+Some selections keep the records with the largest or smallest loss under the base model. These losses are computed
+before the first step and kept in the run directory, so that a resumed run selects the same records.
+"""
 
 from __future__ import annotations
 
@@ -39,17 +43,16 @@ def select_units(
     cache: pathlib.Path | None,
     has_begun: bool = False,
 ) -> UnitData:
-    """Return the privacy units that the plan's selection leaves. Every rank calls it, before the model is trained.
+    """Return the privacy units to train on. Every rank calls it, before the model is trained.
 
     Args:
         inputs: plan and records.
         backend: this rank's view of the job.
         network: the model as it is before its first step.
-        split: who is trained on.
-        root_key: the run's, behind random choices.
-        cache: where rank 0 keeps the losses that decided, so that a resumed run has the same records; ``None`` for a
-            rehearsal.
-        has_begun: whether steps were taken before; then the losses must be there.
+        split: who is held in, i.e. trained on.
+        root_key: the run's, from which random choices are drawn.
+        cache: file in which rank 0 keeps the losses that decided; ``None`` for a rehearsal.
+        has_begun: whether an earlier session trained; if losses decide, the cache must then exist.
 
     Raises:
         ConfigError: if nobody is left to train on.
@@ -73,11 +76,13 @@ def select_units(
 
 
 def _max_records(inputs: Inputs) -> int | None:
-    """Return how many records of a user the selection keeps before training; ``None`` where steps draw them afresh."""
+    """Return how many records of a user the selection keeps for the whole run; ``None`` for all."""
     plan = inputs.plan
     if plan.unit == "example":
         return plan.records_per_user
-    return None if plan.selection in ("random", "random_chunk") else plan.records_per_unit
+    if plan.selection in ("random", "random_chunk"):
+        return None  # each step draws records_per_unit of the user's records afresh
+    return plan.records_per_unit
 
 
 def _losses(
@@ -89,11 +94,14 @@ def _losses(
     cache: pathlib.Path | None,
     has_begun: bool,
 ) -> Losses:
-    """Return the loss of each wanted (user, record index): rank 0's cached ones, or else scored by all ranks now."""
+    """Return (user, record index) → loss of each wanted record, on every rank: from the cache, or else scored now.
+
+    Arguments are those of :func:`select_units`, and ``wanted``: the records that the selection compares, maybe none.
+    """
     if not wanted:
         return {}
     known = None
-    with backend.main_alone():  # only rank 0 sees the cache
+    with backend.main_alone():  # rank 0 alone has access to the run directory
         if backend.is_main and cache is not None and cache.exists():
             known = {(u, i): loss for u, i, loss in json.loads(cache.read_text(encoding="utf-8"))["losses"]}
         if backend.is_main and has_begun and known is None:
@@ -116,9 +124,10 @@ def _losses(
 
 
 def _scored(wanted: Sequence[tuple[str, int]], corpus: Corpus, backend: Backend, network: Network) -> list[float]:
-    """Return each record's mean loss per predicted token: one record a forward pass, equally many passes on every rank.
+    """Return each record's mean loss per predicted token, in nats.
 
-    The ranks take turns over the records. Past the last one a rank repeats it, and does not count it.
+    One record a forward pass, so that its loss depends on it alone. The ranks take turns over the records and run
+    equally many passes, as a sharded model needs: past the last record a rank repeats it, without counting it.
     """
     records = network.encoder.encode([corpus.records[user][index] for user, index in wanted]).records
     losses = torch.zeros(len(records), dtype=torch.float32, device=backend.device)

@@ -1,11 +1,18 @@
 """The start-up self-test: on the real model and process group, before any private row is touched.
 
 It does not trust the clipper, the reduction or the noise: planted units are differentiated a second time by plain
-autograd, without hooks, and what comes out of the job's own path is compared with it. That is in training mode, as
-every step is, with dropout off: the two gradients must be of the same function. Any doubt stops the job.
+autograd, without hooks, and the job's own clipped and reduced sum is compared with that *reference*. Both run in
+training mode, as every step does, with dropout off: the two gradients must be of the same function. Any doubt stops the
+job.
 
-Three units are planted: one whose gradient is huge, which must be clipped; one below the clipping norm, which must be
-left as it is; one that is not a number, which must count as zero. The huge one is tried alone and with the others.
+Three *planted* units of two records each are used: one whose gradient is huge (10⁴ clipping norms), which must be
+clipped; a small one (half the clipping norm), which must be left as it is; one whose loss is NaN, which must count as
+zero. Their losses are scaled to these sizes: a unit is known by the first token of its rows, 1, 2 or 3. The huge unit
+is tried alone and with the others.
+
+The job may shard gradients. Then ranks of a shard group work together on a *joint* unit, one that is too large for a
+rank. ``placement.clipped`` is the layout of the tensors whose clipped sum this rank accumulates, ``placement.stepped``
+that of the tensors, or parts of them, that its optimizer steps.
 """
 
 from __future__ import annotations
@@ -46,17 +53,18 @@ from privtrain.training.trainer import Trainer, is_joint
 #: weight's gradient to bf16 (2**-9 relative, once a pass and a use of the weight), the clipper multiplies in fp32.
 _TOLERANCE = {"fp32": 1e-3, "bf16": 1e-3 + 2 * 2**-8}
 
+#: Tokens of the two records of each planted unit.
 _PLANTED_LENGTHS = (7, 12)
-#: A planted unit must survive being split, and must be right in one piece.
+#: Rows of a microbatch for the huge unit alone: its two records apart, and in one microbatch.
 _ALONE_SIZES = (1, 2)
-#: All share a microbatch; then one is beside padding alone.
+#: Rows of a microbatch for several planted units: all in one microbatch, or each with one row of padding.
 _TOGETHER_SIZES = (6, 3)
-#: Where gradients are in parts: also none fits into a microbatch, so that ranks work on each together.
+#: Where gradients are sharded also 1: no unit fits into a microbatch, so all are joint.
 _JOINT_SIZES = (*_TOGETHER_SIZES, 1)
-#: Norms of the huge and the small unit in clipping norms. Clipping hides a mean in place of a sum over a unit's rows,
-#: and any factor that is too small hides normalising: half the clipping norm shows both.
+#: Gradient norms of the huge and the small unit, in clipping norms. The small one shows what clipping hides: a mean in
+#: place of a sum over a unit's rows, or units that are scaled up to the norm.
 _HUGE, _SMALL = 1e4, 0.5
-#: The step that is rehearsed: not 0, which whoever ignores the step may take for granted.
+#: The step whose release is tested: not 0, so that noise which ignores the step is found.
 _STEP = 1
 #: Chance that right noise fails the check of one tensor.
 _FALSE_ALARM = 1e-10
@@ -88,6 +96,7 @@ def run_self_test(trainer: Trainer, *, vocabulary_size: int, precision: str) -> 
     if not backend.parameters_agree(model):
         raise SelfTestFailed("ranks start with different trainable parameters; check that all load the same base model")
     _check_coverage(model, placement, backend)
+    # Sharded trained tensors are the model's own weights, whose gradients are not zero at the start.
     is_adapter = placement.shards is None
     layout = placement.stepped
     before = {name: p.detach().clone() for name, p in layout.parameters.items()} if is_adapter else {}
@@ -115,7 +124,19 @@ def run_self_test(trainer: Trainer, *, vocabulary_size: int, precision: str) -> 
 
 
 def _check_probes(trainer: Trainer, probe: Probe, units: list[list[Record]], precision: str) -> PerUnitClipper:
-    """Probe the model, and check clipping on the route that the probes allow."""
+    """Probe the model (:mod:`.probes`), and check clipping on the route that the probes allow.
+
+    Also decide whether units are packed into lines, and note that in the trainer.
+
+    Args:
+        trainer: about to train.
+        probe: of that trainer.
+        units: the three planted units, as records.
+        precision: of forward and backward, ``"fp32"`` or ``"bf16"``.
+
+    Returns:
+        The clipper that passed, on that route.
+    """
     with _without_dropout(trainer.model):
         state = probe.check_traces()
     probe.check_coins()
@@ -131,7 +152,7 @@ def _check_probes(trainer: Trainer, probe: Probe, units: list[list[Record]], pre
         if trainer.line_packer is not None:
             why_rows = lines.why_rows()
         probe.check_unchanged(state)
-    if trainer.line_packer is not None:
+    if trainer.line_packer is not None:  # with dropout as in training: random numbers are what is looked for
         trainer.why_rows = why_rows or lines.shared_coins()
         trainer.packs_lines = not trainer.why_rows
     return clipper
@@ -148,7 +169,10 @@ def _move(layout: Layout, backend: Backend) -> None:
 
 
 def _nudge(key: SecretKey, slot: Slot) -> torch.Tensor:
-    """Return changes of this rank's part of a tensor, by coordinate the same on any number of ranks."""
+    """Return [coordinates] small random changes of this rank's part of a tensor.
+
+    A coordinate's change is the same however the tensor is divided over ranks: all before it are drawn and dropped.
+    """
     stop = slot.first + slot.num_coordinates
     return torch.from_numpy(key.stream("nudge", slot.name).standard_normal(stop)[slot.first :] * 0.02)
 
@@ -157,9 +181,9 @@ def _nudge(key: SecretKey, slot: Slot) -> torch.Tensor:
 def _without_dropout(model: torch.nn.Module) -> Iterator[None]:
     """Set all dropout to zero in the block, also what a module or its config keeps as a number.
 
-    Not ``eval()``, in which transformers does not checkpoint gradients.
+    The model stays in training mode: in ``eval()`` transformers does not checkpoint gradients, as training may.
     """
-    owners: dict[int, object] = {}
+    owners: dict[int, object] = {}  # by id, so that a config that several modules share is looked at once
     for module in model.modules():
         owners[id(module)] = module
         config = getattr(module, "config", None)
@@ -181,7 +205,11 @@ def _without_dropout(model: torch.nn.Module) -> Iterator[None]:
 
 
 def _check_coverage(model: torch.nn.Module, placement: Placement, backend: Backend) -> None:
-    """Check that what is trained is clipped and stepped, and each coordinate stepped once over the ranks."""
+    """Check that what is trained is clipped and stepped, and that the parts which ranks step make up whole tensors.
+
+    The second by power sums: over the ranks that hold the parts of one copy of the tensors, the number of coordinates
+    stepped, the sum of their indices and the sum of the indices' squares must be those of whole tensors.
+    """
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     stray = {
         name
@@ -196,18 +224,17 @@ def _check_coverage(model: torch.nn.Module, placement: Placement, backend: Backe
         )
     agree_on_fault(fault, backend)
     slots = placement.stepped.slots
-    parts = [(_power_sums(slot.first), _power_sums(slot.first + slot.num_coordinates)) for slot in slots]
-    sums = torch.tensor(
-        [[(b - a) % _PRIME for a, b in zip(low, high, strict=True)] for low, high in parts],
-        dtype=torch.int64,
-        device=backend.device,
-    )
+    own_sums = []  # of the coordinates that this rank steps: [tensors][powers]
+    for slot in slots:
+        up_to_first, up_to_end = _power_sums(slot.first), _power_sums(slot.first + slot.num_coordinates)
+        own_sums.append([(end - first) % _PRIME for first, end in zip(up_to_first, up_to_end, strict=True)])
+    sums = torch.tensor(own_sums, dtype=torch.int64, device=backend.device)
     backend.sum_parts(sums)
-    faults = [
-        f"tensor {slot.name!r}: the parts of the ranks do not add up to it; report this"
-        for slot, part_sums in zip(slots, sums.tolist(), strict=True)
-        if [x % _PRIME for x in part_sums] != [x % _PRIME for x in _power_sums(math.prod(slot.whole_shape))]
-    ]
+    faults = []
+    for slot, over_ranks in zip(slots, sums.tolist(), strict=True):
+        whole = _power_sums(math.prod(slot.whole_shape))
+        if [value % _PRIME for value in over_ranks] != [value % _PRIME for value in whole]:
+            faults.append(f"tensor {slot.name!r}: the parts of the ranks do not add up to it; report this")
     agree_on_fault(faults[0] if faults else "", backend)
 
 
@@ -217,10 +244,20 @@ def _power_sums(stop: int) -> tuple[int, int, int]:
 
 
 def _check_clipping(trainer: Trainer, units: list[list[Record]], precision: str, route: str) -> PerUnitClipper:
-    """Check the job's own clipper against plain autograd: the huge unit alone, then all three; return the clipper."""
+    """Check the job's own clipper against plain autograd: the huge unit alone, then two, then all three planted units.
+
+    Args:
+        trainer: about to train.
+        units: the three planted units, as records.
+        precision: of forward and backward, ``"fp32"`` or ``"bf16"``.
+        route: clipping route to test.
+
+    Returns:
+        The clipper that passed; its route is ``"one_unit"`` where that was needed.
+    """
     backend, placement = trainer.backend, trainer.placement
-    by_token = torch.zeros(1 + len(units), device=backend.device)
-    by_token[0] = 1.0
+    by_token = torch.zeros(1 + len(units), device=backend.device)  # factor of a row's loss, by its first token
+    by_token[0] = 1.0  # padding rows
     losses = _scaled(trainer.row_losses, by_token)
     reference = _Reference(trainer, units, losses, trainer.clipper, is_by_shape=precision != "fp32")
     by_token[1] = reference.scale(0, _HUGE)
@@ -231,7 +268,7 @@ def _check_clipping(trainer: Trainer, units: list[list[Record]], precision: str,
         total = _clipped_and_reduced(clipper, placement, units[:1], size, backend)
         agree_on_fault(_difference(total, expected, trainer, precision, num_units=1), backend)
     by_token[2] = reference.scale(1, _SMALL)
-    # Without the third unit too: beside it, the clipper takes every unit of a microbatch by itself.
+    # Also without the third unit: beside one that is not finite the clipper takes the units of a microbatch one by one.
     sizes = _TOGETHER_SIZES if placement.shards is None else _JOINT_SIZES
     for members, size in itertools.product((units[:2], units), sizes):
         expected = reference.clipped_sum(2, size)
@@ -239,7 +276,7 @@ def _check_clipping(trainer: Trainer, units: list[list[Record]], precision: str,
         total = _clipped_and_reduced(clipper, placement, members, size, backend)
         by_token[3] = 0.0
         fault = _difference(total, expected, trainer, precision, num_units=2)
-        if fault:  # the same on every rank, since norms are of whole tensors
+        if fault:  # on every rank or on none: is it because of the third unit?
             total = _clipped_and_reduced(clipper, placement, members, size, backend)
             if not _difference(total, expected, trainer, precision, num_units=2):
                 fault = (
@@ -254,14 +291,15 @@ def _check_clipping(trainer: Trainer, units: list[list[Record]], precision: str,
 
 
 def _check_exact_sum(clipper: PerUnitClipper, trainer: Trainer, units: list[list[Record]]) -> None:
-    """Check that two units together are, as integers, what each is alone: fp32 would round most coordinates.
+    """Check that two units together add, as integers, exactly what each adds alone.
 
-    Each rounding is small, but with chosen values 10⁵ of them add up to many clipping norms.
+    A sum in fp32 would round most coordinates. Each rounding is small, but with chosen values 10⁵ of them add up to
+    many clipping norms.
 
     Args:
         clipper: of :func:`_check_clipping`, on a route where no unit changes another's bits.
         trainer: whose reduction is tested.
-        units: the huge one is clipped to the clipping norm, the small one is half as long.
+        units: the planted units, of which the huge one and the small one are used.
     """
     size, backend = max(_TOGETHER_SIZES), trainer.backend
     huge, small, both = (
@@ -284,10 +322,10 @@ class _Reference:
     Attributes:
         trainer: whose model is differentiated.
         units: the planted units.
-        losses: scaled by unit; that of a unit that is not a number must be finite while this works.
-        clipper: to compare with.
-        is_by_shape: whether rounding depends on the shape that a row is computed in so much that these passes must have
-            the very shapes of the clipper's: a unit's mates are then there, and their losses left out.
+        losses: [rows] losses, scaled by unit; the factor of the NaN unit must be finite while these passes run.
+        clipper: whose sums are compared with these.
+        is_by_shape: whether rounding depends so much on the shape of a batch (as in bf16) that these passes must have
+            the very shapes of the clipper's. Then the other units are in the batch too, without their losses.
     """
 
     trainer: Trainer
@@ -298,7 +336,10 @@ class _Reference:
     _sum: torch.Tensor | None = None
 
     def scale(self, unit: int, size: float) -> float:
-        """Return the factor that gives a unit's loss a gradient of ``size`` clipping norms; counts it from now on."""
+        """Return the factor that gives a unit's loss a gradient of ``size`` clipping norms.
+
+        From now on :meth:`clipped_sum` includes the unit: planted units must be scaled in their order.
+        """
         trainer, layout = self.trainer, self.trainer.placement.stepped
         gradient = self._plain([self.units[unit]], 0, 1, trainer.row_losses)
         norm = math.hypot(*_norms(gradient, layout, trainer.backend))
@@ -307,7 +348,7 @@ class _Reference:
         )
         agree_on_fault(fault, trainer.backend)
         factor = size * trainer.plan.clipping_norm / norm
-        if not self.is_by_shape:
+        if not self.is_by_shape:  # one sum serves for all shapes
             _clip(gradient.mul_(factor), layout, trainer.plan, trainer.backend)
             self._sum = gradient if self._sum is None else self._sum.add_(gradient)
         return factor
@@ -327,12 +368,20 @@ class _Reference:
         return total
 
     def _in_the_same_shapes(self, unit: int, present: list[list[Record]], microbatch_size: int) -> torch.Tensor:
-        """Return a unit's clipped gradient by autograd in the shapes that the clipper's route computes in."""
+        """Return a unit's clipped gradient by autograd in the shapes that the clipper's route computes in.
+
+        Args:
+            unit: number of the unit.
+            present: the units that the clipper is given together.
+            microbatch_size: rows of the clipper's passes.
+        """
         placement, clipper = self.trainer.placement, self.clipper
         packer = _packer(microbatch_size)
         if placement.shards is not None and is_joint(placement, clipper, packer, self.units[unit]):
             assert isinstance(clipper, ShardedClipper)
-            num_rows = -(-len(self.units[unit]) // placement.shards.size) if clipper.joint_route == "two_pass" else 1
+            # The ranks of a shard group divide a joint unit's rows among them, or take them one by one.
+            rows_per_rank = -(-len(self.units[unit]) // placement.shards.size)  # rounded up
+            num_rows = rows_per_rank if clipper.joint_route == "two_pass" else 1
             gradient = self._plain([self.units[unit]], 0, num_rows, self.losses)
         elif clipper.route == "one_unit":
             gradient = self._plain([self.units[unit]], 0, 1, self.losses)
@@ -344,7 +393,14 @@ class _Reference:
     def _plain(
         self, present: list[list[Record]], unit: int, microbatch_size: int, row_losses: RowLosses
     ) -> torch.Tensor:
-        """Return a unit's gradient by autograd alone: what this rank steps of it, laid out as ``placement.stepped``."""
+        """Return a unit's gradient by autograd alone: what this rank steps of it, laid out as ``placement.stepped``.
+
+        Args:
+            present: units in the batches.
+            unit: which of them is differentiated; the losses of the others are left out.
+            microbatch_size: rows of a batch.
+            row_losses: gives [rows] losses.
+        """
         placement, device = self.trainer.placement, self.trainer.backend.device
         batches = _batches(present, microbatch_size, device)
         losses = [functools.partial(_unit_loss, row_losses, batch, unit) for batch in batches if unit in batch.owners]
@@ -360,9 +416,9 @@ def _unit_loss(row_losses: RowLosses, batch: Microbatch, unit: int) -> torch.Ten
 
 
 def _agreed_route(trainer: Trainer, losses: RowLosses, unit: list[Record], route: str) -> str:
-    """Return the route: one unit at a time on every rank if any needs it, as a sharded base needs equal passes.
+    """Return ``route``, or ``"one_unit"`` on every rank if on any the clipper falls back to that on this model.
 
-    Every rank works through the same unit, since one without any would not see what the others see.
+    Ranks must agree, since a sharded model needs equal passes. Every rank tries the same unit.
     """
     clipper = trainer.new_clipper(losses, route)
     for batch in _batches([unit], max(_ALONE_SIZES), trainer.backend.device):
@@ -373,7 +429,7 @@ def _agreed_route(trainer: Trainer, losses: RowLosses, unit: list[Record], route
 
 
 def _scaled(row_losses: RowLosses, by_token: torch.Tensor) -> RowLosses:
-    """Multiply losses by the factor of the row's unit, known by its first token; padding begins with 0."""
+    """Return losses multiplied by ``by_token[t]``, where t is a row's first token: 1 to 3 of a planted unit, or 0."""
     return lambda input_ids, target_mask: by_token[input_ids[:, 0]] * row_losses(input_ids, target_mask)
 
 
@@ -388,7 +444,7 @@ def _planted_units(vocabulary_size: int) -> list[list[np.ndarray]]:
 
 
 def _batches(units: list[list[Record]], microbatch_size: int, device: torch.device) -> list[Microbatch]:
-    """Return the units' microbatches."""
+    """Return the units' records in microbatches of padded rows; a microbatch's ``owners`` are indices of ``units``."""
     packer = _packer(microbatch_size)
     return [batch.to(device) for batch in packer.pack(units, packer.num_batches(units))]
 
@@ -404,7 +460,7 @@ def _clipped_and_reduced(
     microbatch_size: int,
     backend: Backend,
 ) -> torch.Tensor:
-    """Return in fp32 what :func:`_reduced_total` gives in grid steps."""
+    """Return :func:`_reduced_total` in fp32, laid out as ``placement.stepped``."""
     total = _reduced_total(clipper, placement, units, microbatch_size, backend)
     return exact_sum.as_float32(total, clipper.grid_exponent)
 
@@ -416,7 +472,11 @@ def _reduced_total(
     microbatch_size: int,
     backend: Backend,
 ) -> torch.Tensor:
-    """Return the reduced clipped sum of these units: the last share, or replica of joint ones, has them all."""
+    """Return the clipped sum of these units over all ranks, in whole steps of the clipper's grid.
+
+    All units are given to the last rank's share, and joint ones to the last shard group (*replica*), so that a
+    reduction which leaves out other ranks than rank 0 is found.
+    """
     packer = _packer(microbatch_size)
     joint = [is_joint(placement, clipper, packer, records) for records in units]
     alone = [records for records, flag in zip(units, joint, strict=True) if not flag]
@@ -430,7 +490,14 @@ def _reduced_total(
 
 
 def _clip(gradient: torch.Tensor, layout: Layout, plan: PrivacyPlan, backend: Backend) -> None:
-    """Clip one unit's gradient in place by the definition of the plan's clipping style."""
+    """Clip one unit's gradient in place by the definition of the plan's clipping style.
+
+    Args:
+        gradient: this rank's part, laid out as ``layout``.
+        layout: ``placement.stepped``.
+        plan: with clipping norm and style.
+        backend: adds up norms over the parts of ranks.
+    """
     clipping_norm = plan.clipping_norm
     norms = _norms(gradient, layout, backend)
     whole = math.hypot(*norms)
@@ -440,10 +507,10 @@ def _clip(gradient: torch.Tensor, layout: Layout, plan: PrivacyPlan, backend: Ba
         return  # the sum is what is bounded, after the reduction
     elif plan.clipping_style in ("flat", "adaptive"):
         gradient *= clipping_norm / max(whole, clipping_norm)
-    else:
+    else:  # per layer: each module's tensors to an equal share of the squared norm
         modules: dict[str, list[int]] = {}
         for i, slot in enumerate(layout.slots):
-            modules.setdefault(slot.name.rpartition(".")[0], []).append(i)
+            modules.setdefault(slot.name.rpartition(".")[0], []).append(i)  # "layer.0.weight" is of "layer.0"
         bound = clipping_norm / math.sqrt(len(modules))
         for members in modules.values():
             norm = math.hypot(*(norms[i] for i in members))
@@ -455,7 +522,17 @@ def _clip(gradient: torch.Tensor, layout: Layout, plan: PrivacyPlan, backend: Ba
 def _difference(
     total: torch.Tensor, expected: torch.Tensor, trainer: Trainer, precision: str, *, num_units: int
 ) -> str:
-    """Return what is wrong with the clipped and reduced sum of some units, or nothing. The same on every rank."""
+    """Return in words what is wrong with the clipped and reduced sum of some units; empty if nothing.
+
+    The same on every rank, since norms are of whole tensors.
+
+    Args:
+        total: the job's own sum, laid out as ``placement.stepped``.
+        expected: the reference.
+        trainer: with plan and placement.
+        precision: of forward and backward, which sets the tolerance.
+        num_units: units in the sum.
+    """
     layout, backend, clipping_norm = trainer.placement.stepped, trainer.backend, trainer.plan.clipping_norm
     norm = math.hypot(*_norms(total, layout, backend))
     differences = _norms(total - expected, layout, backend)
@@ -463,6 +540,7 @@ def _difference(
     if trainer.plan.clipping_style != "batch" and norm > num_units * clipping_norm * (1 + SLACK):
         return f"{num_units} planted unit(s) moved the sum by {norm:.6g}, above clipping_norm={clipping_norm} each"
     for slot, difference, size in zip(layout.slots, differences, sizes, strict=True):
+        # "not <=" rather than ">", so that NaN is a fault.
         if not difference <= _TOLERANCE[precision] * (size + clipping_norm / math.sqrt(len(layout.slots))):
             return (
                 f"tensor {slot.name!r}: the clipped and reduced gradient is off by {difference:.3g} of {size:.3g} in "
@@ -474,7 +552,7 @@ def _difference(
 
 
 def _norms(vector: torch.Tensor, layout: Layout, backend: Backend) -> list[float]:
-    """Return the norm of each whole tensor, whichever parts of it are here.
+    """Return the norm of each whole tensor, in the order of ``layout.slots``; the same on every rank.
 
     In float64: an fp32 sum over millions of squares is off by more than the bound that is checked.
     """
@@ -488,7 +566,15 @@ def _norms(vector: torch.Tensor, layout: Layout, backend: Backend) -> list[float
 def _whole_gradient(
     placement: Placement, device: torch.device, losses: Sequence[Callable[[], torch.Tensor]]
 ) -> torch.Tensor:
-    """Compute the gradient by ``backward``: re-entrant checkpointing gives none to who asks for it by name."""
+    """Return the gradient of the sum of some losses, where this rank computes whole gradients.
+
+    By ``backward``, since re-entrant gradient checkpointing gives none to ``torch.autograd.grad``.
+
+    Args:
+        placement: the result is the part that this rank steps, laid out as ``placement.stepped``.
+        device: of the result.
+        losses: each runs a forward pass and returns a loss.
+    """
     whole = placement.clipped.zeros(device)
     for loss in losses:
         loss().backward()
@@ -510,12 +596,21 @@ def _watched_gradient(
     device: torch.device,
     losses: Sequence[Callable[[], torch.Tensor]],
 ) -> torch.Tensor:
-    """Compute the gradient where it is sharded: each whole tensor's is read where autograd hands it over.
+    """Return the gradient of the sum of some losses, where weights are sharded: the part that this rank steps.
 
-    That is before any reduction, and only this rank's part is kept, so no whole gradient outlives its layer.
+    A whole tensor's gradient is read by a hook, before any reduction, and only this rank's part of it is kept; so no
+    whole gradient outlives its layer's backward pass.
+
+    Args:
+        model: whose modules gather their weights when they run.
+        layout: ``placement.stepped``.
+        shards: of the placement; takes the gradients out of the framework's way.
+        device: of the result.
+        losses: each runs a forward pass and returns a loss.
     """
     result = layout.zeros(device)
     slots = {slot.name: slot for slot in layout.slots}
+    # A tied tensor has several names, of which the layout has the first.
     first_name: dict[int, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         first_name.setdefault(id(parameter), name)
@@ -527,7 +622,7 @@ def _watched_gradient(
         layout.view(result, slot).add_(flat.float())
 
     def watch(prefix: str, module: torch.nn.Module, _: object) -> None:
-        """Hook a module's trained tensors as they are gathered, each once."""
+        """Hook a module's trained tensors, each once: before its forward pass, when they have been gathered."""
         for name, tensor in module.named_parameters(recurse=False):
             slot = slots.get(canonical.get(f"{prefix}.{name}" if prefix else name, ""))
             if slot is not None and tensor.requires_grad and id(tensor) not in handles:
@@ -549,20 +644,26 @@ def _watched_gradient(
 def _check_noise(trainer: Trainer, clipper: PerUnitClipper) -> None:
     """Check the noise that a step without units releases, under a throw-away key, in every tensor and auxiliary sum.
 
-    In every tensor: the spread that the plan asks for, and just the noise of the coordinates held here. For another sum
-    the noise must be another.
+    In every tensor the noise must have the standard deviation that the plan asks for, and be that of the coordinates
+    that this rank holds: some are drawn a second time, alone. For another sum the noise must be another one. Where
+    noise is correlated, a second step must take back the plan's share of the first one's.
+
+    Args:
+        trainer: whose release is tested.
+        clipper: of :func:`_check_clipping`.
     """
     plan, backend, layout = trainer.plan, trainer.backend, trainer.placement.stepped
     key = SecretKey(backend.from_main(lambda: SecretKey.generate().reveal()))
     clipper.reset()
     history = trainer.new_history(clipper)
     vector, released, commitment = trainer.release(clipper, key, _STEP, history=history)
+    # The noise that belongs to a sum of zeros, to draw parts of it again.
     zeros = torch.zeros(layout.num_coordinates, dtype=torch.int64, device=backend.device)
-    noise = trainer.bound_sum(
-        clipper, zeros, {auxiliary_sum.name: 0 for auxiliary_sum in plan.auxiliary_sums}, key, _STEP
-    ).noise
+    zero_totals = {auxiliary_sum.name: 0 for auxiliary_sum in plan.auxiliary_sums}
+    noise = trainer.bound_sum(clipper, zeros, zero_totals, key, _STEP).noise
     stddev = plan.noise_stddev
-    runs = {slot.name: slot for slot in backend.noised_layout(layout).slots}
+    # Ranks may share the drawing: this rank draws the noise of these parts, and gets the rest from others.
+    drawn_here = {slot.name: slot for slot in backend.noised_layout(layout).slots}
     faults = []
     for slot in layout.slots:
         part = layout.view(vector, slot).double().flatten()
@@ -575,11 +676,14 @@ def _check_noise(trainer: Trainer, clipper: PerUnitClipper) -> None:
                 f"tensor {slot.name!r}: noise has standard deviation {measured:.4g}, the plan asks for {stddev:.4g}"
             )
             continue
-        # Also where the run begins that this rank draws for others: together the ranks look at every border.
-        places = {0, runs[slot.name].first - slot.first} - {len(part)}
-        samples = [(place, part[place : place + _NUM_COMPARED]) for place in sorted(places)]
-        own = [_own_noise(trainer, clipper, slot, place, len(sample), noise) for place, sample in samples]
-        if not all(torch.equal(sample.float(), mine.float()) for (_, sample), mine in zip(samples, own, strict=True)):
+        # Compared at the beginning, and where this rank's own drawing begins: so every border is some rank's.
+        places = {0, drawn_here[slot.name].first - slot.first} - {len(part)}
+        is_right = True
+        for place in sorted(places):
+            sample = part[place : place + _NUM_COMPARED]
+            expected = _own_noise(trainer, clipper, slot, place, len(sample), noise)
+            is_right = is_right and torch.equal(sample.float(), expected.float())
+        if not is_right:
             faults.append(
                 f"tensor {slot.name!r}: ranks drew different noise, or that of another part; parameters would drift "
                 "apart or share noise (mixed CPU types or libraries?)"
@@ -604,7 +708,16 @@ def _check_noise(trainer: Trainer, clipper: PerUnitClipper) -> None:
 def _own_noise(
     trainer: Trainer, clipper: PerUnitClipper, slot: Slot, place: int, count: int, noise: StepNoise
 ) -> torch.Tensor:
-    """Return the noise of a first step on ``count`` coordinates of a slot from ``place`` on, drawn alone."""
+    """Return the noise of a generation's first step on ``count`` coordinates of a slot, drawn without the others.
+
+    Args:
+        trainer: with the plan.
+        clipper: with the grid.
+        slot: this rank's part of a tensor.
+        place: first of the coordinates, counted within the slot.
+        count: number of coordinates.
+        noise: the step's source of noise.
+    """
     plan, device = trainer.plan, trainer.backend.device
     zeros = torch.zeros(count, dtype=torch.int64, device=device)
     grid = {"exponent": clipper.grid_exponent, "stddev": plan.noise_stddev}
@@ -617,7 +730,14 @@ def _own_noise(
 
 
 def _correlation_faults(plan: PrivacyPlan, layout: Layout, first: torch.Tensor, second: torch.Tensor) -> list[str]:
-    """Return faults unless step two takes back c_1 times step one's noise: the rest has the spread of fresh noise."""
+    """Return faults unless a second step takes back c₁ times the first one's noise, as the plan's strategy says.
+
+    Args:
+        plan: with correlated noise, whose coefficients begin 1, c₁.
+        layout: of both vectors.
+        first: noise of a first step, released without units.
+        second: of the step after it; with c₁ times ``first`` added, it must have the spread of fresh noise.
+    """
     assert plan.correlated is not None
     stddev, faults = plan.noise_stddev, []
     fresh = second.double() + plan.correlated.coefficients[1] * first.double()
@@ -640,7 +760,15 @@ def _noise_bound_faults(
     vector: torch.Tensor,
     released: dict[str, float],
 ) -> list[str]:
-    """Return a fault unless one grid step on one coordinate, far below what is released, changes all noise."""
+    """Return a fault unless the smallest change of the sum, one grid step on one coordinate, changes all noise.
+
+    Args:
+        trainer: whose release is tested.
+        clipper: its sum is changed, and reset.
+        key: that ``vector`` was released under.
+        vector: released by a step without units.
+        released: auxiliary sums of the same step.
+    """
     plan, backend = trainer.plan, trainer.backend
     if plan.noise_multiplier == 0:
         return []

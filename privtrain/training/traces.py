@@ -1,4 +1,7 @@
-"""Find what a forward or backward pass left behind in a model: state that one user's rows would hand to the next.
+"""Find traces: what a forward or backward pass left behind in a model, and one user's rows would hand to the next.
+
+A *snapshot* maps *places* to values or digests. A place is a name in words, e.g. ``module 'layers.0' of type Layer
+(cache[0])``. Two snapshots, before and after passes, are compared.
 
 Looked at are the buffers of every module, its plain attributes and those of its class and its config (tensors, numbers,
 texts, and containers and objects of them), the parameters, and the states of Python's and NumPy's random numbers.
@@ -20,7 +23,7 @@ from torch import nn
 
 from privtrain.backends.base import digest
 
-#: Attributes that torch itself keeps for a module. What they hold is walked to by other ways.
+#: Attributes that torch itself keeps for a module: parameters, buffers and submodules are looked at otherwise.
 _TORCH_ATTRIBUTES = frozenset(vars(nn.Module())) - {"training"}
 #: What DeepSpeed and FSDP2 count on the modules whose weights they gather; no forward pass reads it.
 _FRAMEWORK_PREFIXES = (
@@ -40,12 +43,17 @@ _SHARDING_PACKAGES = ("torch.distributed.", "torch._C", "deepspeed.", "accelerat
 _MAX_DEPTH = 6
 #: Larger tensors are digested by the device that they are on.
 _MAX_HASHED_BYTES = 1 << 20
-#: Words of 8 bytes that are multiplied by a table of random numbers at a time, and the odd factor between two runs.
+#: The digest of a large tensor goes by blocks of this many words of 8 bytes; an odd factor tells the blocks apart.
 _WORD_BYTES, _NUM_WORDS, _STEP = 8, 1 << 20, 6364136223846793005
 
 
 def snapshot(model: nn.Module, parameters: Iterable[tuple[str, torch.Tensor]]) -> dict[str, object]:
-    """Return the state of a model: place → a value or a digest of it. Equal states have equal snapshots."""
+    """Return the state of a model: place → a value or a digest of it. Equal states have equal snapshots.
+
+    Args:
+        model: whose modules are looked at.
+        parameters: name → parameter, or the part of it that this rank holds.
+    """
     state: dict[str, object] = {}
     walker = _Walker({id(module) for module in model.modules()}, state)
     for name, module in model.named_modules():
@@ -62,8 +70,8 @@ def snapshot(model: nn.Module, parameters: Iterable[tuple[str, torch.Tensor]]) -
 
 
 def changes(before: Mapping[str, object], after: Mapping[str, object]) -> list[str]:
-    """Return the places of what is not as it was, in the order of the modules."""
-    missing = object()
+    """Return the places whose values differ between two snapshots, or that one of them lacks; in order of modules."""
+    missing = object()  # equals nothing but itself, where None may be a value
     return [place for place in {**before, **after} if before.get(place, missing) != after.get(place, missing)]
 
 
@@ -89,21 +97,33 @@ def _own_attributes(module: nn.Module) -> Iterator[tuple[str, object]]:
 
 
 def _is_data(value: object) -> bool:
+    """Return whether a class's attribute may be state, in contrast to its methods and descriptors."""
     return isinstance(value, torch.Tensor | np.ndarray | int | float | complex | Mapping | list | Set | tuple)
 
 
 class _Walker:
-    """Writes every value under a place into ``found``; an object that several places share is walked once."""
+    """Writes a snapshot of values, and of all that they hold; an object that several places share is walked once.
+
+    Args:
+        modules: ``id`` of the model's modules, which are skipped: the caller walks them one by one.
+        found: place → value or digest, which :meth:`walk` fills.
+    """
 
     def __init__(self, modules: set[int], found: dict[str, object]) -> None:
-        self._seen = modules  # which the caller walks
+        self._seen = modules
         self._found = found
-        self._kept: list[object] = []  # so that no identity is used twice
+        self._kept: list[object] = []  # objects walked, so that none is freed and its id given to another
 
     def walk(self, place: str, value: Any, depth: int) -> None:
-        """Write a value under its place, and what it holds under places of their own, to a limited depth."""
+        """Write a value under its place, and what it holds under places of their own, to a limited depth.
+
+        Args:
+            place: where the value is.
+            value: anything.
+            depth: how many containers it lies in.
+        """
         if value is None or isinstance(value, bool | int | float | complex | str | bytes | torch.dtype | torch.device):
-            self._found[place] = repr(value)  # a NaN equals itself
+            self._found[place] = repr(value)  # as text, in which a NaN equals itself
             return
         if isinstance(value, torch.Tensor):
             self._found[place] = _tensor_digest(value.detach())
@@ -121,7 +141,7 @@ class _Walker:
             self.walk(f"{place}{key}", item, depth + 1)
 
     def _items(self, place: str, value: Any) -> Iterator[tuple[str, object]]:
-        """Yield what a container, module or object holds, each with its place relative to it."""
+        """Yield (place relative to ``value``, item) of what a container, module or object holds: e.g. ("[0]", 1)."""
         if isinstance(value, Mapping):
             self._found[place] = len(value)
             yield from ((f"[{key!r}]", item) for key, item in list(value.items()))
@@ -141,14 +161,14 @@ class _Walker:
             or not hasattr(value, "__dict__")
             or type(value).__module__.startswith(_SHARDING_PACKAGES)
         ):
-            self._found[place] = type(value).__name__
+            self._found[place] = type(value).__name__  # is not looked into
         else:
             yield from ((f".{key}", item) for key, item in list(vars(value).items()))
 
 
 def _tensor_digest(value: Any) -> object:
-    """Return form and digest of a tensor; of one without readable values the form alone."""
-    value = getattr(value, "to_local", lambda: value)()  # what this rank holds of a sharded one
+    """Return type, shape and digest of a tensor; of one without readable values layout and shape alone."""
+    value = getattr(value, "to_local", lambda: value)()  # of a sharded tensor the part that this rank holds
     if value.is_meta or value.layout != torch.strided or _is_freed(value):
         return str(value.layout), tuple(value.shape)
     if value.numel() * value.element_size() <= _MAX_HASHED_BYTES:
@@ -157,9 +177,13 @@ def _tensor_digest(value: Any) -> object:
 
 
 def _hashed(value: torch.Tensor) -> int:
-    """Return a digest of a large tensor that its device computes: of every bit and its place, so that a shift shows."""
+    """Return a digest of a large tensor, computed on its device: over every bit and its place, so that a shift shows.
+
+    The tensor is read as int64 words. Each block of words is multiplied by a table of random odd numbers and summed,
+    modulo 2**64. Chance differences show; it is no digest against an adversary.
+    """
     flat = (torch.view_as_real(value) if value.is_complex() else value).contiguous().flatten().view(torch.uint8)
-    if flat.storage_offset() % _WORD_BYTES or len(flat) % _WORD_BYTES:
+    if flat.storage_offset() % _WORD_BYTES or len(flat) % _WORD_BYTES:  # copy, since a view as words must be aligned
         flat = torch.cat([flat, flat.new_zeros(-len(flat) % _WORD_BYTES)])
     table = _table(flat.device)
     total = torch.zeros((), dtype=torch.int64, device=flat.device)
@@ -170,11 +194,11 @@ def _hashed(value: torch.Tensor) -> int:
 
 @functools.lru_cache(maxsize=4)
 def _table(device: torch.device) -> torch.Tensor:
-    """Return the multipliers of words: random, and odd so that no change of one word is lost."""
+    """Return [words] int64 multipliers: random, and odd so that no change of one word is lost modulo 2**64."""
     words = np.random.default_rng(0).integers(-(2**62), 2**62, _NUM_WORDS)
     return torch.from_numpy(2 * words + 1).to(device)
 
 
 def _is_freed(value: torch.Tensor) -> bool:
-    """Return whether its memory was freed, as FSDP2 does with gathered weights: reading it would crash."""
+    """Return whether a tensor's memory was freed, as FSDP2 does with gathered weights: to read it would crash."""
     return value.numel() > 0 and value.untyped_storage().nbytes() < value.element_size()

@@ -1,4 +1,10 @@
-"""The loop: one logical step after another, in the order that the guarantee needs."""
+"""One logical step of DP-SGD, in the order that the guarantee needs: see :meth:`Trainer.train_step`.
+
+A step draws units (users or records, by ``privacy.unit``), adds up their clipped gradients over all ranks, adds noise
+and updates the weights. A *generation* is a stretch of training under one secret, which samples and noise are drawn
+from. A *commitment* is a digest of the exact sum that was released with noise. The ledger keeps it, so that a step that
+is *replayed* after a crash can be compared with what it was. Sums lie on a public grid: integers times 2**exponent.
+"""
 
 from __future__ import annotations
 
@@ -38,8 +44,8 @@ class Released(NamedTuple):
 
     Attributes:
         vector: the clipped sum over all ranks with its noise, fp32, laid out as :attr:`Trainer.layout`.
-        auxiliary_sums: the auxiliary sums with theirs.
-        commitment: to the exact sum of both, for the ledger.
+        auxiliary_sums: name → auxiliary sum with its noise, over the expected batch size.
+        commitment: to the exact sums of both, without noise, for the ledger.
     """
 
     vector: torch.Tensor
@@ -48,7 +54,7 @@ class Released(NamedTuple):
 
 
 class ReplayDiverged(Exception):  # noqa: N818 - no error: the job goes on in a new generation
-    """Mismatch of a replayed step's sum with its commitment, raised on every rank before anything is released."""
+    """Raised on every rank, before noise is drawn, if a replayed step's sum is not the one that was committed."""
 
 
 class Trainer:
@@ -66,10 +72,11 @@ class Trainer:
         tracker: where metrics go.
         autocast: precision of forward passes.
         packer: makes microbatches.
-        clipping_route: of ``performance.clipping_route``: how gradients of units are had.
-        reduce_once: of ``performance.reduce_once``: see :class:`~privtrain.clipping.ShardedClipper`.
+        clipping_route: ``performance.clipping_route``: how the gradients of units are computed.
+        reduce_once: ``performance.reduce_once``: see :class:`~privtrain.clipping.ShardedClipper`.
         objective: the loss of a row.
-        line_packer: makes lines of whole units in place of microbatches, where ``packs_lines`` is set.
+        line_packer: makes *lines*, long rows that several units share, in place of microbatches of padded rows; used
+            where ``packs_lines`` is set.
         first_step: the generation's first step.
         committed: step → commitment to its sum, of the steps that are replayed.
         past: commitments to the sums of the generation's steps from ``first_step`` on that are not replayed, in order;
@@ -78,10 +85,12 @@ class Trainer:
         gradient_canaries: units whose update is a random direction; None if there are none.
 
     Attributes:
-        packs_lines: whether steps are packed into lines; set by the self-test, which proves that they are exact.
-        why_rows: why not, where there is a ``line_packer``.
+        packs_lines: whether units are packed into lines; set by the self-test, which proves that lines are exact.
+        why_rows: why units are not packed into lines, in words; empty if they are, or if there is no ``line_packer``.
         must_stop: after a step, whether any rank was asked to stop; the same on all ranks.
         keep: called with step, noised sum on the CPU and its clipping norm, once the step is committed; set by the job.
+        clipper: accumulates the clipped sum of this rank's units.
+        layout: the trained tensors, or the parts of them, that this rank's optimizer steps.
     """
 
     def __init__(
@@ -123,13 +132,13 @@ class Trainer:
         self._key = key
         self._committed = committed or {}
         self._first_step, self._past = first_step, past
-        self._history: NoiseHistory | None = None
-        self._previous = ""
+        self._history: NoiseHistory | None = None  # of correlated noise
+        self._previous = ""  # commitment of the step before
         self.autocast = autocast
         self.packer = packer
         self.line_packer = line_packer
         self.packs_lines, self.why_rows = False, ""
-        self._share: Sequence[DrawnUnit] = ()
+        self._share: Sequence[DrawnUnit] = ()  # units of the step that this rank clips
         self.objective = objective or CausalLM()
         if plan.records_per_user is not None:
             assert len(units.owners) == len(units), "a bound on users needs to know them"
@@ -148,6 +157,9 @@ class Trainer:
 
     def train_step(self, step: int) -> None:
         """Take one logical step; ``step`` counts from 0.
+
+        The ledger is told who takes part before their data are used, and that the step is done after the update, so a
+        crash charges too much rather than too little. The divisor is a constant of the plan, not the realised batch.
 
         Raises:
             ReplayDiverged: if it was committed before with another sum; go on with :meth:`begin_generation`.
@@ -182,18 +194,19 @@ class Trainer:
         self._adapt(released)
 
     def _accumulate(self, drawn: Sequence[DrawnUnit]) -> None:
-        """Add the clipped gradients of this rank's share of a step."""
-        users: list[str] = []
-        if self._gradient_canaries is not None:
-            drawn, users = self._gradient_canaries.apart(drawn)
+        """Add the clipped gradients of this rank's share of a step to the clipper's sum."""
+        canary_users: list[str] = []
+        if self._gradient_canaries is not None:  # they have no records to run
+            drawn, canary_users = self._gradient_canaries.apart(drawn)
         for batch in self.microbatches(drawn):
             self.clipper.accumulate(batch)
-        if users and self._gradient_canaries is not None:
+        if canary_users and self._gradient_canaries is not None:
             assert isinstance(self.clipper, PerUnitClipper), "checked at the start"
-            self._gradient_canaries.add(self.clipper, users[self.placement.share :: self.placement.num_shares])
+            own = canary_users[self.placement.share :: self.placement.num_shares]
+            self._gradient_canaries.add(self.clipper, own)
 
     def begin_generation(self, key: SecretKey, generation: int, first_step: int) -> None:
-        """Draw samples and noise from another secret from ``first_step`` on."""
+        """Draw samples and noise from another secret from ``first_step`` on; nothing of the old one is replayed."""
         self._key, self.generation, self._committed = key, generation, {}
         self._first_step, self._past, self._history, self._previous = first_step, (), None, ""
         self.sampler = UnitSampler(
@@ -201,7 +214,10 @@ class Trainer:
         )
 
     def new_history(self, clipper: PerUnitClipper) -> NoiseHistory | None:
-        """Return the empty history of correlated noise; ``None`` where steps have noise of their own."""
+        """Return an empty history of correlated noise, on the clipper's grid; ``None`` where noise is independent.
+
+        A step's correlated noise takes back part of the noise of the steps before, which the history keeps.
+        """
         strategy = self.plan.correlated
         if strategy is None:
             return None
@@ -210,7 +226,10 @@ class Trainer:
         return NoiseHistory(strategy, noised, self.backend.device, exponent=exponent, stddev=stddev)
 
     def _recall(self, step: int) -> None:
-        """Draw the noise of the generation's earlier steps again, from its commitments, before the first step here."""
+        """Before this process's first step, draw the correlated noise of the generation's earlier steps again.
+
+        Noise is a function of the secret and the commitments, so it need not be stored. Independent noise needs none.
+        """
         if self._history is not None:
             return
         self._history = self.new_history(self.clipper)
@@ -221,8 +240,8 @@ class Trainer:
                 f"{step - self._first_step} steps of generation {self.generation} are behind step {step}, the ledger "
                 f"commits to {len(self._past)} sums of them: its noise cannot be drawn again"
             )
-        for gone, commitment in enumerate(self._past, start=self._first_step):
-            self._history.advance(chained_noise(self._key, gone, commitment))
+        for earlier_step, commitment in enumerate(self._past, start=self._first_step):
+            self._history.advance(chained_noise(self._key, earlier_step, commitment))
             self._previous = commitment
 
     def release(
@@ -235,15 +254,20 @@ class Trainer:
         history: NoiseHistory | None = None,
         previous: str = "",
     ) -> Released:
-        """Return all that leaves a step: the self-test calls it too, so that what it measures is what training does.
+        """Reduce the sum over all ranks, add noise, and return all that leaves a step. Every rank calls it.
+
+        The self-test calls it too, so that what the test measures is what training does.
 
         Args:
-            clipper: at the end of a step, on every rank.
+            clipper: with this rank's part of the step's sum.
             key: secret that the noise is drawn from.
             step: the logical step.
             check: called with the commitment to the sum before any noise is drawn; if it raises, nothing is released.
-            history: correlated noise of the steps before, from :meth:`new_history`; it takes one step.
-            previous: with ``history``, the commitment to the sum before.
+            history: correlated noise of the steps before, from :meth:`new_history`; the step's own is added to it.
+            previous: with ``history``, the commitment to the sum of the step before.
+
+        Raises:
+            GuaranteeLost: if ranks hold different sums after the reduction.
         """
         total = self.backend.reduce_total(clipper.finish())
         totals = auxiliary_sums.reduced(self.plan, clipper.diagnostics, self.backend)
@@ -273,28 +297,40 @@ class Trainer:
         step: int,
         previous: str = "",
     ) -> BoundSum:
-        """Return the noise key of a reduced sum and its auxiliary sums, and their commitment; equal on every rank.
+        """Return the noise key of a step's sums, and their commitment; equal on every rank.
 
-        Where noise is correlated both are bound to ``previous`` too, the commitment before.
+        Noise is keyed by the sums themselves: two different sums never get the same noise.
+
+        Args:
+            clipper: whose grid and sensitivity hold.
+            total: the reduced clipped sum, in grid steps.
+            totals: name → reduced auxiliary sum, in grid steps.
+            key: secret that the noise is drawn from.
+            step: the logical step.
+            previous: the commitment of the step before, which correlated noise is bound to as well.
         """
-        grids = clipper.grid_exponent, self._stddev(clipper), auxiliary_sums.EXPONENT
-        public = [
-            *grids,
-            *(
-                value
-                for auxiliary_sum in self.plan.auxiliary_sums
-                for value in (auxiliary_sum.name, auxiliary_sum.noise)
-            ),
-        ]
-        metrics, sum_parts = list(totals.values()), self.backend.sum_parts
-        chain = previous if self.plan.correlated is not None else None
-        return bind(key, step, total, self.layout, public=public, metrics=metrics, sum_parts=sum_parts, previous=chain)
+        public = [clipper.grid_exponent, self._stddev(clipper), auxiliary_sums.EXPONENT]
+        for auxiliary_sum in self.plan.auxiliary_sums:
+            public += [auxiliary_sum.name, auxiliary_sum.noise]
+        return bind(
+            key,
+            step,
+            total,
+            self.layout,
+            public=public,
+            metrics=list(totals.values()),
+            sum_parts=self.backend.sum_parts,
+            previous=previous if self.plan.correlated is not None else None,
+        )
 
     def _stddev(self, clipper: PerUnitClipper) -> float:
         return self.plan.fresh_noise_multiplier * clipper.sensitivity
 
     def _clip_batch(self, total: torch.Tensor) -> None:
-        """Bound the mean gradient of the step, whoever is in it: no privacy, a mitigation to compare with."""
+        """Scale the step's sum so that the mean gradient's norm is at most the clipping norm.
+
+        Only for ``clipping_style: batch``, which bounds no unit and so gives no privacy: a baseline to compare with.
+        """
         assert self.plan.noise_multiplier == 0
         squares = torch.linalg.vector_norm(total, dtype=torch.float64).square()[None]
         self.backend.sum_parts(squares)
@@ -302,7 +338,12 @@ class Trainer:
         total *= styles.batch_factor(norm, self.plan.clipping_norm)
 
     def new_clipper(self, losses: RowLosses, route: str) -> PerUnitClipper:
-        """Return a clipper for where the trainable tensors are; the self-test makes its own with other losses."""
+        """Return a clipper of the kind that the placement of the trainable tensors needs.
+
+        Args:
+            losses: gives the [rows] losses of a microbatch; the self-test passes others than :meth:`row_losses`.
+            route: of ``performance.clipping_route``.
+        """
         norm, style, device = self.plan.clipping_norm, self.plan.clipping_style, self.backend.device
         shards, any_rank = self.placement.shards, self.backend.any_rank
         if shards is not None:
@@ -332,15 +373,21 @@ class Trainer:
         )
 
     def microbatches(self, drawn: Sequence[DrawnUnit]) -> Iterator[Microbatch | Line]:
-        """Yield this rank's share of a step: whole units, and as many microbatches as the busiest rank has.
+        """Yield this rank's share of a step in microbatches or lines, on its device.
 
-        Then, where gradients are in parts, the units that its shard group works on together.
+        Each unit is one rank's as a whole. Every rank yields as many batches as the busiest one. Where gradients are
+        sharded, units that are too large for one rank are *joint*: the ranks of a shard group work on them together,
+        and their batches follow.
+
+        Args:
+            drawn: all units of the step, the same on every rank.
         """
         fetched = self._units.fetch([(d.unit, d.record_indices) for d in drawn])
         records_of = {d.unit: records for d, records in zip(drawn, fetched, strict=True)}
         packer = self.line_packer if self.packs_lines and self.line_packer is not None else self.packer
 
         def assigned(members: Sequence[DrawnUnit], num_shares: int) -> list[list[DrawnUnit]]:
+            """Divide units into shares of about equal cost."""
             return assign_to_ranks(members, [packer.cost(records_of[d.unit]) for d in members], num_shares)
 
         placement = self.placement
@@ -381,7 +428,7 @@ class Trainer:
             self.clipping_norm = next_norm(settings, self.clipping_norm, share, initial_norm=initial_norm)
 
     def _intend(self, step: int, drawn: Sequence[DrawnUnit]) -> None:
-        if self.backend.is_main:  # of data on disk, names are read from there
+        if self.backend.is_main:  # only rank 0 records; the others need not read names, which may lie on disk
             units = [(self._units.names[d.unit], len(d.record_indices)) for d in drawn]
             self.ledger.intend(self.generation, step, units)
 
@@ -390,9 +437,10 @@ class Trainer:
             raise ReplayDiverged
 
     def _reduced_counts(self) -> list[float]:
-        """Return over all ranks: units, clipped, not finite, sum of norms, sum of losses, units with a loss.
+        """Return sums over all ranks, and set ``must_stop``.
 
-        Whether any rank was asked to stop rides along, so that it needs no collective of its own.
+        In order: number of units, of clipped ones, of ones that were not finite; sum of norms, sum of losses, number of
+        units with a loss. Whether any rank was asked to stop is summed with them, to save a collective.
         """
         counts = self.clipper.diagnostics
         raw = [counts.num_units, counts.num_clipped, counts.num_nonfinite, counts.sum_norms, counts.sum_losses]
@@ -405,11 +453,14 @@ class Trainer:
         return reduced
 
     def _zeroed(self, drawn: Sequence[DrawnUnit], num_nonfinite: float) -> list[str]:
-        """Return names of the units that counted as zero, from the ranks that clipped them. Almost always nobody."""
+        """Return names of the units whose gradient was not finite, so that they counted as zero; on every rank.
+
+        Each is known only to the rank that clipped it. ``num_nonfinite``: over all ranks, almost always 0.
+        """
         if not num_nonfinite:
             return []
-        clipped_here = {self._share[position].unit for position in self.clipper.diagnostics.nonfinite_owners}
-        flags = torch.tensor([float(d.unit in clipped_here) for d in drawn], device=self.backend.device)
+        zeroed_here = {self._share[position].unit for position in self.clipper.diagnostics.nonfinite_owners}
+        flags = torch.tensor([float(d.unit in zeroed_here) for d in drawn], device=self.backend.device)
         self.backend.reduce(flags)
         return [self._units.names[d.unit] for d, flag in zip(drawn, flags.tolist(), strict=True) if flag]
 
@@ -421,11 +472,14 @@ class Trainer:
         torch.manual_seed(int(self._key.stream("dropout", step, self.backend.rank).uint64(1)[0] >> 1))
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
-        """Return what this rank steps, in groups of one learning rate: of LoRA's B, and of everything else."""
-        ratio, groups = self._training.lora_b_rate_ratio, {}
+        """Return AdamW's parameter groups, one a learning rate: of LoRA's B matrices, and of everything else.
+
+        ``rate_ratio`` of a group is its learning rate over that of the schedule.
+        """
+        groups: dict[float, list[torch.nn.Parameter]] = {}
         for name, parameter in self.layout.parameters.items():
             is_b = ".lora_B." in name or ".lora_embedding_B." in name
-            groups.setdefault(ratio if is_b else 1.0, []).append(parameter)
+            groups.setdefault(self._training.lora_b_rate_ratio if is_b else 1.0, []).append(parameter)
         return [{"params": parameters, "rate_ratio": ratio} for ratio, parameters in groups.items()]
 
     def _set_learning_rate(self, step: int) -> None:
@@ -433,7 +487,14 @@ class Trainer:
             group["lr"] = self._training.learning_rate_at(step, self.plan.num_steps) * group["rate_ratio"]
 
     def _log(self, step: int, step_seconds: float, counts: Sequence[float], released: Mapping[str, float]) -> None:
-        """Log a step: released values, and private ones that the tracker keeps in ``secret/``."""
+        """Log a step: released values, and private ones that the tracker keeps in ``secret/``; on rank 0.
+
+        Args:
+            step: counts from 0.
+            step_seconds: duration.
+            counts: of :meth:`_reduced_counts`.
+            released: name → auxiliary sum, as released.
+        """
         if not self.backend.is_main:
             return
         num_units, num_clipped, num_nonfinite, sum_norms, sum_losses, num_losses = counts

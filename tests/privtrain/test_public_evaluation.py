@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import signal
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,7 +15,7 @@ import torch
 from privtrain.config import validate
 from privtrain.data.microbatch import Packer
 from privtrain.data.records import Record
-from privtrain.errors import ConfigError, PlanMismatch, WorseThanBase
+from privtrain.errors import ConfigError, PlanMismatch, Preempted, WorseThanBase
 from privtrain.inputs import load_checked
 from privtrain.job import evaluation
 from privtrain.job.train import train
@@ -64,6 +66,21 @@ def test_worse_model_follows_release_policy(evaluated, tmp_path, capsys, monkeyp
     train(path, ["release.if_worse=warn"])
     assert (run / "release.json").exists()
     assert "warning: the model is worse than its base" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_signal_before_an_evaluation_saves_the_step(evaluated, tmp_path):
+    """The job says that it goes on from there: no step behind the last checkpoint is lost."""
+    evaluated["performance"] = evaluated.get("performance", {}) | {"checkpoint_interval_steps": 1000}
+
+    def signal_after_step_two(step, values):
+        if step == 2 and "privacy/epsilon" in values:  # logged once the ranks have looked for signals of the step
+            signal.raise_signal(signal.SIGTERM)
+            time.sleep(0.5)  # the thread that notes signals needs a moment
+
+    with pytest.raises(Preempted, match="saved after step 2 of 4"):
+        train(write_config(evaluated, tmp_path / "c.yaml"), on_step=signal_after_step_two)
+    checkpoints = tmp_path / "runs" / "tiny" / "checkpoints"
+    assert [path.name for path in checkpoints.iterdir()] == ["step-00000002"]
 
 
 def test_a_decision_on_private_rows_cannot_be_asked_for(tree):
