@@ -141,6 +141,7 @@ def claimed(inputs: Inputs, backend: Backend) -> Iterator[None]:
 
 
 def _create(run: RunDirectory) -> None:
+    """Make the run directory; tell which key to change if the file system refuses."""
     try:
         run.create()
     except OSError as error:

@@ -104,6 +104,7 @@ def check_ranks_agree(backend: Backend, digests: dict[str, bytes]) -> None:
 def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
+    # Which instructions a CPU has decides how its kernels round; older versions of torch cannot say.
     features = getattr(torch.cpu, "get_capabilities", dict)()
     return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()} {sorted(features.items())}"
 

@@ -230,7 +230,12 @@ def _token_cost(inputs: Inputs, trainer: Trainer, network: Network) -> dict[str,
 
 
 def rehearse(inputs: Inputs, backend: Backend, stop: StopRequest) -> int:
-    """Load, build and self-test under a throw-away key without a run directory; return the number of coordinates.
+    """Load the model, build the trainer and run the self-test as a run would, but without a run directory.
+
+    Under a throw-away key, and without a ledger. Every rank calls it.
+
+    Returns:
+        The number of trained weights.
 
     Raises:
         PrivtrainError: as the run would.
@@ -264,6 +269,7 @@ def _announce(inputs: Inputs, backend: Backend) -> None:
 
 
 def _environment(inputs: Inputs, backend: Backend, network: Network, units: UnitData) -> bytes:
+    """Return the digest of all that a step is computed with: see :mod:`privtrain.job.environment`."""
     return environment_digest(
         inputs.config,
         backend,
@@ -290,6 +296,7 @@ def _open_tracker(
     start_step: int,
     on_step: Callable[[int, Values], None] | None,
 ) -> Tracker:
+    """Return where metrics go: on rank 0 all trackers, on other ranks at most one of the machine's own metrics."""
     if not backend.is_main:
         return open_machine_tracker(inputs.config, run_id, backend.rank)
     # Rows logged after from_step are dropped. A run that begins logs step 0 too, the evaluation before its first step,
@@ -309,6 +316,7 @@ def _build_trainer(
     stop: StopRequest,
     directions: GradientCanaries,
 ) -> Trainer:
+    """Return the trainer of this session, after checks that audits can be served on this placement of tensors."""
     trainer = Trainer(
         plan=inputs.plan,
         training=inputs.config.training,

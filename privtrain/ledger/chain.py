@@ -279,6 +279,7 @@ def _nothing_to_check(state: LedgerState, record: dict[str, Any]) -> str | None:
 
 
 def _check_begin(state: LedgerState, record: dict[str, Any]) -> str | None:  # noqa: ARG001
+    """Check the first record, which says what log this is."""
     if record["schema"] != SCHEMA:
         return f"schema {record['schema']!r}; this version reads {SCHEMA!r}"
     if "num_groups" in record and record["num_groups"] < 2:  # it is left out where there are no groups
@@ -287,6 +288,7 @@ def _check_begin(state: LedgerState, record: dict[str, Any]) -> str | None:  # n
 
 
 def _check_session(state: LedgerState, record: dict[str, Any]) -> str | None:
+    """Check a start of training: the present generation continues, or the next one begins, after steps on the path."""
     present = max(state.generation, 0)  # -1 before the first session, which is of generation 0
     if record["generation"] not in (present, state.generation + 1):
         return "a session of a generation that is neither the last nor the next"
@@ -298,6 +300,7 @@ def _check_session(state: LedgerState, record: dict[str, Any]) -> str | None:
 
 
 def _check_intent(state: LedgerState, record: dict[str, Any]) -> str | None:
+    """Check that a step is about to begin for the first time, right after the last step on the path."""
     if (record["generation"], record["step"]) in state.intents:
         return "a step twice"
     if record["generation"] != state.generation or record["step"] != len(state.path):
@@ -306,6 +309,7 @@ def _check_intent(state: LedgerState, record: dict[str, Any]) -> str | None:
 
 
 def _check_commit(state: LedgerState, record: dict[str, Any]) -> str | None:
+    """Check the end of a step that has begun; ``zeroed`` holds rows of its units that counted as zero, ascending."""
     key = (record["generation"], record["step"])
     if key not in state.intents or key in state.commits:
         return "a commit without an open intent"
@@ -320,6 +324,7 @@ def _check_commit(state: LedgerState, record: dict[str, Any]) -> str | None:
 
 
 def _check_seal(state: LedgerState, record: dict[str, Any]) -> str | None:
+    """Check that a sealed file is the next one, and holds the rows of all steps since the one before."""
     if record["segment"] != len(state.segments):
         return "a segment out of order"
     if record["num_rows"] != sum(body.num_units for body in state.open_bodies):
@@ -328,6 +333,7 @@ def _check_seal(state: LedgerState, record: dict[str, Any]) -> str | None:
 
 
 def _check_release(state: LedgerState, record: dict[str, Any]) -> str | None:
+    """Check the end of a finished run: all steps are charged, all rows sealed, and the release quotes this log."""
     if record["num_charged"] != state.num_charged:
         return "a release that charges other steps"
     if any(body.num_units for body in state.open_bodies):  # a segment of empty steps alone is never sealed

@@ -72,6 +72,7 @@ def opened_head(log: pathlib.Path) -> Iterator[HeadFile]:
 
 
 def _lock(descriptor: int, log: pathlib.Path) -> None:
+    """Lock the head file for this process; do without a lock on a file system that has none."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -192,6 +192,7 @@ def _check_plan(run: RunDirectory, state: LedgerState) -> None:
 
 
 def _read(path: pathlib.Path) -> dict[str, Any]:
+    """Return the JSON object in a file; raise :class:`LedgerCorrupt` if there is none."""
     try:
         value = strict_json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -237,6 +237,7 @@ def _open(url: str | None, *, read_only: bool = False):
 
 
 def _bring_up_to_date(url: str | None) -> None:
+    """Make a registry's tables and key if they are missing, and bring older tables to this version."""
     from privtrain.registry.database import Database, default_url, key_path
 
     database = Database(url or default_url(), retry_seconds=10.0)

@@ -321,10 +321,11 @@ def _key_check(key: SecretKey) -> str:
 
 
 def _alembic_config(connection: sa.Connection | None):
+    """Return the configuration of the migrations; they run on ``connection``, which may be absent to look at them."""
     from alembic.config import Config
 
     config = Config()
-    config.set_main_option("script_location", str(_MIGRATIONS).replace("%", "%%"))
+    config.set_main_option("script_location", str(_MIGRATIONS).replace("%", "%%"))  # an ini file, where % has a meaning
     config.set_main_option("path_separator", "os")
     config.attributes["connection"] = connection
     return config

@@ -57,7 +57,7 @@ class RunRequest:
     has_split: bool = False
 
     def __post_init__(self) -> None:
-        wrong = {
+        wrong = {  # "not ..." rather than the opposite, so that NaN is wrong
             "epsilon": not 0 <= self.epsilon < math.inf,
             "delta": not 0 < self.delta < 1,
             "num_steps": self.num_steps < 0,

@@ -124,14 +124,14 @@ class SeenFile:
             )
 
     def note(self, extent: Extent) -> None:
-        """Remember how far a registry has come.
+        """Remember how far a registry has come, unless the file already says as much.
 
         Raises:
             PrivtrainError: if the file cannot be written.
         """
-        if all(self.known().get(extent.uid, {}).get(name, -1) >= count for name, count in extent.counts.items()):
-            return
-        self._write(extent, lowers=False)
+        seen = self.known().get(extent.uid, {})
+        if any(seen.get(name, -1) < count for name, count in extent.counts.items()):
+            self._write(extent, lowers=False)
 
     def accept(self, extent: Extent) -> None:
         """Remember these numbers even where they are lower; a file of one registry alone also forgets other ids."""

@@ -327,6 +327,7 @@ def _published_noise() -> Table:
 
 
 def _published_accuracy() -> Table:
+    """Return a table of the accuracies in the authors' logs."""
     rows = [[row.label, *(f"{value:.2f}" for value in row.accuracies)] for row in PUBLISHED]
     note = (
         f"Best dev accuracy over epochs, RoBERTa-base, one seed a cell ({_LOGS}). Two SST-2 runs of equal noise and "

@@ -111,6 +111,7 @@ def _make_repeatable(performance: PerformanceSection, device: torch.device) -> N
 
 
 def _objective(config: Config, model: Any, tokenizer: Any, pad_id: int) -> Objective:
+    """Return the loss of a row: of next tokens or, where the data have labels, of the label."""
     labels, is_pair = config.data.labels, config.data.text_pair_column is not None
     if labels is None:
         return CausalLM(None if config.performance.packing == "rows" else FrozenHead.of(model))
