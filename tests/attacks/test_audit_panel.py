@@ -46,7 +46,7 @@ def test_a_leaking_run_is_falsified_with_its_ceiling_beside(make_run):
 
 def test_a_quiet_run_is_consistent_or_could_not_tell(make_run):
     assert facts_of(make_run(60, shift=0.0, epsilon=1.0, name="a"))[1]["verdict"] == "consistent"
-    assert facts_of(make_run(60, shift=0.0, epsilon=7.9, name="b"))[1]["verdict"] in ("consistent", "uninformative")
+    assert facts_of(make_run(60, shift=0.0, epsilon=7.99, name="b"))[1]["verdict"] in ("consistent", "uninformative")
     assert facts_of(make_run(4, shift=0.5, epsilon=1.0, name="c"))[1]["verdict"] == "uninformative"
 
 
