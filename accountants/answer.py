@@ -14,7 +14,11 @@ OWN_VERSION = "accountants 1"
 
 
 class BoundKind(enum.StrEnum):
-    """What a number may be used for."""
+    """How far a number may be trusted.
+
+    The certified kinds are proven bounds on the truth. An estimate may err to either side; an asymptotic value is exact
+    only in the limit of infinitely many steps.
+    """
 
     CERTIFIED_UPPER = "certified_upper"
     CERTIFIED_LOWER = "certified_lower"
@@ -23,7 +27,11 @@ class BoundKind(enum.StrEnum):
 
 
 class Direction(enum.StrEnum):
-    """Which of the two orders of a neighbouring pair an answer covers."""
+    """Which of the two orders of a neighbouring pair an answer covers.
+
+    With P the law of the output without the unit and Q with it, *remove* bounds Q(S) - e^eps P(S) over all sets S of
+    outputs, and *add* bounds P(S) - e^eps Q(S). A guarantee needs both.
+    """
 
     REMOVE = "remove"
     ADD = "add"
@@ -122,8 +130,9 @@ class Bounds:
 
     Attributes:
         lower, upper: as in :class:`PrivacyAnswer`.
-        direction: the order of the neighbouring pair that is covered, or for certified ends of both the worse one.
-        estimate: the best point value; the middle if not given.
+        direction: the order of the neighbouring pair that is covered. A method that has bounded both orders may name
+            the one with the larger upper end here until it makes its answer.
+        estimate: the best point value; None for the middle of the interval.
         kind: as in :class:`PrivacyAnswer`.
         note: as in :class:`PrivacyAnswer`.
     """
@@ -144,5 +153,5 @@ class Bounds:
 
 
 def point(value: float, kind: BoundKind = BoundKind.ESTIMATE, direction: Direction = Direction.BOTH) -> Bounds:
-    """Return a point value about which nothing is known: its interval is the whole range."""
+    """Return the bounds of a mere estimate: nothing is certain, so the interval is from 0 to infinity."""
     return Bounds(0.0, math.inf, direction, value, kind)

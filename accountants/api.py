@@ -44,7 +44,10 @@ def delta(
     accountant: str | None = None,
     relation: NeighboringRelation = NeighboringRelation.ADD_OR_REMOVE_ONE,
 ) -> PrivacyAnswer:
-    """Return delta of an event at ``epsilon``: the counterpart of :func:`epsilon`."""
+    """Return delta of an event at ``epsilon`` >= 0.
+
+    The other arguments, the answer and the errors are those of :func:`epsilon`.
+    """
     return get_accountant(accountant or fitting(event, relation.name)[0]).delta(event, epsilon, relation)
 
 

@@ -35,9 +35,10 @@ LARGEST_COUNT = 10_000_000
 #: Counts above this number are found to one part in it.
 _COUNT_PARTS = 10_000
 
-#: Of a slow accountant, in one calibration.
+#: How often a slow accountant is asked in one calibration.
 _MOST_EVALUATIONS = 6
 
+#: Value of the parameter that is sought -> the event of the run with this value.
 MakeEvent = Callable[[float], dp_accounting.DpEvent]
 
 
@@ -91,22 +92,23 @@ def calibrate_noise(
     accountant: str | None = None,
     relation: NeighboringRelation = NeighboringRelation.ADD_OR_REMOVE_ONE,
 ) -> float:
-    """Return the smallest noise multiplier, rounded up, for any events; see :func:`calibrate_noise_multiplier`.
+    """Return the smallest noise multiplier whose certified epsilon is within the target, rounded up to four decimals.
 
-    ``make_event`` may build several phases, each with its own multiple of the noise.
+    As :func:`calibrate_noise_multiplier`, for any family of events: ``make_event`` gives the event of a noise
+    multiplier. It may build several phases, each with its own multiple of the noise.
     """
     judge = _Judge(make_event, 1.0, target_epsilon, target_delta, accountant, relation)
     step = 10.0**-DECIMALS
 
     def find(aim: float) -> float:
+        """Return the noise at which the guide's epsilon is ``aim``, to half a step, or the least noise tried."""
         low, high = _noise_bracket(judge.guide, aim)
         return low if low == high else _log_root(judge, aim, low, high, step / 2 / high)
 
     if judge.is_slow:
         return _few_evaluations(judge, lambda aim: math.ceil(find(aim) / step) * step, smaller_is_better=True)
-    index = _first_allowed(
-        lambda i: judge.allows(round(i * step, DECIMALS)), math.ceil(find(target_epsilon) / step - 1e-9)
-    )
+    guess = math.ceil(find(target_epsilon) / step - 1e-9)  # in steps; a whole number of them stays, despite round-off
+    index = _first_allowed(lambda i: judge.allows(round(i * step, DECIMALS)), guess)
     return round(index * step, DECIMALS)
 
 
@@ -118,12 +120,15 @@ def calibrate_probability(
     accountant: str | None = None,
     relation: NeighboringRelation = NeighboringRelation.ADD_OR_REMOVE_ONE,
 ) -> float:
-    """Return the largest probability, rounded down to four significant digits, within the target.
+    """Return the largest sampling probability within the target, rounded down to four significant digits.
+
+    ``make_event`` gives the event of a probability; the other arguments are those of
+    :func:`calibrate_noise_multiplier`.
 
     Raises:
         CalibrationError: if the target cannot be met above a probability of 1e-9.
     """
-    # Half: at 1 nothing is sampled, and the event may be a simpler one.
+    # The example is of 0.5: at 1 nothing is sampled, and the event may be of a simpler kind.
     judge = _Judge(lambda q: make_event(min(q, 1.0)), 0.5, target_epsilon, target_delta, accountant, relation)
     if judge.allows(1.0):
         return 1.0
@@ -132,6 +137,7 @@ def calibrate_probability(
         raise CalibrationError(f"target_epsilon={target_epsilon} needs a sampling probability below {low:g}")
 
     def find(aim: float) -> float:
+        """Return the probability at which the guide's epsilon is ``aim``."""
         return 1.0 if judge.guide(1.0) <= aim else _log_root(judge, aim, low, 1.0, 1e-4)
 
     if judge.is_slow:
@@ -140,12 +146,13 @@ def calibrate_probability(
     digits = 3 - math.floor(math.log10(root))
     unit = 10.0**-digits
     index = math.floor(root / unit)
-    # Mirrored, so that the search for the smallest allowed index serves for the largest.
+    # The largest allowed index is wanted, and the search is for the smallest: indices are mirrored at the guess.
     mirrored = _first_allowed(lambda i: judge.allows(round((2 * index - i) * unit, digits)), index)
     return round((2 * index - mirrored) * unit, digits)
 
 
 def _four_digits_down(value: float) -> float:
+    """Return a positive value rounded down to four significant digits."""
     digits = 3 - math.floor(math.log10(value))
     return round(math.floor(value * 10.0**digits) * 10.0**-digits, digits)
 
@@ -179,7 +186,7 @@ def calibrate_count(
         raise CalibrationError(f"target_epsilon={target_epsilon} is exceeded by {name}=1")
 
     def find(aim: float) -> int:
-        """Return the largest count whose guide is at most ``aim``, by doubling and bisection."""
+        """Return the largest count at which the guide's epsilon is at most ``aim``, by doubling and bisection."""
         low, high = 1, 2
         while judge.guide(high) <= aim:
             if high == largest:
@@ -193,9 +200,10 @@ def calibrate_count(
     if judge.is_slow:
         return int(_few_evaluations(judge, find, smaller_is_better=False))
     low = find(target_epsilon)
-    unit = max(1, low // _COUNT_PARTS)
+    unit = max(1, low // _COUNT_PARTS)  # counts are tried in multiples of it
     guess = low // unit
-    # Mirrored, so that the search for the smallest allowed index serves for the largest.
+    # The largest allowed multiple is wanted, and the search is for the smallest: multiples are mirrored at the guess. A
+    # count of 0 is taken for allowed, so that the search ends.
     mirrored = _first_allowed(lambda i: i >= 2 * guess or judge.allows((2 * guess - i) * unit), guess)
     if mirrored >= 2 * guess:
         raise CalibrationError(f"target_epsilon={target_epsilon} is exceeded by {name}={unit}")
@@ -203,19 +211,30 @@ def calibrate_count(
 
 
 def _log_root(judge: _Judge, aim: float, low: float, high: float, xtol: float) -> float:
-    """Return the parameter in [low, high] at which ``judge.guide`` equals ``aim``, by log-log root finding."""
-    return math.exp(
-        bracketed_root(
-            lambda x: math.log(max(judge.guide(math.exp(x)), 1e-300) / aim), math.log(low), math.log(high), xtol=xtol
-        )
-    )
+    """Return the parameter in [low, high] at which ``judge.guide`` equals ``aim``.
+
+    The logarithm of epsilon is close to a straight line over that of the parameter, so few evaluations are needed.
+
+    Args:
+        judge: gives the guide.
+        aim: the epsilon wanted.
+        low: a parameter on one side.
+        high: a parameter on the other side.
+        xtol: tolerance, relative to the parameter.
+    """
+
+    def log_excess(log_parameter: float) -> float:
+        return math.log(max(judge.guide(math.exp(log_parameter)), 1e-300) / aim)
+
+    return math.exp(bracketed_root(log_excess, math.log(low), math.log(high), xtol=xtol))
 
 
 def _few_evaluations(judge: _Judge, find: Callable[[float], float], *, smaller_is_better: bool) -> float:
-    """Return a value that spends at least 99.5 % of the target, for events that take seconds to minutes to account for.
+    """Return the best value found within the target, for events that take seconds to minutes to account for.
 
-    Epsilon as a function of the parameter has nearly the shape of the guide's; only its size is asked of the
-    accountant.
+    ``find`` gives the parameter at which the guide's epsilon is a given aim. The guide's curve has nearly the shape of
+    the accountant's, at another size. So the aim is corrected by how far the accountant's epsilon is off, until that
+    is at least 99.5 % of the target.
     """
     target = judge.target
     aim, best, spent = target, None, math.inf
@@ -230,6 +249,7 @@ def _few_evaluations(judge: _Judge, find: Callable[[float], float], *, smaller_i
             best = value
         if 0.995 * target <= spent <= target or spent == 0:
             break
+        # A little below the target, since what exceeds it is of no use.
         aim *= 0.5 if math.isinf(spent) else 0.998 * target / spent
     if best is None:
         raise CalibrationError(f"target_epsilon={target} was not met; the last value tried spends {spent:.4g}")
@@ -237,13 +257,16 @@ def _few_evaluations(judge: _Judge, find: Callable[[float], float], *, smaller_i
 
 
 def _first_allowed(allows: Callable[[int], bool], guess: int) -> int:
-    """Return the smallest allowed index near a good guess, by doubling steps and then bisection."""
+    """Return the smallest allowed index, by doubling strides from a guess near it and then bisection.
+
+    ``allows`` is false below some index and true from there on.
+    """
     stride = 1
     if allows(guess):
         high = guess
         while high - stride > 0 and allows(high - stride):
             high, stride = high - stride, 2 * stride
-        low = max(high - stride, 0)
+        low = max(high - stride, 0)  # index 0 itself is never tried
     else:
         low = guess
         while not allows(low + stride):
@@ -256,7 +279,16 @@ def _first_allowed(allows: Callable[[int], bool], guess: int) -> int:
 
 
 class _Judge:
-    """The spending of one family of events, by the certifying accountant and by a cheap guide."""
+    """Epsilon of a family of events as a function of the parameter that is sought.
+
+    Twice: by the accountant that decides, and by a cheap guide that is near it. The guide is the tilted accountant, or
+    the deciding one where that is cheap too (``rdp``) or where the tilted one has no analysis.
+
+    Attributes:
+        target: the epsilon that must not be exceeded.
+        is_slow: whether the accountant takes seconds for an event. The guide is then asked about plain Poisson sampling
+            at the same rate instead.
+    """
 
     def __init__(
         self,
@@ -269,24 +301,24 @@ class _Judge:
     ) -> None:
         _check_target(target_epsilon)
         event = make_event(example)
+        # `example` is a value of the parameter whose event has the kind of all the others.
         self._make_event, self.target, self._delta = make_event, target_epsilon, target_delta
         self._accountant = get_accountant(accountant or fitting(event, relation.name)[0])
         self._relation = relation
         self._guide: Accountant = self._accountant if self._accountant.name == "rdp" else TiltedAccountant()
-        #: Whether the guide answers about a simpler event than the accountant.
         self.is_slow = poisson_counterpart(event) is not event
 
     def allows(self, value: float) -> bool:
-        """Return whether the certified epsilon stays within the target."""
+        """Return whether the certified epsilon at a value of the parameter stays within the target."""
         return self.spent(value) <= self.target
 
     def spent(self, value: float) -> float:
-        """Return the certified epsilon."""
+        """Return the certified epsilon at a value of the parameter."""
         answer = self._accountant.epsilon(self._make_event(value), self._delta, self._relation)
         return certified_upper(answer, self._relation)
 
     def guide(self, value: float) -> float:
-        """Return a cheap certified epsilon near the one that decides."""
+        """Return an epsilon near the one of :meth:`spent`, quickly."""
         event = poisson_counterpart(self._make_event(value))
         try:
             return self._guide.epsilon(event, self._delta, self._relation).upper
@@ -301,7 +333,10 @@ def _check_target(target_epsilon: float) -> None:
 
 
 def _noise_bracket(spent: Callable[[float], float], target_epsilon: float) -> tuple[float, float]:
-    """Return two noise multipliers around the answer, walking down from 1: tiny ones build huge distributions."""
+    """Return two noise multipliers around the one that spends ``target_epsilon``, a factor of two apart.
+
+    The smallest one tried comes back twice if it is enough. The walk begins at 1: tiny noise builds huge distributions.
+    """
     high = 1.0
     while spent(high) > target_epsilon:
         high *= 2

@@ -59,7 +59,7 @@ class Quantity(enum.StrEnum):
     RECORDS = "num-records"
 
 
-#: Quantity -> the field of a run.
+#: What ``--for`` names -> the field of :class:`Run` that ``calibrate`` solves for.
 _SOUGHT = {
     Quantity.NOISE: "noise",
     Quantity.STEPS: "steps",
@@ -111,7 +111,7 @@ Plot = Annotated[Path | None, typer.Option("--plot", help="Write a picture to th
 #: What ``compare`` asks where every method has an analysis: all accountants but the slow ones.
 _EVERYTHING = "tilted,pld,tilted-edgeworth,rdp,gdp,aea1,aea2,aea3,eeai"
 
-#: Sampler -> the fields of a run that it needs, those that it may have, and the relation that it is for.
+#: Sampler -> the fields of :class:`Run` that it needs, those that it may have, and the relation its event is for.
 _SAMPLERS: dict[Sampler, tuple[tuple[str, ...], tuple[str, ...], Relation]] = {
     Sampler.POISSON: (("noise", "prob", "steps"), ("records",), Relation.ADD_OR_REMOVE_ONE),
     Sampler.TRUNCATED: (("noise", "prob", "steps", "units", "batch"), (), Relation.REPLACE_SPECIAL),
@@ -119,6 +119,7 @@ _SAMPLERS: dict[Sampler, tuple[tuple[str, ...], tuple[str, ...], Relation]] = {
     Sampler.ALLOCATION: (("noise", "steps", "selected", "epochs"), (), Relation.ADD_OR_REMOVE_ONE),
     Sampler.SHUFFLED: (("noise", "steps", "epochs"), (), Relation.REPLACE_SPECIAL),
 }
+#: Field of :class:`Run` -> its option on the command line.
 _FLAGS = {
     "noise": "--noise-multiplier",
     "prob": "--sampling-prob",
@@ -134,7 +135,10 @@ _FLAGS = {
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """The options that describe a run, shared by the commands. None is what was not given: nothing has a default."""
+    """The options that describe a run, shared by the commands; :func:`_with_run` gives a command these options.
+
+    A field is None, or ``phases`` empty, if its option was not given.
+    """
 
     noise: Noise = None
     steps: Steps = None
@@ -149,21 +153,24 @@ class Run:
     relation: RelationOption = None
 
     def neighbours(self) -> dp_accounting.NeighboringRelation:
-        """Return the relation as the library's value."""
+        """Return the relation given, or else the sampler's own, as dp_accounting's value."""
         import dp_accounting
 
         return dp_accounting.NeighboringRelation[(self.relation or _SAMPLERS[self.sampler][2]).name]
 
     def check(self, sought: str = "") -> None:
-        """Refuse options that are missing, or that the sampler does not read.
+        """Raise unless exactly the options that the sampler reads were given.
+
+        Args:
+            sought: the field that a calibration solves for, which must not be given; empty for other commands.
 
         Raises:
-            ValueError: with all of them.
+            ValueError: with every option that is missing, not read, or given although it is sought.
         """
         needed, optional, _ = _SAMPLERS[self.sampler]
         if self.phases and self.sampler is Sampler.POISSON:
             needed, optional = ("noise",), ("records", "phases")
-        who = f"--sampler {self.sampler.value}" + (" with --phase" if "phases" in optional else "")
+        reader = f"--sampler {self.sampler.value}" + (" with --phase" if "phases" in optional else "")
         faults: list[str] = []
         for field, flag in _FLAGS.items():
             value = getattr(self, field)
@@ -171,16 +178,16 @@ class Run:
             if field == sought and is_given:
                 faults.append(f"{flag}={value} is what --for finds: leave it out")
             elif field in needed and field != sought and not is_given:
-                faults.append(f"{flag} is missing: {who} needs it")
+                faults.append(f"{flag} is missing: {reader} needs it")
             elif is_given and field not in (*needed, *optional):
-                faults.append(f"{flag}={value} is not read by {who}: leave it out")
+                faults.append(f"{flag}={value} is not read by {reader}: leave it out")
         if sought and sought not in (*needed, *optional):
-            faults.append(f"{_FLAGS[sought]} cannot be found for {who}: it reads none")
+            faults.append(f"{_FLAGS[sought]} cannot be found for {reader}: it reads none")
         if faults:
             raise ValueError("; ".join(faults))
 
     def event(self) -> dp_accounting.DpEvent:
-        """Return what the run released; :meth:`check` first."""
+        """Return the event of what the run released. Call :meth:`check` first, which makes the fields read here set."""
         from accountants import events
 
         values: dict[str, Any] = {"noise_multiplier": self.noise, "num_steps": self.steps}
@@ -208,7 +215,7 @@ class Run:
                 )
 
     def _phased_event(self) -> dp_accounting.DpEvent:
-        """Return the composition of ``--phase`` NOISE:PROB:STEPS, each noise a multiple of ``--noise``."""
+        """Return the composition of every ``--phase`` NOISE:PROB:STEPS; NOISE is relative to ``--noise-multiplier``."""
         import dp_accounting
 
         parts: list[dp_accounting.DpEvent] = []
@@ -223,6 +230,7 @@ class Run:
 
 
 def _given(value: Any) -> Any:
+    """Return an option's value, which ``Run.check`` found to be given."""
     assert value is not None, "checked before"
     return value
 
@@ -230,6 +238,7 @@ def _given(value: Any) -> Any:
 def _poisson_event(
     noise: float | None, prob: float | None, steps: int | None, records: int | None
 ) -> dp_accounting.DpEvent:
+    """Return the event of Poisson-sampled steps for one record, or for a user with so many ``records``."""
     from accountants import events, units
 
     values: dict[str, Any] = {"noise_multiplier": noise, "sampling_prob": prob, "num_steps": steps}
@@ -239,9 +248,12 @@ def _poisson_event(
 
 
 def _with_run(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command whose first parameter is a :class:`Run` the options of one."""
+    """Return a command that takes the fields of :class:`Run` as options, in place of a ``Run`` as its first parameter.
+
+    Typer makes options of a function's signature and annotations, so both are written on the new function.
+    """
     options = inspect.signature(Run, eval_str=True).parameters
-    own = list(inspect.signature(command, eval_str=True).parameters.values())[1:]
+    own = list(inspect.signature(command, eval_str=True).parameters.values())[1:]  # all but the run
 
     def run_command(**given: Any) -> None:
         run = Run(**{name: given.pop(name) for name in options})
@@ -265,6 +277,7 @@ def _print_json(value: Any) -> None:
 
 
 def _print_answer(answer: PrivacyAnswer, as_json: bool) -> None:
+    """Print an answer as JSON, or as a line that begins with the certified upper end, or else the estimate."""
     if as_json:
         _print_json(answer.to_json())
         return
@@ -297,7 +310,7 @@ def delta(run: Run, *, epsilon_value: Epsilon, accountant: Name = None, as_json:
 
     run.check()
     event, relation = run.event(), run.neighbours()
-    # Of those that fit, the one without a floor.
+    # By default `tilted` where it fits: it has no floor in delta, as `pld` has.
     names = fitting(event, relation.name)
     name = accountant or ("tilted" if "tilted" in names else names[0])
     _print_answer(api.delta(event, epsilon_value, accountant=name, relation=relation), as_json)
@@ -332,8 +345,9 @@ def calibrate(
         return dataclasses.replace(run, **{field: value}).event()
 
     relation = run.neighbours()
-    example = make_event(1.0 if field == "noise" else 0.5 if field == "prob" else 1)
-    name = accountant or fitting(example, relation.name)[0]
+    # The accountant that fits is the same for every value of the field; a count of 1 is in every field's range.
+    example_values = {"noise": 1.0, "prob": 0.5}
+    name = accountant or fitting(make_event(example_values.get(field, 1)), relation.name)[0]
     target: dict[str, Any] = {"target_epsilon": target_epsilon, "target_delta": delta_value, "accountant": name}
     match solve_for:
         case Quantity.NOISE:
@@ -341,6 +355,7 @@ def calibrate(
         case Quantity.PROBABILITY:
             value = calibration.calibrate_probability(make_event, relation=relation, **target)
         case _:
+            # A mixture has an outcome for every number of records: more than 1024 of them would take too long.
             largest = 1024 if field == "records" else calibration.LARGEST_COUNT
             value = calibration.calibrate_count(
                 make_event, name=solve_for.value, relation=relation, largest=largest, **target
@@ -371,9 +386,11 @@ def compare(
 
     run.check()
     event, relation = run.event(), run.neighbours()
-    fit = fitting(event, relation.name)
-    chosen = names or (_EVERYTHING if "tilted" in fit else ",".join(fit))
-    rows = comparison.compare(event, delta_value, [name.strip() for name in chosen.split(",")], relation=relation)
+    certifying = fitting(event, relation.name)
+    # Where `tilted` fits, the event is Gaussian noise on sampled sums, of which every method has an analysis.
+    by_default = _EVERYTHING if "tilted" in certifying else ",".join(certifying)
+    chosen = [name.strip() for name in (names or by_default).split(",")]
+    rows = comparison.compare(event, delta_value, chosen, relation=relation)
     if plot is not None:
         comparison.draw_rows(rows, plot)
     if as_json:

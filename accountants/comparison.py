@@ -21,7 +21,7 @@ from accountants.tradeoff import privacy_curve
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One accountant's answer, or why it refused."""
+    """One accountant's answer, or ``None`` with its ``refusal`` in words, and the seconds that it took."""
 
     name: str
     answer: PrivacyAnswer | None
@@ -99,7 +99,20 @@ def draw_rows(rows: Sequence[Row], path: Path) -> None:
 def curves(
     *, noise_multiplier: float, sampling_prob: float, num_steps: int, delta: float, accountant: str, points: int
 ) -> dict[str, Any]:
-    """Return the three curves of one DP-SGD run, as lists."""
+    """Return three curves of one DP-SGD run as JSON values, by one accountant, for :func:`draw`.
+
+    Args:
+        noise_multiplier: noise standard deviation over clipping norm.
+        sampling_prob: Poisson sampling probability per unit and step.
+        num_steps: steps of the whole run.
+        delta: at which epsilon is taken.
+        accountant: its name.
+        points: of each curve, about.
+
+    Returns:
+        ``epsilon_over_steps`` (at ``delta``), ``delta_over_epsilon`` (after all steps) and ``attack_cap``: the most
+        true-positive rate at a false-positive rate, and the most advantage. ``certified`` says whether all are bounds.
+    """
     method = get_accountant(accountant)
     steps = sorted({round(x) for x in np.geomspace(1, max(num_steps, 1), points)})
     events = [
@@ -125,7 +138,7 @@ def curves(
 
 
 def draw(data: dict[str, Any], path: Path) -> None:
-    """Write the three curves as one picture."""
+    """Write the three curves of :func:`curves` as one picture."""
     import matplotlib as mpl
 
     mpl.use("Agg")

@@ -27,8 +27,7 @@ class RandomAllocationDpEvent(dp_accounting.DpEvent):
     """Every unit joins ``num_selected`` of ``num_steps`` Gaussian releases, chosen uniformly; once per epoch.
 
     With ``num_selected = 1`` this is balls-and-bins sampling. Feldman and Shenfeld 2025 (arXiv 2502.08202) and 2026
-    (arXiv
-    2602.17284).
+    (arXiv 2602.17284).
     """
 
     noise_multiplier: float
@@ -89,8 +88,8 @@ def dp_sgd_event(*, noise_multiplier: float, sampling_prob: float, num_steps: in
 def phased_event(phases: Sequence[tuple[float, float, int]]) -> dp_accounting.DpEvent:
     """Return the event of DP-SGD by phases of ``(noise_multiplier, sampling_prob, num_steps)``.
 
-    Composes distributions, never epsilons; the phases may be chosen adaptively from earlier releases only if the
-    settings themselves are fixed in advance (fully adaptive choice of settings needs a privacy filter).
+    An accountant composes the phases' distributions, not their epsilons. The settings of all phases must be fixed
+    before the first release: to choose later ones from earlier releases needs a privacy filter.
     """
     events = [
         dp_sgd_event(noise_multiplier=noise, sampling_prob=prob, num_steps=steps) for noise, prob, steps in phases
@@ -171,7 +170,7 @@ def shuffled_event(*, noise_multiplier: float, num_batches: int, num_epochs: int
 
 
 def _plain(noise_multiplier: float, count: int) -> dp_accounting.DpEvent | None:
-    """Return the event of nothing released, or of no noise; None if there is something to account for."""
+    """Return the event of ``count`` releases where that is trivial: none made, or made without noise; else None."""
     if count == 0:
         return dp_accounting.NoOpDpEvent()
     return dp_accounting.NonPrivateDpEvent() if noise_multiplier == 0 else None
@@ -180,8 +179,8 @@ def _plain(noise_multiplier: float, count: int) -> dp_accounting.DpEvent | None:
 def joint_noise_multiplier(*noise_multipliers: float) -> float:
     """Return the noise multiplier of several Gaussian releases made together from one sample: ``(sum 1/s^2)^(-1/2)``.
 
-    For statistics that ride on a step as extra coordinates, each with noise relative to its own bound: the
-    concatenation, every part divided by its noise, is one Gaussian release, so nothing is added to the number of steps.
+    For statistics that are released beside a step's gradient, each with noise relative to its own bound. Together with
+    the gradient, every part divided by its noise, they are one Gaussian release, so the number of steps stays the same.
 
     Raises:
         ValueError: if a multiplier is not positive.
@@ -195,8 +194,8 @@ def adaptive_clipping_noise(noise_multiplier: float, count_noise: float) -> floa
     """Return the gradient noise multiplier that leaves room for the noised count of unclipped units.
 
     Andrew et al. 2021 (arXiv 1905.03871, theorem 1): the count is shifted to take values +-1/2, so its sensitivity is
-    1/2 and noise of standard deviation ``count_noise`` has multiplier ``2 * count_noise``. The step as a whole then has
-    ``noise_multiplier``.
+    1/2 and noise of standard deviation ``count_noise`` has multiplier ``2 * count_noise``. Gradient and count together
+    then are one Gaussian release of ``noise_multiplier``.
 
     Raises:
         ValueError: if ``count_noise`` is too small for any gradient noise to suffice.
@@ -210,10 +209,11 @@ def adaptive_clipping_noise(noise_multiplier: float, count_noise: float) -> floa
 
 
 def resolve(event: dp_accounting.DpEvent, relation: NeighboringRelation) -> dp_accounting.DpEvent:
-    """Put an event into the form that the methods read.
+    """Return an event in the form that the methods read.
 
     Shuffled batches become what is known of them: one Gaussian release per epoch, in a fixed order. What is composed
-    no times, or sampled of nothing, is nothing; counts become Python's integers.
+    zero times, sampled with probability zero, or made of such parts becomes ``NoOpDpEvent``. Counts become Python's
+    integers.
 
     Raises:
         UnsupportedEventError: for shuffled batches under add-or-remove-one, where a unit's arrival moves the others.
@@ -230,20 +230,16 @@ def resolve(event: dp_accounting.DpEvent, relation: NeighboringRelation) -> dp_a
             return dp_accounting.SelfComposedDpEvent(inner, int(event.num_epochs))
         case dp_accounting.SelfComposedDpEvent():
             inner = resolve(event.event, relation)
-            is_nothing = event.count == 0 or isinstance(inner, dp_accounting.NoOpDpEvent)
-            return (
-                dp_accounting.NoOpDpEvent()
-                if is_nothing
-                else dp_accounting.SelfComposedDpEvent(inner, int(event.count))
-            )
+            if event.count == 0 or isinstance(inner, dp_accounting.NoOpDpEvent):
+                return dp_accounting.NoOpDpEvent()
+            return dp_accounting.SelfComposedDpEvent(inner, int(event.count))
         case dp_accounting.ComposedDpEvent():
             parts = [resolve(part, relation) for part in event.events]
             left = [part for part in parts if not isinstance(part, dp_accounting.NoOpDpEvent)]
             return dp_accounting.ComposedDpEvent(left) if left else dp_accounting.NoOpDpEvent()
         case dp_accounting.PoissonSampledDpEvent():
             inner = resolve(event.event, relation)
-            is_nothing = event.sampling_probability == 0 or isinstance(inner, dp_accounting.NoOpDpEvent)
-            if is_nothing:
+            if event.sampling_probability == 0 or isinstance(inner, dp_accounting.NoOpDpEvent):
                 return dp_accounting.NoOpDpEvent()
             return dp_accounting.PoissonSampledDpEvent(event.sampling_probability, inner)
         case _:
@@ -251,7 +247,10 @@ def resolve(event: dp_accounting.DpEvent, relation: NeighboringRelation) -> dp_a
 
 
 def poisson_counterpart(event: dp_accounting.DpEvent) -> dp_accounting.DpEvent:
-    """Return plain Poisson sampling at the same rate, a guide to sizes and no bound; other events unchanged."""
+    """Return plain Poisson sampling of the same rate, noise and number of steps; other events unchanged.
+
+    Its epsilon is of the size of the event's own, for grids and searches. It is no bound on it.
+    """
     match event:
         case RandomAllocationDpEvent():
             return dp_sgd_event(
@@ -301,7 +300,7 @@ def event_from_json(record: Mapping[str, Any]) -> dp_accounting.DpEvent:
     """Return the inverse of :func:`event_to_json`.
 
     Raises:
-        ValueError: if the record names no event class, one of its fields does not exist, or a value is none.
+        ValueError: if the record names no event class, one of its fields does not exist, or a value is not allowed.
     """
     kind = record.get("kind")
     cls = _OWN.get(str(kind)) or getattr(dp_event, str(kind), None)

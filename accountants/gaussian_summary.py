@@ -20,6 +20,7 @@ from accountants.mixtures import Array
 from accountants.tradeoff import PrivacyCurve
 
 _LARGEST_MU = 100.0
+#: Steps of bisection: 100 / 2**50 is below float64's digits of a usual mu.
 _ROUNDS = 50
 
 
@@ -42,7 +43,7 @@ class GaussianSummary:
 
 
 def _gaussian_deltas(mu: float, epsilons: Array) -> Array:
-    """Return delta_mu at each epsilon, in double precision."""
+    """Return delta of mu-GDP at each epsilon, up to float64's cancellation: for the search alone."""
     first = special.ndtr(mu / 2 - epsilons / mu)
     return first - np.exp(epsilons + special.log_ndtr(-mu / 2 - epsilons / mu))
 
@@ -54,6 +55,7 @@ def gaussian_summary(curve: PrivacyCurve) -> GaussianSummary | None:
         curve: its deltas do not increase; the finer the table, the smaller mu.
     """
     slack = float(curve.deltas[-1])
+    # Between two points the curve is at most its left value, the Gaussian's at least its right one: see the module.
     right, needed = curve.epsilons[1:], curve.deltas[:-1] - slack
 
     def suffices(mu: float) -> bool:
@@ -65,10 +67,10 @@ def gaussian_summary(curve: PrivacyCurve) -> GaussianSummary | None:
     for _ in range(_ROUNDS):
         middle = (low + high) / 2
         low, high = (low, middle) if suffices(middle) else (middle, high)
-    # The search may err in the last digits; the exact values of the end decide.
+    # The search may err in the last digits; exact values of the Gaussian's curve decide.
     while any(gdp_delta(high, float(e)) < d for e, d in zip(right, needed, strict=True)):
         high *= 1 + 1e-9
-    rates = np.geomspace(1e-6, 1.0, 2000)[:-1]
-    reached = special.ndtr(special.ndtri(rates) + high)
+    rates = np.geomspace(1e-6, 1.0, 2000)[:-1]  # false-positive rates
+    reached = special.ndtr(special.ndtri(rates) + high)  # the true-positive rates that mu allows
     caps = np.asarray([curve.true_positive_cap(float(rate)) for rate in rates])
     return GaussianSummary(high, slack, float(max(0.0, np.max(reached - caps))), curve.certified)

@@ -33,13 +33,13 @@ from accountants.validation import WEIGHTS_ERROR, check_event
 
 Array = npt.NDArray[np.floating[Any]]
 
-#: Points of ``z`` that are evaluated together: few enough that few of many shifts matter to them.
+#: Points of ``z`` that are evaluated together: so few that of many shifts only some matter within a block.
 _BLOCK = 2048
-#: Log of how much smaller than the largest a shift's density may be and still counts.
+#: A shift counts at a point if its density there is at least e^-46 of the largest one.
 _NEGLIGIBLE = 46.0
-#: Beyond it an exponential would overflow, or its square.
+#: Exponents beyond it are handled apart: e^300 and its square are still float64 numbers.
 _FAR = 300.0
-#: Of shifts, and the inverse of the largest: their squares must be numbers.
+#: Shifts lie between this and its inverse, so that float64 holds their squares.
 _SMALLEST_SHIFT = 1e-100
 
 
@@ -64,9 +64,10 @@ class MixtureStep:
 
     @property
     def infimum(self) -> float:
-        """The greatest lower bound of the loss: finite if the unit may contribute nothing."""
+        """The greatest lower bound of the loss: log of the probability that the unit contributes nothing."""
         if self.shifts[0] > 0:
             return -math.inf
+        # Of a probability near 1 the complement has the digits.
         return math.log(self.probs[0]) if self.probs[0] < 0.5 else math.log1p(-math.fsum(self.probs[1:]))
 
     def loss(self, z: Array) -> Array:
@@ -78,16 +79,17 @@ class MixtureStep:
         return self._loss_and_slope(z)[0]
 
     def slope(self, z: float) -> float:
-        """Return the loss's derivative at ``z``: the mean shift given ``z``."""
+        """Return the loss's derivative at ``z``, which is the mean of the shift given that the outcome is ``z``."""
         if len(self.shifts) == 1:
             return self.shifts[0]
         if self.shifts[0] == 0 and len(self.shifts) == 2:
+            # The shift times the probability that the unit was sampled, given z.
             exponent = self.shifts[1] * (z - self.shifts[1] / 2) + math.log(self.probs[1])
             return self.shifts[1] * math.exp(min(exponent - float(self.loss(np.array([z]))[0]), 0.0))
         return float(self._loss_and_slope(np.array([z]))[1][0])
 
     def _loss_and_slope(self, z: Array) -> tuple[Array, Array]:
-        """Return the loss and its derivative (the mean shift given ``z``); quick where ``z`` is sorted."""
+        """Return the loss and its derivative at many ``z``, block by block; quick where ``z`` is sorted."""
         loss, slope = np.empty_like(z), np.empty_like(z)
         for first in range(0, z.size, _BLOCK):
             block = slice(first, first + _BLOCK)
@@ -95,8 +97,12 @@ class MixtureStep:
         return loss, slope
 
     def _block(self, z: Array) -> tuple[Array, Array]:
-        """Return loss and derivative of one block, leaving out shifts that are negligible over all of its ``z``."""
+        """Return loss and derivative of one block, leaving out shifts that are negligible over all of its ``z``.
+
+        A shift mu of probability p adds p exp(mu z - mu²/2) to e^loss, so these terms decide what is negligible.
+        """
         shifts, probs, log_probs = self._arrays
+        # The terms' logarithms at the smallest and at the largest z.
         lowest, highest = (log_probs + shifts * end - shifts**2 / 2 for end in (np.min(z), np.max(z)))
         # A larger shift matters most at the upper end, a smaller one at the lower end.
         first = int(np.flatnonzero(lowest > np.max(lowest) - _NEGLIGIBLE)[0])
@@ -121,7 +127,7 @@ class MixtureStep:
         return np.asarray(self.shifts), probs, np.log(probs)
 
     def _poisson_loss(self, z: Array) -> Array:
-        """Return the loss for shifts 0 and mu, in whichever form keeps its digits at each ``z``."""
+        """Return the loss of shifts 0 and mu, log(1 - p + p e^x) with x = mu z - mu²/2, so that it keeps its digits."""
         prob, mu = self.probs[1], self.shifts[1]
         exponent = mu * z - mu * mu / 2
         # The first keeps the digits of a small loss, also where a small probability meets a large exponent.
@@ -135,7 +141,7 @@ class MixtureStep:
         return np.where(exponent < -0.5, low, loss)
 
     def inverse_loss(self, loss: Array) -> Array:
-        """Return the ``z`` of given increasing losses; minus infinity at or below the infimum."""
+        """Return the ``z`` at which the loss has given increasing values; minus infinity at or below its infimum."""
         if len(self.shifts) == 1:
             return loss / self.shifts[0] + self.shifts[0] / 2
         inside = loss > self.infimum
@@ -151,7 +157,10 @@ class MixtureStep:
         return np.concatenate([np.full(int(np.count_nonzero(~inside)), -math.inf), roots])
 
     def _invert_numerically(self, values: Array) -> Array:
-        """Return the ``z`` of each of the ascending loss values, by Newton steps that fall back to bisection."""
+        """Return the ``z`` of each of the ascending loss values, by Newton steps that fall back to bisection.
+
+        Each root lies between its ``left`` and ``right``, which every evaluation brings closer.
+        """
         low, high = -40.0, 1.0
         while values.size and float(self.loss(np.array([high]))[0]) < values[-1]:
             high *= 2
@@ -176,20 +185,20 @@ class MixtureStep:
         return np.maximum.accumulate(roots) if roots.size else roots
 
     def tail_quantile(self, log_tail: float) -> float:
-        """Return a ``z`` that Q exceeds with log probability at most ``log_tail``, and hardly less."""
+        """Return a ``z`` that Q exceeds with a log probability of at most ``log_tail``, and close to it."""
         shifts, _, log_probs = self._arrays
 
         def excess(z: float) -> float:
             return log_sum(log_probs + special.log_ndtr(shifts - z)) - log_tail
 
         reach = -float(special.ndtri_exp(min(log_tail, -1.0)))
-        high = reach + self.shifts[-1]
+        high = reach + self.shifts[-1]  # right if all of Q had the largest shift
         if len(self.shifts) == 1 or excess(0.0) <= 0:
             return high
         return min(bracketed_root(excess, 0.0, high + 1e-9, xtol=1e-4) + 1e-3, high)
 
     def log_tail(self, z: float, *, under_q: bool, above: bool) -> float:
-        """Return log of the probability under Q or P of exceeding ``z``, or of not exceeding it."""
+        """Return log of the probability, under Q or else P, of lying above ``z``, or else below."""
         sign = 1.0 if above else -1.0
         if not under_q:
             return float(special.log_ndtr(-sign * z))
@@ -235,7 +244,7 @@ def composition(event: dp_accounting.DpEvent) -> Composition:
 
 
 def _collect(event: dp_accounting.DpEvent, count: int, counts: Counter[MixtureStep]) -> bool:
-    """Add the event's steps to ``counts``; True if it is not private."""
+    """Add the steps of ``count`` times the event to ``counts``; return whether a part of it has no noise at all."""
     match event:
         case dp_accounting.NoOpDpEvent():
             return False
@@ -244,7 +253,7 @@ def _collect(event: dp_accounting.DpEvent, count: int, counts: Counter[MixtureSt
         case dp_accounting.SelfComposedDpEvent():
             return _collect(event.event, count * event.count, counts) if event.count else False
         case dp_accounting.ComposedDpEvent():
-            return any([_collect(part, count, counts) for part in event.events])
+            return any([_collect(part, count, counts) for part in event.events])  # a list: every part is counted
         case dp_accounting.GaussianDpEvent():
             return _add(counts, count, event.noise_multiplier, [1.0], [1.0])
         case dp_accounting.PoissonSampledDpEvent(event=dp_accounting.GaussianDpEvent() as inner):
@@ -263,21 +272,30 @@ def _add(
     sensitivities: Sequence[float],
     probs: Sequence[float],
 ) -> bool:
-    """Count ``count`` steps of noise on a sum of random sensitivity; return true if they are without noise."""
-    merged: dict[float, float] = {}
+    """Add ``count`` steps of Gaussian noise on a sum to ``counts``; return whether they are without noise.
+
+    Args:
+        counts: step → how often it was done so far.
+        count: how often this one was done.
+        noise: standard deviation of the noise.
+        sensitivities: by how much the unit moves the sum, one value for each case.
+        probs: the probability of each case.
+    """
+    merged: dict[float, float] = {}  # sensitivity → probability of all its cases
     for sensitivity, prob in zip(sensitivities, probs, strict=True):
         if prob > 0:
             merged[float(sensitivity)] = merged.get(float(sensitivity), 0.0) + float(prob)
     total = math.fsum(merged.values())
     if abs(total - 1) > 2**-51:
-        # What is left of the weights' rounding; a sampling probability and its complement stay as they are.
+        # The rounding of many weights is spread over them; a sampling probability and its complement stay as they are.
         merged = {sensitivity: prob / total for sensitivity, prob in merged.items()}
     pairs = sorted(merged.items())
-    if not pairs or pairs[-1][0] == 0:
-        return False
+    largest = pairs[-1][0] if pairs else 0.0
+    if largest == 0:
+        return False  # the unit never moves the sum: nothing is released about it
     if noise == 0:
         return True
-    if not _SMALLEST_SHIFT < pairs[-1][0] / noise < 1 / _SMALLEST_SHIFT:
-        raise ValueError(f"a sensitivity of {pairs[-1][0]:g} with noise {noise:g} leaves float64's range")
+    if not _SMALLEST_SHIFT < largest / noise < 1 / _SMALLEST_SHIFT:
+        raise ValueError(f"a sensitivity of {largest:g} with noise {noise:g} leaves float64's range")
     counts[MixtureStep(tuple(s / noise for s, _ in pairs), tuple(p for _, p in pairs))] += count
     return False

@@ -31,7 +31,8 @@ class Question:
 
     Attributes:
         quantity: what is wanted.
-        event: of library steps and random allocations; shuffled batches are resolved.
+        event: what was released. An accountant's ``bounds`` gets it resolved (:func:`accountants.events.resolve`):
+            without empty parts, and with shuffled batches replaced by one Gaussian release an epoch.
         argument: the delta at which epsilon is wanted, or the epsilon at which delta is.
         relation: the neighbouring relation.
     """
@@ -43,7 +44,7 @@ class Question:
 
     @property
     def largest(self) -> float:
-        """The value that says nothing: no privacy at all."""
+        """The largest value of the quantity, which means no privacy at all."""
         return math.inf if self.quantity == "epsilon" else 1.0
 
 
@@ -101,26 +102,30 @@ class Accountant(abc.ABC):
         """Compute the method's bounds; the question's event is already resolved for its neighbouring relation."""
 
     def _answer(self, question: Question) -> PrivacyAnswer:
+        """Check the question, ask :meth:`bounds`, and label the result with method, version and relation."""
         if question.relation is NeighboringRelation.REPLACE_ONE and not self.covers_replacement:
             raise UnsupportedEventError(f"{self.name} does not cover REPLACE_ONE; use 'pld' or 'rdp'")
         check_event(question.event)
         bounds = self.bounds(dataclasses.replace(question, event=resolve(question.event, question.relation)))
         return PrivacyAnswer(
-            question.quantity,
-            bounds.lower,
-            bounds.best,
-            bounds.upper,
-            bounds.kind,
-            self.name,
-            self.version,
-            bounds.direction,
-            question.relation.name,
-            bounds.note,
+            quantity=question.quantity,
+            lower=bounds.lower,
+            estimate=bounds.best,
+            upper=bounds.upper,
+            kind=bounds.kind,
+            method=self.name,
+            version=self.version,
+            direction=bounds.direction,
+            relation=question.relation.name,
+            note=bounds.note,
         )
 
 
 class NormalFormAccountant(Accountant):
-    """A method for compositions of Gaussian noise on sampled sums."""
+    """An accountant of compositions of Gaussian noise on sampled sums.
+
+    A subclass sees the event's normal form: how often each kind of step was done (:mod:`accountants.mixtures`).
+    """
 
     @override
     def bounds(self, question: Question) -> Bounds:

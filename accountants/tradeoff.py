@@ -21,11 +21,11 @@ from accountants.protocol import Accountant
 
 @dataclasses.dataclass(frozen=True)
 class PrivacyCurve:
-    """Points of a privacy curve.
+    """Points of a privacy curve: delta as a function of epsilon.
 
     Attributes:
         epsilons: increasing, from 0.
-        deltas: a value of delta at each.
+        deltas: a value of delta at each, none above the one before.
         certified: whether all deltas are certified upper bounds, and with them the caps.
         method: the accountant.
     """
@@ -39,7 +39,8 @@ class PrivacyCurve:
         """Return the largest true-positive rate that any attack can have at ``false_positive_rate``."""
         if not 0 <= false_positive_rate <= 1:
             raise ValueError(f"false_positive_rate={false_positive_rate} must lie in [0, 1]")
-        growth = np.exp(np.minimum(self.epsilons, 700.0))
+        growth = np.exp(np.minimum(self.epsilons, 700.0))  # e^709 overflows
+        # The module's two bounds at every epsilon, of which the least counts.
         first = growth * false_positive_rate + self.deltas
         second = 1 - (1 - self.deltas - false_positive_rate) / growth
         return float(min(np.min(first), np.min(second), 1.0))

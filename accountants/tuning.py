@@ -38,7 +38,9 @@ def tuning_event(event: dp_accounting.DpEvent, *, mean_runs: float, shape: str =
 
 
 def draw_num_runs(uniform: float, *, mean_runs: float, shape: str) -> int:
-    """Return the number of runs at which the distribution function passes ``uniform``.
+    """Return the random number of runs that a uniform random number stands for.
+
+    It is the smallest number at which the distribution function of the number of runs reaches ``uniform``.
 
     With a uniform on a grid of 2**-52 the number has the distribution of :func:`tuning_event` up to a total variation
     of 2**-52 a value.
@@ -58,11 +60,11 @@ def draw_num_runs(uniform: float, *, mean_runs: float, shape: str) -> int:
     if shape == "geometric":
         return max(1, math.ceil(math.log1p(-uniform) / math.log1p(-1 / mean_runs)))
     rate = _rate_of_logarithmic(mean_runs)
-    going_on = -math.expm1(-rate)
-    term, below, count = going_on / rate, 0.0, 1
-    while below + term < uniform and term > 0:
-        below += term
-        term *= going_on * count / (count + 1)
+    ratio = -math.expm1(-rate)  # 1 - g: P(k) = (1 - g)^k / (k r)
+    probability, below, count = ratio / rate, 0.0, 1  # P(count), and P of less than count
+    while below + probability < uniform and probability > 0:
+        below += probability
+        probability *= ratio * count / (count + 1)
         count += 1
     return count
 

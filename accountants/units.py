@@ -27,19 +27,22 @@ from accountants.validation import check_values, not_negative, probability, whol
 
 NeighboringRelation = dp_accounting.NeighboringRelation
 
-#: Of a user's records in a step: more outcomes than this spreads them over take minutes to account for.
+#: Largest variance of the number of a user's records in a step: a wider law has so many outcomes that to account for
+#: them takes minutes.
 _LARGEST_VARIANCE = 1e6
-#: Of an outcome, relative to the most likely one; and of all that are left out.
+#: Binomial weights below the first are left out; the upper tail together counts the second at least. Both are relative
+#: to the largest weight.
 _SMALLEST_WEIGHT, _LEAST_TAIL = 1e-282, 1e-290
-#: Steps to the smallest feasible record epsilon, in black-box conversions; and the least log delta of one record there.
+#: Steps of bisection to the smallest feasible record epsilon, in black-box conversions.
 _NUM_BISECTIONS = 10
+#: Least log delta of one record: float64 holds e^-690 with all digits, and not much less.
 _SMALLEST_LOG_DELTA = -690.0
 
 
 def group_event(
     *, noise_multiplier: float, sampling_prob: float, num_steps: int, num_records: int
 ) -> dp_accounting.DpEvent:
-    """Return DP-SGD on records, seen by an owner of ``num_records`` of them: an exact mixture of Gaussians (ELS).
+    """Return the event of DP-SGD on records for a user who owns ``num_records`` of them: a mixture of Gaussians (ELS).
 
     Args:
         noise_multiplier: noise standard deviation over the clipping norm of one record.
@@ -84,16 +87,17 @@ def _binomial(count: int, prob: float) -> list[tuple[int, float]]:
         )
     odds = prob / (1 - prob)
     mode = min(count, int((count + 1) * prob))
+    # From the most likely outcome outwards, by the ratio of neighbouring weights: no factorial overflows.
     weights = {mode: 1.0}
     for i in range(mode, 0, -1):
         weight = weights[i] * (i / ((count - i + 1) * odds))
         if weight < _SMALLEST_WEIGHT:
-            break  # what is left out is given to more records by the division below
+            break  # the division below gives the weights left out to larger outcomes, which is safe
         weights[i - 1] = weight
     for i in range(mode, count):
         ratio = (count - i) / (i + 1) * odds
         if ratio < 1 and weights[i] * ratio < _SMALLEST_WEIGHT:
-            # A geometric series above all that is left, and no less than what float64 divides with all digits.
+            # All weights that are left lie below a geometric series; the largest outcome gets its sum.
             weights[count] = max(weights[i] * ratio / (1 - ratio), _LEAST_TAIL)
             break
         weights[i + 1] = weights[i] * ratio
@@ -161,17 +165,17 @@ def group_epsilon(
     check_delta(delta)
     check_values(num_records=(whole(1), num_records))
 
-    def spent(record_delta: float) -> float:
+    def epsilon_at(record_delta: float) -> float:
         return accountant.epsilon(event, record_delta, relation).certified_upper(relation.name)
 
     def feasible(record_epsilon: float) -> bool:
         record_delta = record_delta_of(record_epsilon, delta, num_records)
-        return record_delta > 0 and spent(record_delta) <= record_epsilon
+        return record_delta > 0 and epsilon_at(record_delta) <= record_epsilon
 
-    low, high = 0.0, max(spent(delta), 1e-6)
+    low, high = 0.0, max(epsilon_at(delta), 1e-6)
     while not feasible(high):
         low, high = high, 1.5 * high
-        if high * num_records > 680 or high > 400:
+        if high * num_records > 680 or high > 400:  # e^(k e1) is close to where float64 ends, at e^709
             note = "no record epsilon works: delta for one record would underflow"
             return group_answer(math.inf, accountant.name, note, relation)
     for _ in range(_NUM_BISECTIONS):

@@ -21,7 +21,7 @@ WEIGHTS_ERROR = 1e-12
 #: The largest count: up to here float64 holds every integer.
 MAX_COUNT = 2**53
 
-#: A rule gives what a value must be, or None if it is so.
+#: A rule is called with a value, and returns what such a value must be; None if the value is so.
 _Rule = Callable[[Any], str | None]
 
 
@@ -30,17 +30,17 @@ def _is_number(value: Any) -> bool:
 
 
 def not_negative(value: Any) -> str | None:
-    """Return the rule of noise and sensitivities."""
+    """Rule of noise and sensitivities: return what one must be, or None if ``value`` is so."""
     return None if _is_number(value) and value >= 0 else "must be a finite number and not negative"
 
 
 def probability(value: Any) -> str | None:
-    """Return the rule of sampling probabilities."""
+    """Rule of sampling probabilities: return what one must be, or None if ``value`` is so."""
     return None if _is_number(value) and 0 <= value <= 1 else "must be a number in [0, 1]"
 
 
 def whole(smallest: int) -> _Rule:
-    """Return the rule of counts."""
+    """Return the rule of counts that are at least ``smallest``."""
 
     def rule(value: Any) -> str | None:
         if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < smallest:
@@ -97,7 +97,7 @@ _RULES: dict[str, _Rule] = {
 
 
 def check_event(event: dp_accounting.DpEvent) -> None:
-    """Refuse an event that is none.
+    """Raise unless an event and all events in it are well formed.
 
     Raises:
         ValueError: with every fault: the field, its value, and what is allowed.
@@ -107,7 +107,10 @@ def check_event(event: dp_accounting.DpEvent) -> None:
 
 
 def check_values(**rules_and_values: tuple[_Rule, Any]) -> None:
-    """Refuse arguments that break their rules, all at once.
+    """Raise unless all arguments obey their rules.
+
+    Args:
+        rules_and_values: argument name → (rule, value).
 
     Raises:
         ValueError: with every fault.
@@ -118,13 +121,18 @@ def check_values(**rules_and_values: tuple[_Rule, Any]) -> None:
 
 
 def _faults(event: Any, place: str) -> Iterator[str]:
-    """Yield what is wrong with an event and its parts; ``place`` says where it stands in the event given."""
+    """Yield what is wrong with an event and its parts.
+
+    Args:
+        event: whatever was given for one.
+        place: its path in the outermost event, such as ``ComposedDpEvent.events[2]``; empty for that event itself.
+    """
     if not isinstance(event, dp_accounting.DpEvent):
         yield f"{place or 'event'}={event!r} must be a dp_accounting.DpEvent"
         return
     kind = type(event).__name__
     values: dict[str, Any] = {name: getattr(event, name) for name in attr.fields_dict(type(event))}
-    sound = True
+    fields_are_sound = True  # what they say together is looked at only then
     for name, value in values.items():
         here = f"{place}.{name}" if place else f"{kind}.{name}"
         if name == "event":
@@ -135,18 +143,18 @@ def _faults(event: Any, place: str) -> Iterator[str]:
             for index, part in enumerate(cast(Sequence[Any], value)):
                 yield from _faults(part, f"{here}[{index}]")
         elif name == "step_counts":
-            rule = whole(0)
-            if fault := (_each(rule)(value) if isinstance(value, Sequence) else rule(value)):
+            rule = _each(whole(0)) if isinstance(value, Sequence) else whole(0)  # a list of counts, or a single one
+            if fault := rule(value):
                 yield f"{here}={value!r} {fault}"
         elif (rule := _RULES.get(name)) and (fault := rule(value)):
-            sound = False
+            fields_are_sound = False
             yield f"{here}={value!r} {fault}"
-    if sound:
+    if fields_are_sound:
         yield from _joint_faults(values, place or kind)
 
 
 def _joint_faults(values: dict[str, Any], place: str) -> Iterator[str]:
-    """Yield what fields that are each well formed get wrong together."""
+    """Yield faults between the fields of one event (``values`` by name), each of which is well formed by itself."""
     if "sampling_probs" in values:
         probs, sensitivities = values["sampling_probs"], values["sensitivities"]
         if len(probs) != len(sensitivities):

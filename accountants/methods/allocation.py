@@ -48,7 +48,7 @@ class AllocationAccountant(Accountant):
 
     @override
     def bounds(self, question: Question) -> Bounds:
-        """Return bounds of which delta's upper end is never below 1e-11."""
+        """Return the library's bounds; an upper end of delta is never below 1e-11, where round-off begins."""
         event = question.event
         if isinstance(event, dp_accounting.NoOpDpEvent):
             return Bounds(0.0, 0.0)
@@ -67,6 +67,7 @@ class AllocationAccountant(Accountant):
     def _bound(self, question: Question, event: RandomAllocationDpEvent, kind: str) -> float:
         """Return the library's upper (``kind`` ``DOMINATES``) or lower (``IS_DOMINATED``) bound on the quantity."""
         library = _library()
+        # `rough_epsilon` sizes the grid of losses; so much probability may be cut off its ends: `tail_mass`.
         if question.quantity == "epsilon":
             given = {"delta": question.argument}
             rough_epsilon, tail_mass = _poisson_epsilon(event, question.argument), question.argument / 100
@@ -89,7 +90,7 @@ class AllocationAccountant(Accountant):
 
 
 def _poisson_epsilon(event: RandomAllocationDpEvent, delta: float) -> float:
-    """Return the epsilon of Poisson sampling at the same rate, which is of the answer's size."""
+    """Return the epsilon of Poisson sampling at the same rate: a guess at the size of the answer."""
     poisson = poisson_counterpart(event)
     return TiltedAccountant(tolerance=5e-2).epsilon(poisson, delta).upper
 

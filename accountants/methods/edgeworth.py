@@ -1,6 +1,7 @@
 """The Edgeworth accountant of Wang et al. 2022 (arXiv 2206.04236), used by EW-Tune (arXiv 2210.15042).
 
-With X and Y the sums of the losses under the second and the first law of a direction (P and Q for *remove*),
+A direction compares two laws of the output: its first law is Q, with the unit, for *remove*, and P for *add*; its
+second law is the other one. With Y and X the sums of the steps' privacy losses under the first and the second law,
 
     delta(eps) = [1 - F_Y(eps)] - e^eps [1 - F_X(eps)]      (lossless),
 
@@ -38,17 +39,16 @@ from accountants.protocol import NormalFormAccountant
 #: Beyond it e^epsilon overflows.
 _LARGEST_EXPONENT = 700.0
 
-
-#: Standard deviation of a sum whose fifth power is still a normal number.
+#: Smallest standard deviation of a sum that is expanded: its fifth power is still a normal float64 number.
 _SMALLEST_SCALE = 1e-60
 
 
 @dataclasses.dataclass(frozen=True)
 class Expansion:
-    """The Edgeworth expansion of a sum's survival function.
+    """The Edgeworth expansion of P(sum > x), for a sum of independent variables with known cumulants.
 
     Attributes:
-        cumulants: of the sum, 1 to 5.
+        cumulants: of the sum, 1 (the mean) to 5.
         order: 1, 2 or 3; order k uses cumulants up to k + 2.
     """
 
@@ -63,6 +63,7 @@ class Expansion:
             raise ValueError(f"the loss's variance {k2:.3g} leaves float64 in an Edgeworth expansion; use 'tilted'")
         z = (x - k1) / scale
         skew, kurtosis, fifth = k3 / scale**3, k4 / scale**4, k5 / scale**5
+        # Each cumulant (or product of some) goes with a Hermite polynomial of z.
         terms = skew / 6 * (z**2 - 1)
         if self.order >= 2:
             terms = terms + kurtosis / 24 * (z**3 - 3 * z) + skew**2 / 72 * (z**5 - 10 * z**3 + 15 * z)
@@ -75,7 +76,10 @@ class Expansion:
 
 @dataclasses.dataclass(frozen=True)
 class DirectedExpansion:
-    """Both expansions of one direction, with error bounds (0 for the point estimate)."""
+    """The expansions of one direction's loss under its first and its second law: see the module.
+
+    The errors bound how far an expansion is off, at any point; 0 where only an estimate is wanted.
+    """
 
     first: Expansion
     second: Expansion
@@ -83,11 +87,14 @@ class DirectedExpansion:
     second_error: float = 0.0
 
     def delta(self, epsilon: Array, sign: float = 0.0) -> Array:
-        """Return delta at ``epsilon``: the estimate, or with ``sign`` +1 or -1 its upper or lower end."""
+        """Return delta at each ``epsilon``: the estimate, or with ``sign`` +1 or -1 its upper or lower end.
+
+        It is 1 - F_Y(eps) - e^eps (1 - F_X(eps)), each probability moved by its error to the side asked for.
+        """
         first = self.first.survival(epsilon) + sign * self.first_error
         second = self.second.survival(epsilon) - sign * self.second_error
         value = first - np.exp(np.minimum(epsilon, _LARGEST_EXPONENT)) * second
-        # A smaller factor only raises the value: still an upper end, but no lower one.
+        # Where e^epsilon is cut, the value comes out too large: still an upper end, but no lower one.
         return np.where(epsilon > _LARGEST_EXPONENT, -math.inf, value) if sign < 0 else value
 
     def epsilon(self, delta: float, sign: float = 0.0) -> float:
@@ -97,9 +104,9 @@ class DirectedExpansion:
         -1) take the last, from which on delta stays below; the upper end (+1) takes the first, where the bound holds.
         """
         k1, k2, *_ = self.first.cumulants
-        high = max(k1, 0.0) + 12 * math.sqrt(k2) + 1.0
+        high = max(k1, 0.0) + 12 * math.sqrt(k2) + 1.0  # twelve deviations above the mean loss
         grid: Array = np.linspace(0.0, min(high, 600.0), 513)
-        for _ in range(8):
+        for _ in range(8):  # each round keeps the cell of the crossing and cuts it into 64
             above = np.flatnonzero(self.delta(grid, sign) > delta)
             if sign > 0:
                 below = np.flatnonzero(self.delta(grid, sign) <= delta)
@@ -120,7 +127,7 @@ class DirectedExpansion:
 
 
 def expand(composed: Composition, order: int, *, add: bool) -> DirectedExpansion:
-    """Return the point estimate's expansions for one direction."""
+    """Return the expansions of one direction without errors, for a point estimate."""
     return DirectedExpansion(
         Expansion(sum_cumulants(composed, add=add, first_law=True), order),
         Expansion(sum_cumulants(composed, add=add, first_law=False), order),
@@ -158,8 +165,9 @@ class AeaAccountant(NormalFormAccountant):
         return point(value, direction=self.direction)
 
     def _sides(self, composed: Composition) -> list[DirectedExpansion]:
-        adds = {Direction.BOTH: (False, True), Direction.REMOVE: (False,), Direction.ADD: (True,)}[self.direction]
-        return [expand(composed, self.order, add=add) for add in adds]
+        """Return the expansions of every direction that counts."""
+        is_add = {Direction.BOTH: (False, True), Direction.REMOVE: (False,), Direction.ADD: (True,)}[self.direction]
+        return [expand(composed, self.order, add=add) for add in is_add]
 
 
 class Aea1Accountant(AeaAccountant):
@@ -192,6 +200,7 @@ class EeaiAccountant(NormalFormAccountant):
     def epsilon_bounds(self, composed: Composition, delta: float) -> Bounds:
         """Return the interval of epsilon; an infinite one bears the note ``vacuous``."""
         sides = [with_error(composed, add=add) for add in (False, True)]
+        # Each is the larger one of the two directions.
         lower, estimate, upper = (max(side.epsilon(delta, sign) for side in sides) for sign in (-1.0, 0.0, 1.0))
         lower = 0.0 if math.isinf(lower) else min(lower, upper)
         error = max(side.first_error for side in sides)

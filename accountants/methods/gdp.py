@@ -21,14 +21,16 @@ from accountants.protocol import NormalFormAccountant, UnsupportedEventError
 
 
 def gdp_parameter(composed: Composition) -> float:
-    """Return mu of the limit: chi-square divergences of steps add up to mu^2 (1/sigma^2 for a plain Gaussian step).
+    """Return mu of the limit: mu^2 is the sum over steps of their chi-square divergences chi^2(Q, P).
+
+    That of a sampled step is q^2 (e^(1/sigma^2) - 1). A plain Gaussian step adds 1/sigma^2, which is exact.
 
     Raises:
         UnsupportedEventError: for a mixture of more than two Gaussians.
     """
     total = 0.0
     for step, count in composed.phases:
-        if len(step.shifts) == 1:
+        if len(step.shifts) == 1:  # a shift is 1/sigma
             total += count * step.shifts[0] ** 2
         elif len(step.shifts) == 2 and step.shifts[0] == 0:
             exponent = step.shifts[1] ** 2
@@ -75,6 +77,9 @@ class GdpAccountant(NormalFormAccountant):
 
 
 def _exact(composed: Composition) -> MixtureStep | None:
-    """Return the one Gaussian step that a composition without sampling is; None with sampling."""
+    """Return the single Gaussian step that a composition amounts to if nothing is sampled; else None.
+
+    The normal form has merged all plain Gaussian steps into one of count 1.
+    """
     (step, count), *rest = composed.phases
     return step if len(step.shifts) == 1 and count == 1 and not rest else None

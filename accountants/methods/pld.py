@@ -62,7 +62,7 @@ class PldAccountant(Accountant):
 
     @override
     def bounds(self, question: Question) -> Bounds:
-        """Bound epsilon or delta by dp_accounting's losses; a delta below 1e-11 is round-off, and 1e-11 is reported."""
+        """Return the library's upper bound on epsilon or delta; for a delta below 1e-11, which is round-off, 1e-11."""
         event, relation, argument = question.event, question.relation, question.argument
         if question.quantity == "epsilon":
             value = float(self._compose(event, relation, argument, None).get_epsilon(argument))
@@ -76,7 +76,7 @@ class PldAccountant(Accountant):
     def _compose(
         self, event: dp_accounting.DpEvent, relation: NeighboringRelation, delta: float | None, epsilon: float | None
     ) -> pld.PLDAccountant:
-        """Return the library's accountant after ``event``, on a grid that suits ``delta`` or ``epsilon``."""
+        """Return the library's accountant after ``event``, on a grid for the one of ``delta`` and ``epsilon`` given."""
         width = _grid_width(event, delta, epsilon)
         accountant = pld.PLDAccountant(relation, value_discretization_interval=width)
         try:
@@ -87,13 +87,13 @@ class PldAccountant(Accountant):
 
 
 def _not_refuted(question: Question, value: float) -> float:
-    """Return the library's value, whose round-off nothing bounds, unless a certified lower bound contradicts it.
+    """Return the library's ``value``, compared with the certified interval of the tilted accountant.
 
-    At sampling probability 1 the bounds are tight to eleven digits and a value may fall between them, or short of the
-    lower one, by its last ones: then the certified upper end stands in.
+    Nothing bounds the round-off of the library. Without sampling the interval is tight to eleven digits, and the value
+    may lie below its upper, or even its lower end, by round-off in the last digits: then the upper end is returned.
 
     Raises:
-        ValueError: where it falls short by more than round-off.
+        ValueError: if the value is below the interval by more than round-off.
     """
     ask = getattr(TiltedAccountant(), question.quantity)
     try:
@@ -101,6 +101,7 @@ def _not_refuted(question: Question, value: float) -> float:
     except UnsupportedEventError:
         return value
     is_tight = known.upper <= (1 + _ROUND_OFF) * known.lower
+    # Within a wide interval the value is the better bound, and nothing contradicts it.
     if value >= (known.upper if is_tight else known.lower):
         return value
     if value < (1 - _ROUND_OFF) * known.lower:
@@ -136,14 +137,17 @@ def _grid_width(event: dp_accounting.DpEvent, delta: float | None, epsilon: floa
     log_mass = (math.log(delta) if delta is not None else -40.0) - 16
     law = saddle.directed_loss(composed, add=False, log_mass=log_mass)
     start = saddle.saddle_for_delta(law, delta) if delta is not None else saddle.saddle_for_epsilon(law, epsilon or 0.0)
-    # A certified value sizes the grid: the saddle-point formula is poor for few steps.
-    size = epsilon or 0.0 if delta is None else TiltedAccountant(tolerance=5e-3).epsilon(event, delta).upper
+    # The epsilon that the grid must resolve. A certified value: the saddle-point formula is poor for few steps.
+    size = (epsilon or 0.0) if delta is None else TiltedAccountant(tolerance=5e-3).epsilon(event, delta).upper
     if size == 0:
         return _DEFAULT_GRID
     steps = composed.num_steps
+    # The width h at which n steps move epsilon by 1e-4 of itself: see the module.
     wanted = min(math.sqrt(12e-4 * size / ((1 + start.tilt) * steps)), size / 200)
     largest = max(float(np.max(loss)) for loss in law.losses)
+    # Not so fine that round-off shows, and at most 100,000 cells.
     floor = max(math.sqrt(1e-14 * steps), size / 1e5, largest / 1e5)
+    # Round-off of delta that moves epsilon by more than 1e-3 of itself: delta falls by tilt times delta per epsilon.
     noisy = delta is not None and 2e-16 * steps > 1e-3 * size * start.tilt * delta
     if delta is not None and (wanted < floor / 2 or noisy):
         raise ValueError(

@@ -47,10 +47,11 @@ class PrvAccountant(NormalFormAccountant):
 
     @override
     def epsilon_bounds(self, composed: Composition, delta: float) -> Bounds:
-        """Remove direction."""
+        """Return the interval of epsilon in the remove direction."""
         error = self.eps_error or _scaled_error(composed, delta)
         accountant = _opacus_accountant(composed)
         try:
+            # The public method gives the upper end alone; an error of delta / 1000 in delta moves epsilon very little.
             discrete: Any = accountant._get_dprv(eps_error=error, delta_error=delta / 1000)
             ends = discrete.compute_epsilon(delta, delta / 1000, error)
         except (RuntimeError, ValueError, MemoryError) as failure:
@@ -72,6 +73,7 @@ class PrvAccountant(NormalFormAccountant):
 
 
 def _scaled_error(composed: Composition, delta: float) -> float:
+    """Return the error in epsilon to ask for: 1 % of an approximate answer, between 0.001 and 0.1."""
     law = saddle.directed_loss(composed, add=False, log_mass=math.log(delta) - 16)
     return min(max(RELATIVE_ERROR * saddle.saddle_for_delta(law, delta).epsilon, 1e-3), 0.1)
 
@@ -84,6 +86,7 @@ def _opacus_accountant(composed: Composition) -> Any:
     for step, count in composed.phases:
         if len(step.shifts) > 2 or (len(step.shifts) == 2 and step.shifts[0] != 0):
             raise UnsupportedEventError("prv does not cover mixtures of Gaussians")
-        prob = step.probs[-1]
-        accountant.history.append((1 / max(step.shifts), prob, count))
+        # Noise multiplier, sampling probability and number of steps; a step without sampling has the one probability 1.
+        noise_multiplier, sampling_prob = 1 / max(step.shifts), step.probs[-1]
+        accountant.history.append((noise_multiplier, sampling_prob, count))
     return accountant

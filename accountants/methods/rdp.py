@@ -38,15 +38,15 @@ ORDERS: tuple[float, ...] = (
     *(float(order) for order in np.unique(np.geomspace(64, 2048, 16).astype(int))),
 )
 
-#: How far above the divergence of order 2 an order is of no use: -log of the smallest positive float64, and some.
+#: An order whose divergence is so far above that of order 2 is of no use: -log of the smallest float64, and some.
 _HOPELESS = 750.0
 
-#: Below it the conversion loses all digits.
+#: Up to this order the conversion by (order - 1) loses all digits.
 _NEAREST_ORDER = 1.01
-#: Relative, of the conversion's logarithms.
+#: Relative round-off of the conversion's logarithms.
 _ROUND_OFF = 1e-13
 
-#: Of the trapezoidal rule.
+#: Distance of the trapezoidal rule's nodes in ``z``.
 _SPACING = 0.1
 
 
@@ -60,8 +60,8 @@ class RdpAccountant(Accountant):
     @override
     def bounds(self, question: Question) -> Bounds:
         orders, divergences = _divergences(question.event, question.relation)
-        # A divergence below 0 is the library's round-off, of which it would make an epsilon or delta of 0; one of 0 is
-        # where float64 ends, unless nothing was released.
+        # A divergence below 0 is the library's round-off, of which it would make an epsilon or delta of 0: that order
+        # is not used. One of 0 was too small for float64, unless nothing was released.
         if not isinstance(question.event, dp_accounting.NoOpDpEvent):
             divergences = [math.inf if value < 0 else max(value, math.ulp(0.0)) for value in divergences]
         convert = conversion.compute_epsilon if question.quantity == "epsilon" else _delta_of
@@ -77,7 +77,7 @@ def _delta_of(orders: Sequence[float], divergences: Sequence[float], epsilon: fl
 
     The library's own conversion takes ``1 - exp(-divergence)`` as a difference, which has no digits below 1e-16.
     """
-    log_deltas: list[float] = []
+    log_deltas: list[float] = []  # of each order the better one of two conversions
     for order, divergence in zip(orders, divergences, strict=True):
         log_delta = 0.5 * math.log(-math.expm1(-divergence)) if divergence > 0 else -math.inf
         if order > _NEAREST_ORDER:
@@ -91,8 +91,11 @@ def _delta_of(orders: Sequence[float], divergences: Sequence[float], epsilon: fl
 
 
 def _divergences(event: dp_accounting.DpEvent, relation: NeighboringRelation) -> tuple[tuple[float, ...], list[float]]:
-    """Return the worse direction's Renyi divergences by order: by quadrature of a normal form, else the library's."""
-    if relation is not NeighboringRelation.REPLACE_ONE:  # the normal form is of adding and removing: both, the worse
+    """Return the orders, and the Renyi divergence at each in the worse direction.
+
+    By our own quadrature where the event has a normal form, which is for adding and removing; else the library's.
+    """
+    if relation is not NeighboringRelation.REPLACE_ONE:
         try:
             return ORDERS, mixture_divergences(composition(event))
         except UnsupportedEventError:
@@ -111,16 +114,17 @@ def _divergences(event: dp_accounting.DpEvent, relation: NeighboringRelation) ->
 
 
 def _of_parts(event: dp_accounting.DpEvent, relation: NeighboringRelation) -> list[float] | None:
-    """Return Renyi divergences of events around others, from those of the inner ones; ``None`` for a single mechanism.
+    """Return Renyi divergences of an event that contains others, from theirs; ``None`` for a single mechanism.
 
-    The best of a random number of runs: Papernot and Steinke 2022 (arXiv 2110.03620), theorems 2 and 6, with the
-    library's formula over divergences of our own, since its series for fractional orders may miss digits.
+    Compositions add them up. For the best of a random number of runs (Papernot and Steinke 2022, arXiv 2110.03620,
+    theorems 2 and 6) the library's formula is used, on divergences of our own: its series for fractional orders may
+    miss digits.
     """
     if relation is NeighboringRelation.REPLACE_ONE:
         return None  # noise is halved already: the inner events are the library's business
     if isinstance(event, dp_event.RepeatAndSelectDpEvent):
         orders, inner = _divergences(event.event, relation)
-        select = vars(conversion)["_compute_rdp_repeat_and_select"]
+        select = vars(conversion)["_compute_rdp_repeat_and_select"]  # the library has no public name for it
         return [float(value) for value in select(orders, np.array(inner), event.mean, event.shape)]
     if isinstance(event, dp_accounting.SelfComposedDpEvent):
         return [event.count * value for value in _divergences(event.event, relation)[1]]
@@ -150,13 +154,13 @@ def mixture_divergences(composed: Composition) -> list[float]:
         return [math.inf] * len(ORDERS)
     tables = [_LossTable(step) for step, _ in composed.phases]
     totals: list[float] = []
-    at_two = math.inf
-    for order in ORDERS:
+    at_two = math.inf  # the divergence of order 2, once it is known
+    for order in ORDERS:  # increasing, and divergences with them
         if totals and totals[-1] > at_two + _HOPELESS:
             largest = math.fsum(count * step.shifts[-1] ** 2 for step, count in composed.phases)
             totals.append(order * largest / 2)
             continue
-        sides = np.zeros(2)
+        sides = np.zeros(2)  # log moments of the directions remove and add
         for table, (_, count) in zip(tables, composed.phases, strict=True):
             sides += count * table.log_moments(order)
         totals.append(float(np.max(sides)) / (order - 1))
@@ -176,8 +180,8 @@ class _LossTable:
         shifts = self._step.shifts
         if len(shifts) == 1:
             return np.full(2, order * (order - 1) * shifts[0] ** 2 / 2)
-        # The add integrand's mass is near 0 for a loss bounded below, and is moved down by at most (order - 1) times
-        # the largest shift for one that is not.
+        # Both integrands have their mass within 14 of their means. That of remove is at most order times the largest
+        # shift. That of add is near 0 if the loss is bounded below, else at least -(order - 1) times the largest shift.
         low = -14.0 - (order - 1) * (shifts[-1] if shifts[0] > 0 else 0.0)
         z, loss = self._between(math.floor(low / _SPACING), math.ceil((14.0 + order * shifts[-1]) / _SPACING))
         base = -z * z / 2 + math.log(_SPACING / math.sqrt(2 * math.pi))
@@ -189,11 +193,12 @@ class _LossTable:
         return np.array(values)
 
     def _between(self, first: int, last: int) -> tuple[Array, Array]:
-        """Return ``z`` and loss at grid indices [first, last); extend the table where it is too short."""
-        if first < self._start or last > self._start + len(self._loss):
+        """Return ``z`` (0.1 times the index) and loss at indices [first, last); extend the table where it is short."""
+        start, stop = self._start, self._start + len(self._loss)
+        if first < start or last > stop:
             # By a quarter more than asked for: the next order asks for more.
-            start = first + first // 4 if first < self._start else self._start
-            stop = last + last // 4 if last > self._start + len(self._loss) else self._start + len(self._loss)
+            start = first + first // 4 if first < start else start
+            stop = last + last // 4 if last > stop else stop
             self._start, self._loss = start, self._step.loss(_SPACING * np.arange(start, stop))
         part = slice(first - self._start, last - self._start)
         return _SPACING * np.arange(first, last), self._loss[part]

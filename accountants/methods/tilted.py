@@ -40,6 +40,11 @@ tails accurate to 16 units in the last place (:mod:`accountants.numerics.tails`;
 
 Relations: add-or-remove-one and zero-out of a clipped sum (Gaussian, Poisson-sampled and mixture-of-Gaussians steps,
 and any composition of them). Both directions are computed and the worse is reported.
+
+Words of the code. The *ends* are the certified lower and upper bound on epsilon or delta. A *law* is a table of one
+direction's loss (:class:`accountants.numerics.saddle.DirectedLoss`), a *saddle* the tilt that suits an epsilon. An
+*attempt* is one inversion, a :class:`~.numerics.smoothed.SmoothedSum` or a lattice
+:class:`~.numerics.window.Window`, which gives certified ends of its own, or None where it cannot.
 """
 
 # pyright: strict, reportMissingTypeStubs=false
@@ -63,13 +68,13 @@ from accountants.protocol import NormalFormAccountant
 
 #: Log2 of the shortest and the longest transform; those between are tried as the ends demand.
 _SHORTEST, _LONGEST = 13, 20
-#: Cells times shifts of steps whose loss is inverted numerically: some seconds' work; beyond it the lattice is coarser.
+#: Most cells times shifts where a step has many shifts and its loss is inverted numerically: some seconds' work.
 _MAX_NUMERICAL = 1 << 23
-#: Where in the window the answer is looked for: the part of its length that lies below it.
+#: The part of a window's length that lies below the epsilon looked for.
 _BELOW = 1 / 4
-#: Times the root of the tolerance: the first smoothing's standard deviation over that of the tilted sum.
+#: The first smoothing's standard deviation is so many times the root of the tolerance, relative to the tilted sum's.
 _SMOOTHING = 0.4
-#: Relative gap from which on the upper end is compared with the Renyi bound.
+#: If the ends are this far apart, relative to the upper one, it is compared with the Renyi bound.
 _WIDE = 0.05
 
 
@@ -87,7 +92,7 @@ class TiltedAccountant(NormalFormAccountant):
 
     @override
     def epsilon_bounds(self, composed: Composition, delta: float) -> Bounds:
-        """Return ends by closed form for one step, else by tilting; where far apart, capped by the Renyi bound."""
+        """Return ends by closed form for one step, else by tilting; if far apart, the upper one capped by Renyi's."""
         if composed.num_steps == 1:
             return _both(closed_form.epsilon_bounds(composed.phases[0][0], delta))
         try:
@@ -112,7 +117,7 @@ class TiltedAccountant(NormalFormAccountant):
 
 
 def _beyond_float64(quantity: str, given: str) -> ValueError:
-    """Return what is said where the lattice's losses overflow."""
+    """Return the error for losses that overflow; ``given`` is the argument of the question, as ``delta=1e-05``."""
     return ValueError(f"tilted's {quantity} at {given} leaves float64's range; use 'tilted-edgeworth' or 'rdp'")
 
 
@@ -122,9 +127,13 @@ def _both(ends: Bounds) -> Bounds:
 
 
 def _worst_epsilon(composed: Composition, delta: float, tolerance: float) -> Bounds:
-    """Refine the direction with the larger upper end until its own ends agree."""
+    """Return ends of the larger of both directions' epsilons.
+
+    Refines whichever direction has the larger upper end, until its own ends agree or no attempt is left.
+    """
     searches = [_EpsilonSearch(composed, delta, add, tolerance) for add in (False, True)]
     searches[0].refine()
+    # Remove is worse as a rule. Then one attempt at add shows it, without its lower end.
     if searches[1].upper > searches[0].upper:
         searches[1].refine(worse_than=searches[0].upper)
     while True:
@@ -145,30 +154,31 @@ class _EpsilonSearch:
 
     def __init__(self, composed: Composition, delta: float, add: bool, tolerance: float) -> None:
         self.composed, self.delta, self.add, self.tolerance = composed, delta, add, tolerance
-        # Without any attempt: at an epsilon of the largest loss delta is 0.
+        # Known without any attempt: where no loss exceeds epsilon, delta is 0. Losses of remove have no upper limit.
         self.lower, self.upper = 0.0, _largest_loss(composed) if add else math.inf
         self._law = saddle.directed_loss(composed, add=add, log_mass=math.log(delta) - MARGIN)
         self._start = saddle.saddle_for_delta(self._law, delta)
         self._attempts = self._make_attempts()
 
     def refine(self, worse_than: float = 0.0) -> bool:
-        """Tighten the ends by the next attempt, the lower one where the upper is large; return whether there was one.
+        """Tighten the ends by the next attempt; return whether there was one left.
 
         Args:
-            worse_than: the other direction's upper end. A direction that is not worse decides nothing, so its lower end
-                is not computed.
+            worse_than: the other direction's upper end. The lower end is computed only if the upper one is larger: the
+                other direction decides the answer otherwise.
         """
         attempt = _next(self._attempts, math.isfinite(self.upper))
         if attempt is None:
             return False
-        at_zero = attempt.upper_delta(0.0)
+        at_zero = attempt.upper_delta(0.0)  # delta falls in epsilon: if it is small enough at 0, epsilon is 0
         upper = 0.0 if at_zero is not None and at_zero <= self.delta else attempt.upper_epsilon(self.delta)
         if upper is not None:  # None: the attempt found no epsilon with so small a delta
             upper = max(upper, 0.0)
             self.upper = min(self.upper, upper)
             if upper > worse_than:
                 self.lower = max(self.lower, attempt.lower_epsilon(self.delta, upper) or 0.0)
-            # The saddle-point formula errs high where rare large losses matter; a coarse lattice errs high everywhere.
+            # The next attempt is centred at the least epsilon known: the saddle-point formula errs high where rare
+            # large losses matter, and a coarse lattice everywhere.
             if upper < self._start.epsilon:
                 self._start = saddle.saddle_for_epsilon(self._law, upper)
         return True
@@ -184,10 +194,13 @@ class _EpsilonSearch:
             log2_length = self._next_length(log2_length, longest)
 
     def _next_length(self, log2_length: int, longest: int) -> int:
-        """Return the next length to try: the gap falls with its square, so go straight to where it should suffice."""
+        """Return log2 of the next window's length; beyond ``longest`` if there is none.
+
+        The gap between the ends falls with the square of the length, so it tells where the tolerance should be reached.
+        """
         if log2_length == longest:
             return longest + 1
-        doublings = 2
+        doublings = 2  # where the ends tell nothing yet
         if 0 < self.lower < self.upper < math.inf:
             excess = 1.1 * (self.upper - self.lower) / (self.tolerance * self.upper)
             doublings = min(max(math.ceil(0.5 * math.log2(excess)), 1), 3)
@@ -195,7 +208,13 @@ class _EpsilonSearch:
 
 
 def _next(attempts: Iterator[SmoothedSum | Window], has_ends: bool) -> SmoothedSum | Window | None:
-    """Return the next attempt. A lattice whose losses leave float64 does not take back the ends found before."""
+    """Return the next attempt, or None if there is none left.
+
+    An attempt whose numbers leave float64 counts as the last one if ends were found before (``has_ends``).
+
+    Raises:
+        ArithmeticError: of that attempt, if no ends were found.
+    """
     try:
         return next(attempts, None)
     except ArithmeticError:
@@ -212,7 +231,10 @@ def _smoothed_sums(
     tolerance: float,
     add: bool,
 ) -> Iterator[SmoothedSum]:
-    """Yield a sum and one half as smoothed, whose gap is a quarter, until one takes too many frequencies."""
+    """Yield a smoothed sum, and one of half the smoothing with a quarter of the gap; stop where that takes too long.
+
+    ``start`` gives the present saddle, which the first sum may have improved when the second one is asked for.
+    """
     smoothing = min(_SMOOTHING * math.sqrt(tolerance), 0.1)
     for part in (1, 2):
         smooth = _smoothed(composed, law, start(), log_delta, smoothing / part, add)
@@ -222,26 +244,29 @@ def _smoothed_sums(
 
 
 def _longest(composed: Composition) -> int:
-    """Return log2 of the longest transform, and of the most cells: fewer where cells are slow."""
-    shifts = sum(len(step.shifts) for step, _ in composed.phases if len(step.shifts) > 2)
-    return min(_LONGEST, int(math.log2(_MAX_NUMERICAL / max(shifts, 1))))
+    """Return log2 of the longest transform and of a step's most cells: fewer if its loss is inverted numerically."""
+    slow_shifts = sum(len(step.shifts) for step, _ in composed.phases if len(step.shifts) > 2)
+    return min(_LONGEST, int(math.log2(_MAX_NUMERICAL / max(slow_shifts, 1))))
 
 
 def _largest_loss(composed: Composition) -> float:
-    """Return an upper bound on the loss of the add direction: minus the infima, with their round-off."""
+    """Return an upper bound on the total loss of the add direction: minus all steps' infima, with their round-off."""
     steps = ((count, step.infimum) for step, count in composed.phases)
     return math.fsum(-count * infimum for count, infimum in steps) * (1 + 1e-12)
 
 
 def _worst_delta(composed: Composition, epsilon: float, tolerance: float) -> Bounds:
-    """Tighten each direction until its ends agree or the other exceeds it; return the larger."""
+    """Return ends of the larger of both directions' deltas.
+
+    A direction is refined until its ends agree, or until its upper end is below what the other one has at least.
+    """
     lower, upper, direction = 0.0, 0.0, Direction.REMOVE
     for add in (False, True):
         if add and epsilon >= _largest_loss(composed):
             break  # delta is 0, and its saddle at infinity
         law = saddle.directed_loss(composed, add=add, log_mass=-60.0)
         start = saddle.saddle_for_epsilon(law, epsilon)
-        # A second table, now that the size of delta is known: its cut must be far below it.
+        # A second table, now that delta's size is known: what is cut off the law must be far below it.
         log_delta = min(max(start.log_delta, -700.0), -0.1)
         law = saddle.directed_loss(composed, add=add, log_mass=log_delta - MARGIN)
         start = saddle.saddle_for_epsilon(law, epsilon)
@@ -270,7 +295,7 @@ def _delta_attempts(
 
 
 def _shape(law: saddle.DirectedLoss, start: saddle.Saddle, log_delta: float) -> tuple[float, float]:
-    """Return length of the window and tilt: the shortest of a few."""
+    """Return a window's length in units of loss, and the tilt for it: of a few tilts the one with the least length."""
     spread = math.sqrt(law.cumulants(start.tilt)[2])
     largest = max(start.tilt, 1.5 / spread)
     return min(
@@ -282,7 +307,7 @@ def _shape(law: saddle.DirectedLoss, start: saddle.Saddle, log_delta: float) -> 
 def _smoothed(
     composed: Composition, law: saddle.DirectedLoss, start: saddle.Saddle, log_delta: float, smoothing: float, add: bool
 ) -> SmoothedSum | None:
-    """Invert the smoothed sum around a saddle."""
+    """Return :func:`smoothed_sum` around a saddle; ``smoothing`` is its deviation over that of the tilted sum."""
     width, tilt = _shape(law, start, log_delta)
     scale = math.sqrt(law.cumulants(tilt)[2])
     return smoothed_sum(
@@ -300,10 +325,10 @@ def _smoothed(
 def _window(
     composed: Composition, law: saddle.DirectedLoss, start: saddle.Saddle, log_delta: float, length: int, add: bool
 ) -> Window:
-    """Compose the lattice laws on a window around a saddle."""
+    """Return bounds on delta on a window of ``length`` lattice points around a saddle."""
     width, tilt = _shape(law, start, log_delta)
     z_low, z_high = saddle.truncation(composed, log_delta - MARGIN)
-    ranges: list[tuple[float, float]] = []
+    ranges: list[tuple[float, float]] = []  # by step, the least and the largest loss that is followed
     for step, _ in composed.phases:
         ends = step.loss(np.array([z_low, z_high]))
         ranges.append((max(float(ends[0]), step.infimum), float(ends[1])))
@@ -314,7 +339,7 @@ def _window(
     jumps = min(largest_jump(composed.num_steps, spacing), _BELOW * length)
     tilt = min(tilt, LARGEST_LOG_WEIGHT / (spacing * jumps))
     reliable_from = start.epsilon - min(2 / tilt, _BELOW * width / 2)
-    with np.errstate(over="ignore", invalid="raise"):  # what overflows alone may be negligible; not a number is neither
+    with np.errstate(over="ignore", invalid="raise"):  # an infinite value may be negligible, NaN is an error
         for (step, count), (low, high) in zip(composed.phases, ranges, strict=True):
             cells = lattice.build_cells(step, low, spacing, math.ceil((high - low) / spacing))
             phases.append(LatticePhase(lattice.dominating_law(cells, add=add), spacing, count))
@@ -322,19 +347,23 @@ def _window(
 
 
 def _window_length(law: saddle.DirectedLoss, tilt: float, epsilon: float, log_delta: float) -> float:
-    """Return a window long enough that folding and cutting should cost less than exp(-MARGIN) delta; later bounded."""
+    """Return a window's length at which folding and cutting should cost less than exp(-MARGIN) of delta.
+
+    A guess from the tabulated law, by the Chernoff bounds of the module's points 3 and 4; what they really cost is
+    bounded when the window is made.
+    """
     base = law.cumulants(tilt)[0]
     width = (MARGIN - log_delta) / tilt
     for _ in range(12):
-        gaps: list[float] = []
+        costs: list[float] = []  # of each change of tilt, log of the larger of both
         for exponent in CHERNOFF:
             change = exponent / width
             moment = law.cumulants(tilt + change)[0] - base
             top, fold = epsilon + (1 - _BELOW) * width, epsilon - 2 / tilt + width
             above = moment - change * top + base - tilt * top
             folded = moment - change * fold + base - tilt * (epsilon - 2 / tilt)
-            gaps.append(max(above, folded))
-        if min(gaps) <= log_delta - MARGIN:
+            costs.append(max(above, folded))
+        if min(costs) <= log_delta - MARGIN:
             break
         width *= 1.25
     return width

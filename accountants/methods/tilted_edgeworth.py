@@ -1,6 +1,7 @@
 """A finite-sample Edgeworth bound that is not vacuous: tilt first, expand second.
 
-With the notation of :mod:`accountants.methods.tilted`, for every t > 0
+With S the sum of the steps' privacy losses in one direction, K(t) = log E[e^(tS)], and P_t the tilted law, whose
+density is proportional to e^(tS) (:mod:`accountants.methods.tilted`), for every t > 0
 
     delta(eps) = e^(K(t) - t eps) E_t[g(S - eps)],   g(x) = e^(-tx) (1 - e^(-x))_+,   0 <= g <= c_t = t^t / (1+t)^(1+t).
 
@@ -42,6 +43,7 @@ from accountants.numerics.cumulants import step_moments
 from accountants.numerics.edgeworth_error import normal_error, sup_error
 from accountants.protocol import NormalFormAccountant
 
+#: Margin of K for the error of quadrature, a step.
 _K_MARGIN = 1e-12
 #: Below it a step's tilted law is one point to float64, and its higher moments leave the range.
 _SMALLEST_VARIANCE = 1e-60
@@ -70,7 +72,8 @@ class TiltedSum:
     edgeworth_error: float
 
     def log_delta(self, epsilon: float, sign: float) -> float:
-        """Return log of the upper (``sign`` 1) or lower (-1) bound on delta."""
+        """Return log of the upper (``sign`` 1) or lower (-1) bound on delta: see the module's last formula."""
+        # log c_t, the maximum of g
         log_peak = self.tilt * math.log(self.tilt) - (1 + self.tilt) * math.log1p(self.tilt)
         if self.scale == 0:
             # Tilted so far that float64 sees one point: nothing to expand, but the branch c_t needs no law.
@@ -80,6 +83,7 @@ class TiltedSum:
             self._integral(epsilon, 0.0) + sign * 2 * peak * self.normal_error,
             self._integral(epsilon, self.skew) + sign * 2 * peak * self.edgeworth_error,
         ]
+        # Both bound E_t[g]; what is not a number, of an infinite error or skew, bounds nothing.
         known = [value for value in values if not math.isnan(value)]
         value = min([peak, *known]) if sign > 0 else max([0.0, *known])
         if value <= 0:
@@ -87,7 +91,7 @@ class TiltedSum:
         return math.log(value) + self.log_moment - self.tilt * epsilon
 
     def _integral(self, epsilon: float, skew: float) -> float:
-        """Return the integral of g against the expansion, on the stretch where g matters."""
+        """Return the integral of g(S - epsilon) over the normal law of S with a skew (0: without), where g matters."""
         top = min(45 / self.tilt, max(self.mean - epsilon, 0.0) + 14 * self.scale)
         # A square map: the kink of g at 0 and its peak near 1/t get most of the nodes.
         unit = (1 + _NODES) / 2
@@ -100,9 +104,14 @@ class TiltedSum:
 
 
 def tilted_sum(composed: Composition, tilt: float, *, add: bool, margin: float, log_mass: float) -> TiltedSum:
-    """Return moments of the tilted sum; ``margin`` (+1 or -1 times the step margin) moves K to the safe side.
+    """Return moments and error bounds of the tilted sum of one direction.
 
-    ``log_mass`` sets the cut.
+    Args:
+        composed: the steps.
+        tilt: t.
+        add: the direction.
+        margin: +1 for an upper and -1 for a lower bound on delta: K is moved to that side by the steps' margin.
+        log_mass: log of the probability that is cut off the laws, over all steps.
     """
     limits = saddle.truncation(composed, log_mass)
     steps = [
@@ -113,7 +122,8 @@ def tilted_sum(composed: Composition, tilt: float, *, add: bool, margin: float, 
     log_moment = math.fsum(count * (moments.log_normaliser + margin * _K_MARGIN) for moments, count in steps)
     mean = math.fsum(count * moments.mean for moments, count in steps)
     if min(moments.central[0] for moments, _ in steps) < _SMALLEST_VARIANCE:
-        return TiltedSum(tilt, log_moment, mean, 0.0, 0.0, 1.0, 1.0)
+        # A scale of 0 says that there is nothing to expand.
+        return TiltedSum(tilt, log_moment, mean, scale=0.0, skew=0.0, normal_error=1.0, edgeworth_error=1.0)
     return TiltedSum(
         tilt,
         log_moment,
@@ -125,6 +135,7 @@ def tilted_sum(composed: Composition, tilt: float, *, add: bool, margin: float, 
     )
 
 
+#: Tilts that are tried for an upper end, as multiples of the saddle point's: the error terms favour smaller ones.
 _FACTORS = (0.35, 0.5, 0.65, 0.75, 0.85, 0.95, 1.0, 1.05)
 #: Log of the probability cut away where delta is not known beforehand.
 _DELTA_CUT = -60.0
@@ -143,11 +154,12 @@ class TiltedEdgeworthAccountant(NormalFormAccountant):
 
     @override
     def delta_bounds(self, composed: Composition, epsilon: float) -> Bounds:
-        logs: list[tuple[float, float, float]] = []
+        logs: list[tuple[float, float, float]] = []  # by direction, log of lower end, estimate and upper end
         for add in (False, True):
             law = saddle.directed_loss(composed, add=add, log_mass=_DELTA_CUT)
             start = saddle.saddle_for_epsilon(law, epsilon)
             sums = [tilted_sum(composed, start.tilt * f, add=add, margin=1, log_mass=_DELTA_CUT) for f in _FACTORS]
+            # What was cut off is added to every upper end.
             upper = min(float(np.logaddexp(side.log_delta(epsilon, 1), _DELTA_CUT)) for side in sums)
             below = tilted_sum(composed, start.tilt, add=add, margin=-1, log_mass=_DELTA_CUT)
             logs.append((below.log_delta(epsilon, -1), start.log_delta, upper))
@@ -157,7 +169,7 @@ class TiltedEdgeworthAccountant(NormalFormAccountant):
 
 def _epsilon_ends(composed: Composition, delta: float, *, add: bool) -> tuple[float, float, float]:
     """Return one direction's lower end, estimate and upper end of epsilon; the upper is the best of a few tilts."""
-    cut = math.log(delta) - 16
+    cut = math.log(delta) - 16  # so much is cut off the laws, and taken from the upper end's delta below
     law = saddle.directed_loss(composed, add=add, log_mass=cut)
     start = saddle.saddle_for_delta(law, delta)
     scale = max(start.epsilon, 1 / start.tilt)
@@ -170,7 +182,10 @@ def _epsilon_ends(composed: Composition, delta: float, *, add: bool) -> tuple[fl
 
 
 def _solve(tilted: TiltedSum, log_delta: float, sign: float, scale: float) -> float:
-    """Return an epsilon on the safe side of where the bound crosses delta; 0 if the bound is below delta at 0."""
+    """Return where the upper (``sign`` 1) or lower (-1) bound on delta crosses delta, on the safe side.
+
+    0 if the bound is below delta from the start. ``scale`` is about the epsilon expected.
+    """
 
     def above(epsilon: float) -> bool:
         return tilted.log_delta(epsilon, sign) > log_delta

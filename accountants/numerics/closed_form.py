@@ -1,6 +1,9 @@
 """A single step in closed form (any number of plain Gaussian steps is one; see :mod:`accountants.mixtures`).
 
-The loss is increasing in the outcome ``z``, so by the Neyman-Pearson lemma the worst set is a half-line (Balle and Wang
+A step compares P = N(0, 1), the law of the outcome z without the unit, with Q = sum_i p_i N(mu_i, 1), the law with it.
+The loss is log dQ/dP(z).
+
+It is increasing in ``z``, so by the Neyman-Pearson lemma the worst set is a half-line (Balle and Wang
 2018, arXiv 1805.06530, theorem 5, for the plain Gaussian; Zhu, Dong, Wang 2022, arXiv 2106.08567, for the sampled one):
 
     remove: delta(eps) = Q(z > z*) - e^eps P(z > z*),   loss(z*) = eps
@@ -33,9 +36,9 @@ from accountants.mixtures import MixtureStep
 from accountants.numerics.roots import bracketed_root
 from accountants.numerics.tails import LOG_ROOT_TWO_PI, UNIT, log_difference, log_mills, log_sum, mills_error
 
-#: Epsilons beyond it are not told from infinity.
+#: A larger epsilon is taken for infinite.
 _LARGEST = 1e18
-#: Squares beyond its own leave float64's range.
+#: Distances are cut here, so that float64 holds their squares.
 _FARTHEST = 1e150
 
 
@@ -46,33 +49,35 @@ def step_log_delta(step: MixtureStep, epsilon: float, *, add: bool, side: int = 
         step: the step.
         epsilon: at least 0.
         add: the direction.
-        side: 0 for the best value.
+        side: 1 or -1 for a certified bound, 0 for the best value.
     """
+    # Where no loss of add exceeds epsilon, delta is 0.
     if add and -epsilon < step.infimum - loss_rounding(step, step.infimum, -math.inf):
         return -math.inf
     z = _cut(step, epsilon, add, side)
-    if z is None:
+    if z is None:  # delta is in [0, 1], and nothing better is known
         return 0.0 if side > 0 else -math.inf
     return min(_log_sum_at(step, z, add, side), 0.0)
 
 
 def loss_rounding(step: MixtureStep, loss: float, z: float) -> float:
     """Return a bound on the round-off of ``step.loss``, which gave ``loss`` at ``z``."""
-    slope, rest = 0.0, 0.0
-    if math.isfinite(z):
-        slope = step.slope(z)
-        rest = slope * (abs(z) + step.shifts[-1])
-    moved = 1.0 if step.shifts[0] > 0 else math.fsum(step.probs[1:])
-    return 16 * UNIT * (abs(loss) + rest + moved)
+    from_z = step.slope(z) * (abs(z) + step.shifts[-1]) if math.isfinite(z) else 0.0
+    from_probs = 1.0 if step.shifts[0] > 0 else math.fsum(step.probs[1:])
+    return 16 * UNIT * (abs(loss) + from_z + from_probs)
 
 
 def _cut(step: MixtureStep, epsilon: float, add: bool, side: int) -> float | None:
-    """Return a cutting point whose epsilon is certainly on the safe side of ``epsilon``; None if none was found."""
-    target = -epsilon if add else epsilon
+    """Return a ``z*`` for the module's formulas; None if none was found.
+
+    For side 0 its epsilon is ``epsilon``, up to round-off. For an upper bound on delta (1) its epsilon is certainly not
+    above that, for a lower bound (-1) certainly not below.
+    """
+    target = -epsilon if add else epsilon  # the loss at z*
     z = float(step.inverse_loss(np.array([target]))[0])
     if side == 0:
         return z if math.isfinite(z) else None
-    upwards = side if add else -side
+    upwards = side if add else -side  # whether the loss has to be moved up (1) or down (-1)
     size = loss_rounding(step, target, z)
     for factor in (1.0, 4.0, 16.0, 64.0, 256.0, 1024.0, 4096.0):
         z = float(step.inverse_loss(np.array([target + upwards * factor * size]))[0])
@@ -84,8 +89,12 @@ def _cut(step: MixtureStep, epsilon: float, add: bool, side: int) -> float | Non
 
 
 def _log_sum_at(step: MixtureStep, z: float, add: bool, side: int) -> float:
-    """Return log of the sum of the module's text at ``z``, moved by its round-off to ``side``."""
-    first = 1 if step.shifts[0] == 0 else 0
+    """Return log of the module's sum of positive terms at ``z``, moved by its round-off to ``side`` (1, 0 or -1).
+
+    Each term is ``p_i exp(log_first) (1 - e^-gap)``: ``near`` and ``far`` are logs of the two ratios of Mills, ``gap``
+    their difference, and ``log_first`` the log of phi(z - mu_i) times the larger ratio.
+    """
+    first = 1 if step.shifts[0] == 0 else 0  # a shift of 0 contributes nothing
     shifts, log_probs = np.asarray(step.shifts[first:]), np.log(step.probs[first:])
     x, here = z - shifts, np.full(len(shifts), z)
     if -z > _FARTHEST if add else float(x[-1]) > _FARTHEST:
@@ -140,6 +149,7 @@ def step_epsilon(step: MixtureStep, delta: float, *, add: bool, side: int = 0) -
     root = bracketed_root(excess, 0.0, high, xtol=1e-300)
     if side == 0:
         return root
+    # The root itself has round-off: move outwards until the bound holds where it ends.
     move = 2.0**-50
     while side * excess(root * (1 + side * move)) > 0:
         move *= 2
@@ -150,21 +160,26 @@ def step_epsilon(step: MixtureStep, delta: float, *, add: bool, side: int = 0) -
 
 def epsilon_bounds(step: MixtureStep, delta: float) -> Bounds:
     """Return certified ends of epsilon for one step, in the worse direction."""
-    lower, upper = ({add: step_epsilon(step, delta, add=add, side=side) for add in (False, True)} for side in (-1, 1))
-    add = upper[True] > upper[False]
+    # Keys: whether the direction is add.
+    lower = {add: step_epsilon(step, delta, add=add, side=-1) for add in (False, True)}
+    upper = {add: step_epsilon(step, delta, add=add, side=1) for add in (False, True)}
     best = max(step_epsilon(step, delta, add=add) for add in (False, True))
-    return _ends(max(lower.values()), best, upper[add], add=add)
+    add_is_worse = upper[True] > upper[False]
+    return _ends(max(lower.values()), best, upper[add_is_worse], add=add_is_worse)
 
 
 def delta_bounds(step: MixtureStep, epsilon: float) -> Bounds:
     """Return certified ends of delta for one step, in the worse direction."""
-    lower, upper = ({add: step_delta(step, epsilon, add=add, side=side) for add in (False, True)} for side in (-1, 1))
-    add = upper[True] > upper[False]
+    # Keys: whether the direction is add.
+    lower = {add: step_delta(step, epsilon, add=add, side=-1) for add in (False, True)}
+    upper = {add: step_delta(step, epsilon, add=add, side=1) for add in (False, True)}
     best = max(step_delta(step, epsilon, add=add) for add in (False, True))
-    return _ends(max(lower.values()), best, upper[add], add=add)
+    add_is_worse = upper[True] > upper[False]
+    return _ends(max(lower.values()), best, upper[add_is_worse], add=add_is_worse)
 
 
 def _ends(lower: float, best: float, upper: float, *, add: bool) -> Bounds:
+    """Return ends of the direction *add* or *remove*, with the best value moved between them."""
     assert lower <= upper, (lower, upper)
     direction = Direction.ADD if add else Direction.REMOVE
     return Bounds(lower, upper, direction, min(max(best, lower), upper))

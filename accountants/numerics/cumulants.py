@@ -1,5 +1,8 @@
 """Cumulants of the privacy loss to order five, accurately.
 
+A step compares P = N(0, 1) with a mixture Q of shifted Gaussians (:mod:`accountants.mixtures`). In the direction
+*remove* the loss is log dQ/dP, with first law Q and second law P; in *add* it is -log dQ/dP, with first law P.
+
 Central moments on one composite Gauss-Legendre grid: raw moments of nearly constant losses cancel (at sampling
 probability 4e-5 a general quadrature at an absolute tolerance of 1e-8 is 4 % off in the third cumulant). Steps add;
 heterogeneous phases are sums.
@@ -57,20 +60,20 @@ def step_moments(
         limits: the stretch of ``z`` that counts; by default all that float64 can see.
     """
     low, high = limits or (-14.0, 14.0 + step.shifts[-1])
-    normal, loss = _tabulated(step, low, high)
+    log_normal, log_ratio = _tabulated(step, low, high)
     sign = -1.0 if add else 1.0
-    # Q is the first law of remove and the second of add.
-    logs = normal + (tilt * sign + float(add != first_law)) * loss
-    loss = sign * loss
-    top = float(np.max(logs))
+    under_q = add != first_law  # Q is the first law of remove and the second of add
+    logs = log_normal + (tilt * sign + float(under_q)) * log_ratio
+    top = float(np.max(logs))  # taken out, so that no exponential overflows
     weight = _WEIGHTS * np.exp(logs - top)
     total = float(np.sum(weight))
-    return _moments(loss, weight / total, top + math.log(total * (high - low) / math.sqrt(2 * math.pi)))
+    log_normaliser = top + math.log(total * (high - low) / math.sqrt(2 * math.pi))
+    return _moments(sign * log_ratio, weight / total, log_normaliser)
 
 
 @functools.lru_cache(maxsize=64)
 def _tabulated(step: MixtureStep, low: float, high: float) -> tuple[Array, Array]:
-    """Return log of the normal density without its constant, and the loss, at the nodes: the same for every tilt."""
+    """Return log of the normal density, without its constant, and log dQ/dP at the nodes: the same for every tilt."""
     z = low + (high - low) * _NODES
     loss = step.loss(z)
     loss.setflags(write=False)
@@ -78,6 +81,7 @@ def _tabulated(step: MixtureStep, low: float, high: float) -> tuple[Array, Array
 
 
 def _moments(loss: Array, weight: Array, log_normaliser: float) -> Moments:
+    """Return the moments of a law with these values of the loss and weights of sum one."""
     mean = float(weight @ loss)
     centred = loss - mean
     # Products, not powers: numpy's general power takes ten times as long.
@@ -89,7 +93,7 @@ def _moments(loss: Array, weight: Array, log_normaliser: float) -> Moments:
 
 
 def sum_cumulants(composed: Composition, *, add: bool, first_law: bool) -> tuple[float, float, float, float, float]:
-    """Return cumulants 1 to 5 of the total loss."""
+    """Return cumulants 1 to 5 of the total loss of all steps, in one direction under its first or second law."""
     totals = np.zeros(5)
     for step, count in composed.phases:
         moments = step_moments(step, add=add, first_law=first_law)

@@ -21,15 +21,21 @@ from scipy import special
 
 from accountants.numerics.cumulants import Moments
 
+#: Values of the free parameter e that are tried.
 _GRID = (0.02, 0.05, 0.08, 0.1, 0.12, 0.15, 0.2)
+#: A constant of the theorem's remainder.
 _C = 1.0253
 #: Below it the law is one point to float64, and its quotients mean nothing.
 _SMALLEST_VARIANCE = 1e-150
+#: Times the skewness: the largest first-order term of the expansion.
 _LARGEST_TERM = 1 / (6 * math.sqrt(2 * math.pi))
 
 
 def sup_error(steps: Sequence[tuple[Moments, int]]) -> float:
-    """Return the bound for a sum of independent steps with their counts; may exceed 1, which says nothing."""
+    """Return the bound on the error of the first-order expansion of a sum of independent steps with their counts.
+
+    It may exceed 1, which says nothing.
+    """
     variance = math.fsum(count * moments.central[0] for moments, count in steps)
     if variance < _SMALLEST_VARIANCE:
         return math.inf
@@ -42,7 +48,7 @@ def sup_error(steps: Sequence[tuple[Moments, int]]) -> float:
 
 
 def normal_error(steps: Sequence[tuple[Moments, int]]) -> float:
-    """Return Berry and Esseen's bound on the distance from the normal law.
+    """Return Berry and Esseen's bound on the distance of a standardised sum's distribution from the normal one.
 
     For identical steps 0.33554 (K3 + 0.415) / sqrt(n) (Shevtsova 2011, arXiv 1111.6554), in general 0.56 sum E|X_i|^3 /
     (sum Var X_i)^(3/2) (Shevtsova 2010).
@@ -73,7 +79,10 @@ def _bound(moments: Moments, n: float, e: float) -> float:
 
 
 def _remainder(n: float, e: float, k3: float, k4: float, skew: float, kt: float, e3: float) -> float:
-    """Return the theorem's remainder terms, which fall faster than 1/n; arguments as in :func:`_bound`."""
+    """Return the theorem's remainder terms, which fall faster than 1/n; arguments as in :func:`_bound`.
+
+    Written term by term as in the paper; the names are the paper's.
+    """
     f = 1 - 3 * e
     p2 = (
         48 * e * math.sqrt(k4 / n)
@@ -110,4 +119,5 @@ def _remainder(n: float, e: float, k3: float, k4: float, skew: float, kt: float,
 
 
 def _upper_gamma(a: float, x: float) -> float:
+    """Return the upper incomplete gamma function of a at x."""
     return float(special.gammaincc(a, x)) * math.gamma(a)

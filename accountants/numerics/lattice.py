@@ -1,6 +1,7 @@
 """One step's privacy loss, moved onto a lattice so that the guarantee can only get weaker, by a known amount.
 
-The function ``H(g) = sup_S Q(S) - g P(S)`` of ``g = e^eps`` is convex. Its chord through the lattice points
+P is the law of the step's outcome z without the unit, Q with it, and the loss log dQ/dP(z) increases in z. The function
+``H(g) = sup_S Q(S) - g P(S)`` of ``g = e^eps`` is convex. Its chord through the lattice points
 ``g_j = exp(a_j)``, ``a_j = a_0 + j h``, belongs to a discrete pair: the mass of each cell ``a_j <= loss < a_(j+1)`` is
 split between the cell's two ends so that both its Q-mass and its P-mass are kept (Doroshenko et al. 2022, arXiv
 2207.04380, "connect the dots"). Chords lie above a convex function, so the pair dominates (P, Q), in both directions at
@@ -45,6 +46,7 @@ LOSS_ERROR = 2e-15
 _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(4)
 #: Where the normal density leaves float64's range.
 _REACH = 38.7
+#: Pieces of quadrature in a step, at most.
 _MAX_PIECES = 1 << 23
 
 
@@ -76,8 +78,8 @@ class Cells:
     Attributes:
         points: the n + 1 lattice points.
         p_mass, q_mass: the n cells' masses.
-        p_up, q_up: the parts of them that the chord sends to the cell's upper end.
-        log_p_low, log_q_low, log_p_high, log_q_high: logs of the masses of the tails.
+        p_up, q_up: the parts of them that the chord sends to the cell's upper end; the rest goes to its lower end.
+        log_p_low, log_q_low, log_p_high, log_q_high: logs of the masses that lie below and above all cells.
         mass_error: a bound on the masses' relative error.
     """
 
@@ -99,6 +101,12 @@ def build_cells(step: MixtureStep, low: float, spacing: float, num_cells: int) -
     At an offset x above the cell's lower end the chord of length h sends (1 - e^-x) / (1 - e^-h) of Q, and
     (e^x - 1) / (e^h - 1) of P, to the cell's upper end.
 
+    Args:
+        step: the step.
+        low: the loss at which the first cell begins.
+        spacing: h, the width of a cell.
+        num_cells: n.
+
     Raises:
         FloatingPointError: if the losses range so widely that too many pieces would be needed.
     """
@@ -107,11 +115,11 @@ def build_cells(step: MixtureStep, low: float, spacing: float, num_cells: int) -
     if num_cells * finer > _MAX_PIECES:
         raise FloatingPointError("too wide a range of losses to integrate")
     all_edges = step.inverse_loss(low + spacing / finer * np.arange(num_cells * finer + 1))
-    edges = all_edges[::finer]
+    edges = all_edges[::finer]  # of cells, in z
     pieces = _pieces(step, all_edges)
-    cell = np.searchsorted(edges, pieces[:-1], side="right") - 1
+    cell = np.searchsorted(edges, pieces[:-1], side="right") - 1  # number of each piece's cell
     left, half = pieces[:-1], np.diff(pieces) / 2
-    start = points[cell]
+    start = points[cell]  # the loss at the lower end of each piece's cell
     p_mass, q_mass, p_up, q_up = (np.zeros_like(left) for _ in range(4))
     for node, weight in zip(_NODES, _WEIGHTS, strict=True):
         z = left + half * (1 + node)
@@ -146,11 +154,16 @@ def build_cells(step: MixtureStep, low: float, spacing: float, num_cells: int) -
 
 
 def _pieces(step: MixtureStep, edges: Array) -> Array:
-    """Return the cells' edges, and between them points so dense that four nodes suffice wherever there is mass."""
+    """Return increasing ``z`` between which four nodes of quadrature suffice: the edges, and more where there is mass.
+
+    Args:
+        step: P and the components of Q are normal laws around 0 and around its shifts.
+        edges: increasing, in ``z``; the first may be minus infinity.
+    """
     bottom, top = max(float(edges[0]), -_REACH), float(edges[-1])
     reach = min(max(-bottom, top - step.shifts[-1], 16.0), _REACH)
     grids: list[Array] = []
-    end = bottom
+    end = bottom  # of what has a grid so far
     for mean in (0.0, *step.shifts):
         start, stop = max(end, mean - reach), min(mean + reach, top)
         if stop > start:
@@ -161,12 +174,13 @@ def _pieces(step: MixtureStep, edges: Array) -> Array:
 
 
 def dominating_law(cells: Cells, *, add: bool) -> LatticeLaw:
-    """Return the law of the chord pair's loss: under Q of the loss, or with ``add`` under P of its negative."""
+    """Return the law of the chord pair's loss: for remove that of the loss under Q, for add of its negative under P."""
     mass, up = (cells.p_mass, cells.p_up) if add else (cells.q_mass, cells.q_up)
     points = np.zeros_like(cells.points)
     points[:-1] += mass - up
     points[1:] += up
-    # What of each tail has a counterpart under the other law goes to the end point; the rest is infinite, or gone.
+    # Mass beyond the end of small losses goes to the end point, which only raises its loss. Mass beyond the end of
+    # large losses goes there as far as the other law has mass to match it, at the point's ratio; the rest is infinite.
     low = min(cells.log_p_low, cells.log_q_low - float(cells.points[0]))
     high = min(cells.log_q_high, cells.log_p_high + float(cells.points[-1]))
     index = np.arange(len(points))
@@ -184,5 +198,7 @@ def dominating_law(cells: Cells, *, add: bool) -> LatticeLaw:
 
 
 def _difference(log_larger: float, log_smaller: float) -> float:
-    """Return ``exp(log_larger) - exp(log_smaller)``, rounded up."""
-    return math.exp(log_larger) * -math.expm1(min(log_smaller - log_larger, 0.0)) if log_larger > -math.inf else 0.0
+    """Return ``exp(log_larger) - exp(log_smaller)``; 0 if the second is the larger one."""
+    if log_larger == -math.inf:
+        return 0.0
+    return math.exp(log_larger) * -math.expm1(min(log_smaller - log_larger, 0.0))

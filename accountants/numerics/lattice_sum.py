@@ -1,5 +1,8 @@
 """Bounds on the delta of a sum S of lattice laws, by one inverse Fourier transform of a tilted law.
 
+S is the sum of the steps' losses in one direction, each moved onto a lattice of width h (:mod:`.lattice`). A *phase* is
+a number of equal steps.
+
 The law of S is tilted by e^(tS), its transform is the product of the steps' transforms, and the inverse transform of
 length N gives the tilted law modulo the window N h, exactly. What is not in the window can fold into it, which only
 adds to the upper end and is subtracted from the lower one, each by a Chernoff bound; so is the round-off of the
@@ -22,12 +25,12 @@ from accountants.numerics.window import Window
 
 #: Changes of tilt tried in Chernoff bounds, in units of one over the window's length.
 CHERNOFF = (24.0, 48.0, 96.0)
-#: The tilt times how far below its centre a window can reach.
+#: Most that the tilt times the distance below the window's centre may be: e^600 is still a float64 number.
 LARGEST_LOG_WEIGHT = 600.0
 
 
 class LatticePhase:
-    """One phase's lattice law with its count."""
+    """A step's lattice law, with how often the step was done."""
 
     def __init__(self, law: lattice.LatticeLaw, spacing: float, count: int) -> None:
         self.law, self.spacing, self.count = law, spacing, count
@@ -36,7 +39,7 @@ class LatticePhase:
         self.losses = law.origin + spacing * law.index
 
     def tilt(self, tilt: float) -> tuple[Array, float]:
-        """Return the tilted law and the log of its normaliser."""
+        """Return the probabilities of the tilted law, and the log of its normaliser M(t)."""
         logs = self.log_mass + tilt * self.losses
         top = float(np.max(logs))
         weight = np.exp(logs - top)
@@ -60,9 +63,10 @@ def compose(phases: list[LatticePhase], tilt: float, length: int, low: float, re
         reliable_from: the epsilon from which on the lower end must hold; the values are scaled to be moderate there.
     """
     spacing = phases[0].spacing
+    # At each frequency: the transform of S, a bound on its size with all errors, and the sum of the relative errors.
     log_transform = np.zeros(length // 2 + 1, dtype=np.complex128)
     log_envelope = np.zeros(length // 2 + 1)
-    per_step = np.zeros(length // 2 + 1)
+    relative_error = np.zeros(length // 2 + 1)
     log_moment = 0.0
     error = 8 * UNIT * (math.log2(length) + 2)  # of a value of a step's transform, whose magnitude is at most 1
     for phase in phases:
@@ -70,15 +74,15 @@ def compose(phases: list[LatticePhase], tilt: float, length: int, low: float, re
         magnitude = np.abs(values)
         log_transform += phase.count * np.log(np.where(magnitude > 0, values, 1e-300))
         log_envelope += phase.count * np.log(np.minimum(magnitude + error, 1 + error))
-        per_step += phase.count * (error / (magnitude + error) + 4 * UNIT)
+        relative_error += phase.count * (error / (magnitude + error) + 4 * UNIT)
         log_moment += phase.count * log_single
     probability = np.fft.irfft(np.exp(log_transform), length)
-    roundoff = 2 / length * float(np.exp(log_envelope) @ (per_step + error))
+    roundoff = 2 / length * float(np.exp(log_envelope) @ (relative_error + error))  # of every probability
 
     origin = math.fsum(phase.count * phase.law.origin for phase in phases)
     start = math.ceil((low - origin) / spacing)
     points = origin + spacing * (start + np.arange(length))
-    probability = np.roll(probability, -(start % length))
+    probability = np.roll(probability, -(start % length))  # the transform's index 0 stands for the loss `origin`
     # Each value rests on those above it alone: points whose weights would leave float64's range are left out.
     first = int(np.argmax(tilt * (reliable_from - points) <= LARGEST_LOG_WEIGHT))
     points, probability = points[first:], probability[first:]
@@ -107,9 +111,10 @@ def compose(phases: list[LatticePhase], tilt: float, length: int, low: float, re
 
 
 def _hockey_sticks(probability: Array, points: Array, tilt: float, centre: float) -> Array:
-    """Return E[(1 - e^(eps - S))_+] at every lattice point eps, relative to ``exp(log_scale)``.
+    """Return delta, E[(1 - e^(eps - S))_+], at every lattice point eps, as a multiple of ``exp(log_scale)``.
 
-    By the recursion ``V(s_r) = e^-h V(s_(r+1)) + (1 - e^-h) P(S >= s_(r+1))``: positive terms only, where the usual
+    ``probability`` is the tilted law at ``points``; e^(tilt (centre - s)) turns it back into S's own law, scaled. By
+    the recursion ``V(s_r) = e^-h V(s_(r+1)) + (1 - e^-h) P(S >= s_(r+1))``: positive terms only, where the usual
     difference of two sums would cancel.
     """
     spacing = points[1] - points[0]
@@ -121,11 +126,12 @@ def _hockey_sticks(probability: Array, points: Array, tilt: float, centre: float
 
 
 def _exp(value: float) -> float:
+    """Return the exponential of a probability's logarithm, at most 1."""
     return math.exp(min(value, 0.0))
 
 
 def _log_above(phases: list[LatticePhase], tilt: float, log_moment: float, edge: float, window: float) -> float:
-    """Return log of a Chernoff bound on the tilted probability of exceeding ``edge``."""
+    """Return log of a Chernoff bound on the probability, under the law tilted by ``tilt``, that S exceeds ``edge``."""
     best = 0.0
     for exponent in CHERNOFF:
         change = exponent / window

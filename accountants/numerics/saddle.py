@@ -3,8 +3,12 @@
 Nothing here is certified and nothing needs to be: any positive tilt gives a valid bound in
 :mod:`accountants.methods.tilted`. A good tilt only makes it sharp.
 
+A step compares P, the law of the outcome ``z`` without the unit, with Q, the law with it, and ``loss(z)`` is log dQ/dP.
 For the direction *remove* the loss is ``loss(z)``, z ~ Q; for *add* it is ``-loss(z)``, z ~ P. With one function
 ``M(s) = E_P[exp(s * loss)]`` the moment generating functions are ``M(1 + t)`` and ``M(-t)``.
+
+K(t) is the log of the moment generating function of the sum S of all steps' losses. The tilt t multiplies the density
+of S by e^(tS). The best t for an epsilon is the saddle point, where ``K(t) - t epsilon - log t - log(1 + t)`` is least.
 """
 
 # pyright: strict, reportMissingTypeStubs=false
@@ -39,8 +43,9 @@ class DirectedLoss:
     counts: tuple[int, ...]
 
     def cumulants(self, tilt: float) -> tuple[float, float, float]:
-        """Return K, K' and K'' of the sum of losses at ``tilt``."""
+        """Return K, K' and K'' at ``tilt``: log normaliser, mean and variance of the tilted sum of losses."""
         totals = [0.0, 0.0, 0.0]
+        # All steps are independent, so each phase adds its own, times its count.
         for loss, log_weight, count in zip(self.losses, self.log_weights, self.counts, strict=True):
             logs = log_weight + tilt * loss
             top = float(np.max(logs))
@@ -56,6 +61,7 @@ class DirectedLoss:
     def epsilon_at(self, tilt: float) -> tuple[float, float]:
         """Return the epsilon for which ``tilt`` is the saddle point, and the saddle-point value of log delta there."""
         k, slope, curvature = self.cumulants(tilt)
+        # Where the derivative of the module's exponent is 0, and then its second derivative.
         epsilon = slope - 1 / tilt - 1 / (1 + tilt)
         spread = curvature + tilt**-2 + (1 + tilt) ** -2
         log_delta = k - tilt * epsilon - math.log(tilt) - math.log1p(tilt) - 0.5 * math.log(2 * math.pi * spread)
@@ -73,17 +79,20 @@ class Saddle:
 
 @functools.lru_cache(maxsize=64)
 def truncation(composed: Composition, log_mass: float) -> tuple[float, float]:
-    """Return a ``z`` interval outside which P (below) and Q (above) have at most ``exp(log_mass)`` over all steps."""
+    """Return an interval of ``z`` that all steps together leave with small probability.
+
+    Below it P, and above it Q, have at most ``exp(log_mass)`` in all steps. P has the larger tail below, Q above.
+    """
     log_tail = log_mass - math.log(max(composed.num_steps, 1))
     reach = -float(special.ndtri_exp(min(log_tail, -1.0)))
     return -reach, max(step.tail_quantile(log_tail) for step, _ in composed.phases)
 
 
 def directed_loss(composed: Composition, *, add: bool, log_mass: float) -> DirectedLoss:
-    """Tabulate one direction of a composition, cutting tails of probability ``exp(log_mass)``."""
+    """Tabulate one direction of a composition over the ``z`` of :func:`truncation`."""
     low, high = truncation(composed, log_mass)
     z = np.linspace(low, high, _NUM_NODES)
-    base = -z * z / 2 - 0.5 * math.log(2 * math.pi) + math.log(z[1] - z[0])
+    base = -z * z / 2 - 0.5 * math.log(2 * math.pi) + math.log(z[1] - z[0])  # of P; that of Q is e^loss times as large
     losses: list[Array] = []
     log_weights: list[Array] = []
     for step, _ in composed.phases:
@@ -93,6 +102,7 @@ def directed_loss(composed: Composition, *, add: bool, log_mass: float) -> Direc
     return DirectedLoss(tuple(losses), tuple(log_weights), tuple(count for _, count in composed.phases))
 
 
+#: The range in which a tilt is looked for.
 _LOG_TILT = (math.log(1e-6), math.log(1e9))
 
 
@@ -111,7 +121,7 @@ def saddle_for_delta(law: DirectedLoss, delta: float) -> Saddle:
 
 
 def saddle_for_epsilon(law: DirectedLoss, epsilon: float) -> Saddle:
-    """Return the saddle of a given epsilon."""
+    """Return the saddle of a given epsilon: the tilt that suits it, and the approximate log of delta."""
     log_tilt = _root(lambda x: epsilon - law.epsilon_at(math.exp(x))[0])
     return Saddle(math.exp(log_tilt), epsilon, law.epsilon_at(math.exp(log_tilt))[1])
 

@@ -1,8 +1,8 @@
 """Certified ends by inverting a smoothed sum: the number of steps is only an exponent, so its size costs nothing.
 
-With the notation of :mod:`accountants.methods.tilted`, let ``U ~ N(m^2/2, m^2)`` be the loss of a Gaussian mechanism of
-its own, ``S' = S + U`` and ``delta'`` its privacy curve, of which the Fourier integral soon ends: its transform falls
-like ``exp(-m^2 y^2 / 2)`` whatever the law of S.
+Let S be the sum of the steps' losses in one direction, and t > 0 a tilt (:mod:`accountants.methods.tilted`). Let
+``U ~ N(m^2/2, m^2)`` be the loss of a Gaussian mechanism of its own, ``S' = S + U`` and ``delta'`` its privacy curve,
+of which the Fourier integral soon ends: its transform falls like ``exp(-m^2 y^2 / 2)`` whatever the law of S.
 
 1. Upper end. ``E[e^-U] = 1`` and the hockey-stick divergence is convex in ``e^-S``: ``delta <= delta'``.
 2. Inversion. ``F(eps) = e^(t eps) delta'(eps)`` has the transform ``M'(s)/(s(1+s))``, ``s = t + iy``, with ``M'`` the
@@ -51,18 +51,21 @@ ComplexArray = np.typing.NDArray[np.complexfloating[Any, Any]]
 
 _FEWEST_PANELS, _MOST_PANELS, _RULE = 125, 500, 16
 _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(_RULE)
-#: Frequencies left out may add so much of delta.
+#: Frequencies left out may add this share of delta.
 _TAIL = 1e-6
 #: More frequencies than these and the lattice is quicker.
 _MAX_FREQUENCIES = 4096
 #: Below it the lower end's differences of probabilities have few digits.
 _SMALLEST_DEVIATION = 1e-8
+#: Parameters r of the ellipses of point 4; each gives a bound on the rule's error.
 _ELLIPSES = (1.5, 2.0, 4.0, 8.0, 16.0)
+#: Frequencies that are computed together: a transform is a product of a coarse and of a fine rotation.
 _BLOCK = 32
 #: Log of the smallest positive number of float64, about.
 _SMALLEST_LOG = -740.0
 #: Grid of the lower end, in standard deviations of U.
 _GRID = 1 / 8
+#: Lower ends are not computed where the grid goes further from epsilon.
 _LONGEST_REACH = 50.0
 
 
@@ -81,7 +84,13 @@ class _Ellipse(NamedTuple):
 
 
 class StepTransform:
-    """One step's law in one direction, cut to a stretch of ``z``, on panels."""
+    """One step's law in one direction, cut to a stretch of ``z``, at the nodes of quadrature on many panels.
+
+    Args:
+        step: the step.
+        low, high: the stretch of ``z``.
+        add: the direction.
+    """
 
     def __init__(self, step: MixtureStep, low: float, high: float, *, add: bool) -> None:
         # Half a panel times the largest shift is at most 3/4, so that the third ellipse lies in the strip.
@@ -93,6 +102,7 @@ class StepTransform:
         self.loss = step.loss(self.z)
         self._log_weight = -(self.z**2) / 2 + np.tile(np.log(half * _WEIGHTS / math.sqrt(2 * math.pi)), num_panels)
         self._half, self._centres, self._step, self._add = half, centres, step, add
+        # What the round-off of a loss is relative to.
         self._size = np.maximum(np.maximum(1.0, np.abs(self.loss)), step.shifts[-1] * np.abs(self.z))
 
     def order(self, tilt: float) -> float:
@@ -108,14 +118,21 @@ class StepTransform:
         return weight / total, top + math.log(total)
 
     def values(self, weight: Array, spacing: float, num: int) -> ComplexArray:
-        """Return the transform at 0, spacing, ... (``num`` of them)."""
+        """Return the Fourier transform of the tilted law at frequencies 0, spacing, ... (``num`` of them).
+
+        ``weight`` is that of :meth:`tilted`. Frequency number 32 a + b is turned by number 32 a and by number b.
+        """
         loss = -self.loss if self._add else self.loss
         fine = np.exp(1j * spacing * np.arange(_BLOCK)[:, None] * loss)
         coarse = np.exp(1j * spacing * _BLOCK * np.arange(-(-num // _BLOCK))[:, None] * loss)
         return cast(Any, (coarse * weight) @ fine.T).ravel()[:num]
 
     def errors(self, weight: Array, log_total: float, tilt: float, frequencies: Array) -> Array:
-        """Return a bound on the error of each value, of the rule and of arithmetic; it grows with the frequency."""
+        """Return a bound on the error of :meth:`values` at each frequency, with which it grows.
+
+        ``weight`` and ``log_total`` are those of :meth:`tilted`. The error of the quadrature rule is bounded on each
+        panel by the best ellipse, or by the panel's mass; that of float64 is added.
+        """
         order = self.order(tilt)
         masses = weight.reshape(-1, _RULE).sum(axis=1)
         log_still, rates = self._ellipse_bounds(order, log_total)
@@ -130,7 +147,10 @@ class StepTransform:
         return rule + arithmetic
 
     def _ellipse_bounds(self, order: float, log_total: float) -> tuple[Array, Array]:
-        """Return, by ellipse and panel, the log of the error's bound at frequency 0 and the rate at which it grows."""
+        """Return, by ellipse and panel, the log of the error's bound at frequency 0 and the rate at which it grows.
+
+        An ellipse on which the loss is not analytic gets a bound of e^700, which says nothing.
+        """
         shape = len(_ELLIPSES), len(self._centres)
         log_still, rates = np.full(shape, 700.0), np.zeros(shape)
         for row, ellipse in self._ellipses.items():
@@ -141,12 +161,12 @@ class StepTransform:
 
     @functools.cached_property
     def _ellipses(self) -> dict[int, _Ellipse]:
-        """Those that lie where the loss is analytic, by their place among all: the same for every tilt."""
+        """The ellipses of point 4 that lie where the loss is analytic, by place in ``_ELLIPSES``; for every tilt."""
         ellipses: dict[int, _Ellipse] = {}
         for row, parameter in enumerate(_ELLIPSES):
             reach = self._half * (parameter + 1 / parameter) / 2
             height = self._half * (parameter - 1 / parameter) / 2
-            if height * self._step.shifts[-1] >= 1.5:
+            if height * self._step.shifts[-1] >= 1.5:  # close to pi / 2, where the loss is not analytic
                 continue
             cosine = math.cos(height * self._step.shifts[-1])
             left, right = self._centres - reach, self._centres + reach
@@ -174,9 +194,9 @@ class SmoothedSum:
         terms: ``A(eps) = exp(log_scale - t (eps - centre)) Re sum_k terms[k] exp(-i k spacing (eps - centre))``.
         error: a bound on the error of that sum.
         centre, log_scale: as in the formula of ``terms``; lower ends are for epsilons from ``centre`` on.
-        deviation: m.
+        deviation: m, the standard deviation of U.
         reach: how far U / m is followed in the lower end.
-        added: probability cut from the laws.
+        added: probability cut from the laws, to be added to the upper bound.
         removed: a bound on A - delta' from ``centre`` on.
     """
 
@@ -207,6 +227,7 @@ class SmoothedSum:
         def excess(epsilon: float) -> float:
             return math.log(max(self._value(epsilon, 1), 1e-305)) - log_target
 
+        # Delta falls by a factor of about e for every 1 / tilt of epsilon.
         step, accuracy = 0.1 / self.tilt, 1e-6 / self.tilt
         side = 1 if excess(self.centre) > 0 else -1
         near, far = self.centre, self.centre + side * step
@@ -219,10 +240,16 @@ class SmoothedSum:
             return None
         low, high = min(near, far), max(near, far)
         root = bracketed_root(excess, low, high, xtol=accuracy)
+        # The root may fall short by its tolerance: return what was itself found to be on the safe side.
         return next((value for value in (root, root + accuracy, root + 4 * accuracy) if excess(value) <= 0), high)
 
     def lower_delta(self, epsilon: float) -> float | None:
-        """Return a certified lower bound on delta; None below ``centre``, or where U reaches too far."""
+        """Return a certified lower bound on delta; None below ``centre``, or where U reaches too far.
+
+        By the module's point 3: delta'(eps) = E[delta(eps - U)] is at most known + weight v, where v = delta(eps) is
+        wanted. Near eps, within some width, delta lies below the chords from v to delta' at the two ends; elsewhere it
+        lies below delta'. Every width gives a bound on v, and the best counts.
+        """
         if epsilon < self.centre or self.deviation * self.reach > _LONGEST_REACH:
             return None
         smooth = self._value(epsilon, -1) - self.removed
@@ -230,7 +257,7 @@ class SmoothedSum:
             return 0.0
         grid, values, middle = self._grid, self._on_grid(epsilon), len(self._grid) // 2
         m = self.deviation
-        # Of U / m on each stretch of the grid: its probability, and the expectation of e^-U.
+        # Of U / m on each stretch of the grid: its probability, and the expectation of e^-U there.
         prob, ratio = np.diff(special.ndtr(grid - m / 2)), np.diff(special.ndtr(grid + m / 2))
         ends = np.exp(-m * grid)
         steps = ends[:-1] - ends[1:]
@@ -243,6 +270,7 @@ class SmoothedSum:
             left, right = middle - round(width / _GRID), middle + round(width / _GRID)
             known, weight = float(chords[:left].sum() + chords[right:].sum()) + outside, cancelled
             for part, end in ((slice(left, middle), left), (slice(middle, right), right)):
+                # Of one side: P(U), E[e^-U], and e^-U at the far end of the chord.
                 p, r, at = float(prob[part].sum()), float(ratio[part].sum()), float(ends[end])
                 known += float(values[end]) * (p - r) / (1 - at)
                 weight += (r - at * p) / (1 - at)
@@ -250,7 +278,11 @@ class SmoothedSum:
         return best
 
     def lower_epsilon(self, delta: float, upper: float) -> float | None:
-        """Return an epsilon, as large as found, at which ``lower_delta`` is at least ``delta``."""
+        """Return an epsilon, as large as found, at which ``lower_delta`` is at least ``delta``.
+
+        Goes down from ``upper`` (an upper end of epsilon) by doubling steps, then bisects; None if none is found.
+        """
+        # The first step is of the size of what smoothing moves epsilon by.
         step = (self.tilt + 1) * self.deviation**2 / 4
         for _ in range(10):
             if (self.lower_delta(upper - step) or 0.0) >= delta:
@@ -266,26 +298,31 @@ class SmoothedSum:
 
     @functools.cached_property
     def _frequencies(self) -> Array:
+        """The frequencies y_k."""
         return self.spacing * np.arange(len(self.terms))
 
     @functools.cached_property
     def _size(self) -> float:
+        """What the round-off of the sum is relative to."""
         return float(np.sum(np.abs(self.terms)))
 
     @functools.cached_property
     def _grid(self) -> Array:
+        """Values of U / m, symmetric around 0."""
         num = math.ceil(self.reach / _GRID)
         return np.arange(-num, num + 1) * _GRID
 
     @functools.cached_property
     def _turns(self) -> ComplexArray:
+        """[grid, frequencies] factors that move epsilon by minus each of the grid's points."""
         return np.exp(1j * self.deviation * self._grid[:, None] * self._frequencies)
 
     def _turned(self, shift: float) -> ComplexArray:
+        """Return the terms of the sum at ``centre + shift``."""
         return self.terms * np.exp(-1j * shift * self._frequencies)
 
     def _error_at(self, shift: float) -> float:
-        """Return ``error`` with the rounding of the phases."""
+        """Return ``error`` and the rounding of the terms' phases at ``centre + shift``."""
         return self.error + 8 * UNIT * (abs(shift) * float(self._frequencies[-1]) + len(self.terms)) * self._size
 
     def _value(self, epsilon: float, sign: float) -> float:
@@ -329,6 +366,7 @@ def smoothed_sum(
     m, spacing = deviation, 2 * math.pi / window
     if m < _SMALLEST_DEVIATION:
         return None
+    # About the size of A; frequencies go on until what is left out is small beside it.
     expected = 0.4 / (math.hypot(scale, 1 / tilt) * tilt * (1 + tilt))
     highest = 2.0 / m
     while _tail(highest, m) > _TAIL * expected:
@@ -342,8 +380,9 @@ def smoothed_sum(
     low, high = saddle.truncation(composed, log_mass)
     steps = [(StepTransform(step, low, high, add=add), count) for step, count in composed.phases]
     y = spacing * np.arange(num)
+    # At each frequency: the transform of S, a bound on its size with all errors, and the sum of the relative errors.
     log_transform, log_envelope = np.zeros(num, dtype=np.complex128), np.zeros(num)
-    per_step, log_moment = np.zeros(num), 0.0
+    relative_error, log_moment = np.zeros(num), 0.0
     for step, count in steps:
         weight, log_total = step.tilted(tilt)
         values = step.values(weight, spacing, num)
@@ -353,15 +392,16 @@ def smoothed_sum(
         magnitude = np.abs(values)
         log_transform += count * np.log(np.where(magnitude > 0, values, 1e-300))
         log_envelope += count * np.log(np.minimum(magnitude + error, 1 + error))
-        per_step += count * (error / (magnitude + error) + 4 * UNIT)
+        relative_error += count * (error / (magnitude + error) + 4 * UNIT)
         log_moment += count * log_total
+    # The other factors of a term of A, in point 2; terms at y and -y are conjugate, so all but the first count twice.
     s = tilt + 1j * y
     log_kernel = np.log(np.where(y > 0, 2.0, 1.0) / window) - np.log(s) - np.log1p(s) - m * m * y * y / 2
     turn = y * (m * m / 2 * (1 + 2 * tilt) - centre)
     terms = np.exp(log_transform + log_kernel + 1j * turn)
     rounding = 8 * UNIT * (8 + np.abs(log_transform) + np.abs(turn))
     with np.errstate(over="ignore"):
-        error = float(np.exp(log_envelope + log_kernel.real) @ (per_step + rounding)) + _tail(float(y[-1]), m)
+        error = float(np.exp(log_envelope + log_kernel.real) @ (relative_error + rounding)) + _tail(float(y[-1]), m)
     error += 8 * UNIT * (composed.num_steps + abs(log_moment) + abs(tilt * centre)) * float(np.sum(np.abs(terms)))
     if not math.isfinite(error):
         return None

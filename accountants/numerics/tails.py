@@ -16,11 +16,11 @@ from scipy import special
 
 Array = npt.NDArray[np.floating[Any]]
 
-#: Half the distance from 1 to the next float64.
+#: Half the distance from 1 to the next float64: the relative error of one rounding.
 UNIT = 2.0**-53
 LOG_ROOT_TWO_PI = 0.5 * math.log(2 * math.pi)
 _LOG_ROOT_HALF_PI = 0.5 * math.log(math.pi / 2)
-#: Below it ``erfcx`` overflows; the tail is 1 to float64 far above.
+#: Below it the tail is 1 to float64, and ``erfcx`` would soon overflow.
 _LEFT = -20.0
 
 

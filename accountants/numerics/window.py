@@ -1,6 +1,8 @@
 """Certified ends of epsilon and delta from bounds on the delta of a lattice law, which dominates the true one.
 
-:mod:`accountants.methods.tilted` composes the lattice laws and proves the bounds (its points 4 and 5).
+delta is the true privacy curve of a composition in one direction. delta' is that of the same composition with every
+step's loss moved onto a lattice, which can only raise it. :mod:`accountants.methods.tilted` composes the lattice laws
+and proves the bounds (its points 4 and 5).
 """
 
 # pyright: strict, reportMissingTypeStubs=false, reportUnknownArgumentType=false, reportUnknownVariableType=false
@@ -29,8 +31,8 @@ class Window:
         log_scale: keeps the values within float64 where delta is tiny.
         margin: relative error of all values.
         shift: absolute error of every loss.
-        added: to be added to the upper bound.
-        removed: to be subtracted from the lower bound.
+        added: to be added to the upper bound, for what lies above the window.
+        removed: to be subtracted from the lower bound, for what was folded into the window.
         reliable_from: least epsilon at which the lower bound holds.
         num_steps: the number of lattice laws composed: what moving losses onto the lattice can cost grows with it.
     """
@@ -56,7 +58,7 @@ class Window:
         if delta <= self.added:
             return None
         log_target = math.log(delta - self.added) - self.log_scale - self.margin
-        if log_target > 600:
+        if log_target > 600:  # beyond all values of the window, and soon beyond float64
             return None
         target = math.exp(log_target)
         after = int(np.searchsorted(-self.upper_values, -target, side="left"))
@@ -64,6 +66,7 @@ class Window:
             return None
         left, right = self.points[after - 1], self.points[after]
         high, low = self.upper_values[after - 1], self.upper_values[after]
+        # Between two points values are linear in e^epsilon.
         part = float((high - target) / (high - low))
         return float(left) + math.log1p(part * math.expm1(right - left)) + self.shift
 
@@ -92,31 +95,33 @@ class Window:
         epsilons = epsilon - spacing * jumps
         if spacing * reach > 50 or epsilons[0] >= self.points[-2] or epsilons[-1] <= self.points[0]:
             return None
-        law = _jump_law(steps, reach, spacing)
+        jump_probability = _jump_law(steps, reach, spacing)
         # The delta at each jump left out is at most 1.
         outside = 0.0 if reach == steps else 2 * math.exp(-deviation * deviation / steps)
         values = self._many(self.upper_values, epsilons)
         best = 0.0
         ratio = np.exp(epsilons - epsilon)
         for factor in (1.0, 1.5, 2.0, 3.0):
-            width = max(1, round(factor * math.sqrt(steps / 2)))
-            if width > reach:
-                width = reach
+            width = min(max(1, round(factor * math.sqrt(steps / 2))), reach)  # in jumps
+            # Each inner value is part · end + (1 - part) · v, on the chord from v to the value at the end of its side.
             left, right = ratio[reach + width], ratio[reach - width]
             part: Array = np.where(jumps > 0, (1 - ratio) / (1 - left), (ratio - 1) / (right - 1))
             end: Array = np.where(jumps > 0, values[reach + width], values[reach - width])
             inside = np.abs(jumps) <= width
-            known = float(law @ np.where(inside, part * end, values))
-            weight = float(law @ np.where(inside, 1 - part, 0.0))
+            known = float(jump_probability @ np.where(inside, part * end, values))
+            weight = float(jump_probability @ np.where(inside, 1 - part, 0.0))  # of v
             rest = self._scaled(known, self.margin) + self.added + outside
             if weight > 0:
                 best = max(best, (lattice_delta - rest) / weight)
         return best
 
     def lower_epsilon(self, delta: float, upper: float) -> float | None:
-        """Return an epsilon of the window, as large as found, at which ``lower_delta`` is at least ``delta``."""
+        """Return an epsilon of the window, as large as found, at which ``lower_delta`` is at least ``delta``.
+
+        Goes down from ``upper`` (an upper end of epsilon) by doubling steps, then bisects; None if none is found.
+        """
         spacing = float(self.points[1] - self.points[0])
-        # The size of the lattice's effect, or less.
+        # The first step is of the size of the lattice's effect on epsilon, or less.
         good, step = None, max(spacing / 8, self.num_steps * spacing**2 / 24)
         while (value := self.lower_delta(upper - step)) is not None:
             if value >= delta:
@@ -133,9 +138,11 @@ class Window:
         return good
 
     def _scaled(self, value: float, margin: float) -> float:
+        """Return a tabulated value as a delta, moved by a relative ``margin``; at most 1."""
         return math.exp(min(math.log(value) + self.log_scale + margin, 0.0)) if value > 0 else 0.0
 
     def _at(self, values: Array, epsilon: float) -> float | None:
+        """Return tabulated ``values`` at one epsilon; None outside the window."""
         if not self.points[0] <= epsilon < self.points[-1]:
             return None
         return float(self._many(values, np.array([epsilon]))[0])
@@ -149,18 +156,22 @@ class Window:
 
 
 def largest_jump(num_steps: int, spacing: float) -> float:
-    """Return how many points below its epsilon a lower end may look, whatever delta."""
+    """Return how many lattice points below its epsilon :meth:`Window.lower_delta` may read, at the smallest delta."""
     return min(27 * math.sqrt(num_steps) + num_steps * spacing / 4, num_steps) + 2
 
 
 @functools.lru_cache(maxsize=8)
 def _jump_law(steps: int, reach: int, spacing: float) -> Array:
-    """Return probabilities of Xi / spacing between -reach and reach."""
+    """Return the probabilities that all steps' losses together jump by -reach, ..., reach lattice points.
+
+    Xi / h is Binomial(2n, 1 / (1 + e^(-h/2))) - n for n steps and spacing h (:mod:`.lattice`).
+    """
     jumps = np.arange(-reach, reach + 1)
     return np.exp(_log_binomial(2 * steps, jumps + steps, 1 / (1 + math.exp(-spacing / 2))))
 
 
 def _log_binomial(count: int, successes: np.typing.NDArray[np.int64], prob: float) -> Array:
+    """Return logs of the binomial probabilities of so many successes in ``count`` trials."""
     failures = count - successes
     logs = special.gammaln(count + 1) - special.gammaln(successes + 1) - special.gammaln(failures + 1)
     return logs + successes * math.log(prob) + failures * math.log1p(-prob)

@@ -58,7 +58,7 @@ class Strategy:
             2**-FRACTION_BITS. One alone is independent noise.
 
     Raises:
-        ValueError: if they are none.
+        ValueError: if these are no such coefficients.
     """
 
     coefficients: tuple[float, ...]
@@ -86,7 +86,7 @@ class Strategy:
     def column_norm(self) -> float:
         """Sensitivity of C S to a unit of clipping norm 1 that joins steps at least ``num_bands`` apart, rounded up."""
         square = sum(Fraction(c) ** 2 for c in self.coefficients)
-        norm = math.sqrt(square)
+        norm = math.sqrt(square)  # of a fraction, in float64
         while Fraction(norm) ** 2 < square:
             norm = math.nextafter(norm, math.inf)
         return norm
@@ -105,16 +105,18 @@ class Strategy:
     def error(self, workload: Workload) -> float:
         """Return the noise of the trained weights, as a root mean square over steps, per unit of σ: |A C⁻¹|_F / √T.
 
-        A is the workload's matrix. Multiply by σ: the noise multiplier times ``column_norm`` times the clipping norm.
+        A is the workload's matrix, T its number of steps. Multiply by σ, which is the noise multiplier times
+        ``column_norm`` times the clipping norm.
         """
         form = workload.form
-        inverse = self.inverse_column(len(form))
+        inverse = self.inverse_column(len(form))  # C⁻¹ is Toeplitz, so its first column is all of it
         return math.sqrt(float(inverse @ form @ inverse))
 
     def noise_kept(self, workload: Workload) -> float:
-        """Return how much of the steps' noise stays in the run, relative to independent noise of the same steps.
+        """Return how much of the steps' noise stays in the trained weights, relative to independent noise.
 
-        In (0, 1] for strategies made to cancel noise; 1 for independent noise.
+        That has in its steps the root mean square that this strategy's noise has in them. In (0, 1] for strategies made
+        to cancel noise; 1 for independent noise.
         """
         squares = np.cumsum(self.inverse_column(workload.num_steps) ** 2)  # of a step's noise, per unit of σ²
         return self.error(workload) / (INDEPENDENT.error(workload) * math.sqrt(float(squares.mean())))
@@ -146,7 +148,10 @@ class Workload:
 
     @classmethod
     def of(cls, num_steps: int, training: TrainingSection | None = None) -> Workload:
-        """Return the workload of an optimizer; plain sums over steps without one."""
+        """Return the workload of a run's optimizer and learning-rate schedule; plain sums over steps without one.
+
+        A run of more than ``_MOST_STEPS`` steps is compressed to so many, each with the weight decay of several.
+        """
         num = min(num_steps, _MOST_STEPS)
         if training is None:
             return cls((1.0,) * num)
@@ -161,7 +166,10 @@ class Workload:
         return len(self.step_sizes)
 
     def matrix(self) -> np.ndarray:
-        """Return A: row t is what each step's noise amounts to in the weights after step t."""
+        """Return A, [steps, steps]: row t is what each step's gradient amounts to in the weights after step t.
+
+        The optimizer's two recursions, run on vectors with an entry for each step's gradient.
+        """
         rows = np.zeros((self.num_steps, self.num_steps))
         velocity, weights = np.zeros(self.num_steps), np.zeros(self.num_steps)
         for t, size in enumerate(self.step_sizes):
@@ -173,7 +181,10 @@ class Workload:
 
     @property
     def form(self) -> np.ndarray:
-        """Return Q, where dᵀ Q d is |A D|²_F / T for the lower-triangular Toeplitz matrix D with first column d."""
+        """Return the matrix Q for which dᵀ Q d = |A D|²_F / T, with D lower triangular, Toeplitz, of first column d.
+
+        So a strategy's squared error is a quadratic form of the first column of its inverse.
+        """
         return _form(self)
 
     @property
@@ -207,7 +218,7 @@ def square_root(num_bands: int, damping: float = 1.0) -> np.ndarray:
 
 @functools.lru_cache(maxsize=64)
 def best_strategy(num_bands: int, workload: Workload) -> Strategy:
-    """Return the banded Toeplitz strategy with the least ``column_norm`` times ``error``, of at most T bands.
+    """Return the banded Toeplitz strategy with the least :func:`relative_error`, of at most one band a step.
 
     Minimised from the damped square roots by BFGS, then by Newton's method, so that machines agree to far more digits
     than are kept; never worse than the best square root.
@@ -215,6 +226,7 @@ def best_strategy(num_bands: int, workload: Workload) -> Strategy:
     num_bands = min(num_bands, workload.num_steps)
     if num_bands == 1:
         return INDEPENDENT
+    # The first coefficient is 1; the others are free.
     starts = [Strategy.rounded(square_root(num_bands, damping)) for damping in (1.0, 0.95, 0.8, 0.5)]
     start = min(starts, key=lambda strategy: relative_error(strategy, workload))
     form = workload.form
@@ -228,12 +240,16 @@ def best_strategy(num_bands: int, workload: Workload) -> Strategy:
 
 
 def relative_error(strategy: Strategy, workload: Workload) -> float:
-    """Return the predicted error at noise multiplier 1 and clipping norm 1."""
+    """Return the predicted noise of the trained weights at noise multiplier 1 and clipping norm 1."""
     return strategy.column_norm * strategy.error(workload)
 
 
 def tried_bands(num_steps: int, sampling_prob: float) -> list[int]:
-    """Return the numbers of bands that ``num_bands: auto`` compares: divisors of the steps, near powers of two."""
+    """Return the numbers of bands that ``num_bands: auto`` compares.
+
+    For each power of two the largest divisor of ``num_steps`` up to that, so that rounds of the bands come out even,
+    as long as a group's units can be drawn with ``num_bands`` times ``sampling_prob``.
+    """
     largest = min(_MOST_TRIED, num_steps, math.floor(1 / sampling_prob))
     tried = {1}
     for power in range(1, 1 + _MOST_TRIED.bit_length()):
@@ -243,7 +259,12 @@ def tried_bands(num_steps: int, sampling_prob: float) -> list[int]:
 
 
 def _loss(free: np.ndarray, form: np.ndarray) -> tuple[float, np.ndarray]:
-    """Return the logarithm of the squared relative error, and its gradient."""
+    """Return the logarithm of the squared relative error, and its gradient by the free coefficients.
+
+    Args:
+        free: all coefficients but the first, which is 1.
+        form: Q of the workload.
+    """
     coefficients = np.concatenate([[1.0], free])
     inverse = _inverse_column(coefficients, len(form))
     along = form @ inverse
@@ -256,12 +277,16 @@ def _loss(free: np.ndarray, form: np.ndarray) -> tuple[float, np.ndarray]:
 
 
 def _polished(point: np.ndarray, form: np.ndarray) -> np.ndarray:
-    """Return the stationary point next to ``point``: Newton's method with differences of gradients."""
-    width = 1e-5
+    """Return the minimum of :func:`_loss` next to ``point``, by two steps of Newton's method.
+
+    Where a step would be large or undefined, the point reached so far comes back.
+    """
+    width = 1e-5  # over which gradients are compared, to get the curvature
     for _ in range(2):
         slope = _loss(point, form)[1]
         moves = width * np.eye(len(point))
-        curvature = np.array([(_loss(point + m, form)[1] - _loss(point - m, form)[1]) / (2 * width) for m in moves])
+        rises = [_loss(point + move, form)[1] - _loss(point - move, form)[1] for move in moves]
+        curvature = np.array(rises) / (2 * width)
         if not np.isfinite(curvature).all():
             return point
         step = np.linalg.solve((curvature + curvature.T) / 2, slope)
@@ -272,12 +297,14 @@ def _polished(point: np.ndarray, form: np.ndarray) -> np.ndarray:
 
 
 def _inverse_column(coefficients: np.ndarray, num_steps: int) -> np.ndarray:
+    """Return the first column of C⁻¹ from the band of C: the impulse response of the inverse filter."""
     impulse = np.zeros(num_steps)
     impulse[0] = 1.0
     return np.asarray(signal.lfilter([1.0], coefficients, impulse))
 
 
 def _toeplitz(column: np.ndarray) -> np.ndarray:
+    """Return the lower-triangular Toeplitz matrix with this first column."""
     steps = np.arange(len(column))
     lag = steps[:, None] - steps[None, :]
     return np.where(lag >= 0, column[np.maximum(lag, 0)], 0.0)

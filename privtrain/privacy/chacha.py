@@ -33,16 +33,18 @@ def blocks(keys: torch.Tensor, counters: torch.Tensor) -> torch.Tensor:
     """
     num_blocks = len(counters)
     words = keys.T.contiguous()
-    rest = torch.zeros(3, num_blocks, dtype=torch.int32, device=counters.device)
+    nonce = torch.zeros(3, num_blocks, dtype=torch.int32, device=counters.device)
     constants = torch.tensor(_CONSTANTS, dtype=torch.int32, device=counters.device)
-    first = [constants[:, None].expand(4, num_blocks), words[:4], words[4:], torch.cat([counters[None], rest])]
+    # The state is 4 by 4 words of 32 bits: constants, two rows of key, and counter with nonce; each row is [4, n].
+    first = [constants[:, None].expand(4, num_blocks), words[:4], words[4:], torch.cat([counters[None], nonce])]
     rows = [row.clone() for row in first]
     for _ in range(_NUM_DOUBLE_ROUNDS):
-        _round(rows)
+        _round(rows)  # of columns
         _turn(rows, 1)
-        _round(rows)
+        _round(rows)  # of diagonals
         _turn(rows, -1)
     stream = torch.cat([row.add_(start) for row, start in zip(rows, first, strict=True)]).long()
+    # Two words of 32 bits make one of 64.
     low, high = stream[0::2] & 0xFFFFFFFF, stream[1::2] << 32
     return (low | high).T
 
@@ -50,15 +52,17 @@ def blocks(keys: torch.Tensor, counters: torch.Tensor) -> torch.Tensor:
 def _round(rows: list[torch.Tensor]) -> None:
     """Apply the quarter round to every column, in place."""
     a, b, c, d = rows
+    # The RFC's lines, such as `a += b; d ^= a; d <<<= 16`.
     for one, other, third, bits in ((a, b, d, 16), (c, d, b, 12), (a, b, d, 8), (c, d, b, 7)):
         one.add_(other)
         third.bitwise_xor_(one)
+        # Turn `third` to the left by `bits`; the mask clears what the shift to the right made of its sign.
         left = third << bits
         third.bitwise_right_shift_(32 - bits).bitwise_and_((1 << bits) - 1).bitwise_or_(left)
 
 
 def _turn(rows: list[torch.Tensor], sign: int) -> None:
-    """Turn the diagonals into columns, or back."""
+    """Turn the state's rows 1 to 3 in place: diagonals become columns (``sign`` 1), or go back (-1)."""
     for number in (1, 2, 3):
         rows[number] = rows[number].roll(-sign * number, 0)
 

@@ -3,11 +3,11 @@
 With strategy C (:mod:`.banded`: banded, Toeplitz, c_0 = 1, coefficients multiples of 2**-F), S_t the exact sum of step
 t on the grid h, and σ the plan's noise multiplier times the column norm times the sensitivity:
 
-    z_t = round((σ X_t - u_t) / g) · g + u_t          fresh noise, through the door of :mod:`.noise`
+    z_t = round((σ X_t - u_t) / g) · g + u_t          fresh noise, rounded exactly by :class:`.noise.ExactRounding`
     w_t = round((z_t - Σ_j c_j w_{t-j}) / h) · h      noise of the step
     Y_t = S_t + w_t                                   what is released, rounded to fp32
 
-X_t is standard normal and exact to as many digits as the rounding needs; g is the public grid of the door, about
+X_t is standard normal and exact to as many digits as the rounding needs; g is the public grid of that rounding, about
 σ / 2**20; u_t is uniform on the multiples of h / 2**F below g. Both are drawn under the key of step t.
 
 **Why that is the matrix mechanism.** Let M_t = (C S)_t + σ X_t, the Gaussian mechanism that is accounted for, with s =
@@ -44,7 +44,9 @@ _ROOM = 1 << 61
 
 
 class NoiseHistory:
-    """The noise of the last b - 1 steps on this rank's coordinates, as int64 in steps of the sum's grid.
+    """The noise w of the last b - 1 steps on this rank's coordinates, as int64 in steps of the sum's grid h.
+
+    F is ``FRACTION_BITS``: finer parts are counted in 2**-F of a grid step.
 
     Args:
         strategy: C, of at least two bands.
@@ -63,9 +65,11 @@ class NoiseHistory:
         assert strategy.num_bands > 1
         assert stddev > 0
         self._layout, self._exponent, self._stddev = layout, exponent, stddev
-        units = [round(c * 2**FRACTION_BITS) for c in strategy.coefficients[1:]]
-        self._coefficients = torch.tensor(units, dtype=torch.int64, device=device)
-        self._last = torch.zeros(len(units), layout.num_coordinates, dtype=torch.int64, device=device)
+        # The coefficients c_1, c_2, … as integers, in 2**-F.
+        integers = [round(c * 2**FRACTION_BITS) for c in strategy.coefficients[1:]]
+        self._coefficients = torch.tensor(integers, dtype=torch.int64, device=device)
+        # A ring: the noise of step t is in row t mod (b - 1).
+        self._last = torch.zeros(len(integers), layout.num_coordinates, dtype=torch.int64, device=device)
         self.num_steps = 0
 
     def release(self, total: torch.Tensor, noise: StepNoise) -> torch.Tensor:
@@ -78,10 +82,12 @@ class NoiseHistory:
         return (total + self.advance(noise)).double().mul_(2.0**self._exponent).float()
 
     def advance(self, noise: StepNoise) -> torch.Tensor:
-        """Draw the next step's noise without a sum, in grid steps: that of a past step, on resuming.
+        """Draw the next step's noise w, [coordinates] int64 in grid steps, and keep it for the steps that follow.
+
+        On resuming, the noise of earlier steps is drawn again by this, without their sums.
 
         Raises:
-            GuaranteeLost: if it outgrows the integers that it is counted in.
+            GuaranteeLost: if the noise outgrows the integers that it is counted in.
         """
         place = self.num_steps % len(self._last)
         # Coefficient j = 1, 2, … belongs to the noise of j steps ago.
@@ -91,6 +97,7 @@ class NoiseHistory:
         rounding = ExactRounding(self._exponent - FRACTION_BITS, self._stddev, self._last.device)
 
         def draw(chunk: Chunk) -> None:
+            """Fill a chunk of the vector with z_t less Σ_j c_j w_{t-j}, rounded to the grid."""
             fresh = self._fresh(noise, chunk, rounding)
             taken = self._taken_back(self._last[:, chunk.place][order])
             vector[chunk.place] = _rounded_difference(fresh, taken)
@@ -106,22 +113,30 @@ class NoiseHistory:
         return vector
 
     def _fresh(self, noise: StepNoise, chunk: Chunk, rounding: ExactRounding) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return z of a chunk's coordinates: whole grid steps, and the rest in 2**-F of one."""
-        fine = self._exponent - FRACTION_BITS
+        """Return z of a chunk's coordinates: whole grid steps, and the rest in 2**-F of one.
+
+        ``rounding`` has the grid h / 2**F, and rounds to g = 2**bits of its steps.
+        """
+        fine = self._exponent - FRACTION_BITS  # h / 2**F is 2**fine
         bits = noise_exponent(self._stddev, fine) - fine
-        shift = _top_bits(digits(noise.key, "offset", chunk, self._last.device), bits)
-        rounded = rounding.apply(-shift, chunk, noise)
-        points = rounded.mul_(2.0 ** -(fine + bits)).long()
+        offset = _top_bits(digits(noise.key, "offset", chunk, self._last.device), bits)  # u, in steps of h / 2**F
+        rounded = rounding.apply(-offset, chunk, noise)
+        points = rounded.mul_(2.0 ** -(fine + bits)).long()  # in steps of g
         if bits < FRACTION_BITS:  # g is finer than h
-            whole = (points << bits) + shift
-            return whole >> FRACTION_BITS, whole & ((1 << FRACTION_BITS) - 1)
-        whole = (points << (bits - FRACTION_BITS)) + (shift >> FRACTION_BITS)
-        return whole, shift & ((1 << FRACTION_BITS) - 1)
+            fine_steps = (points << bits) + offset
+            return fine_steps >> FRACTION_BITS, fine_steps & ((1 << FRACTION_BITS) - 1)
+        # In whole steps of h at once: steps of h / 2**F might not fit into int64.
+        whole = (points << (bits - FRACTION_BITS)) + (offset >> FRACTION_BITS)
+        return whole, offset & ((1 << FRACTION_BITS) - 1)
 
     def _taken_back(self, last: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return Σ_j c_j w_{t-j}: whole grid steps, and the rest in 2**-F of one, from [bands - 1, n] of w."""
+        """Return Σ_j c_j w_{t-j}: whole grid steps, and the rest in 2**-F of one.
+
+        Args:
+            last: [bands - 1, n] the noise w of earlier steps, that of the last step first.
+        """
         coefficients = self._coefficients[:, None]
-        # In halves, since products have up to 75 bits.
+        # By the halves of w, since whole products have up to 75 bits.
         low = (coefficients * (last & ((1 << _HALF_BITS) - 1))).sum(0)
         high = (coefficients * (last >> _HALF_BITS)).sum(0)
         return (high << (_HALF_BITS - FRACTION_BITS)) + (low >> FRACTION_BITS), low & ((1 << FRACTION_BITS) - 1)
@@ -130,7 +145,7 @@ class NoiseHistory:
 def _rounded_difference(
     fresh: tuple[torch.Tensor, torch.Tensor], taken: tuple[torch.Tensor, torch.Tensor]
 ) -> torch.Tensor:
-    """Return ``fresh`` less ``taken``, each (whole steps, 2**-F of one), rounded to whole steps."""
+    """Return ``fresh`` less ``taken``, rounded to whole grid steps; both are (whole steps, rest in 2**-F of a step)."""
     rest = fresh[1] - taken[1] + (1 << (FRACTION_BITS - 1))
     return fresh[0] - taken[0] + (rest >> FRACTION_BITS)
 

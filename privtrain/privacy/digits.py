@@ -1,4 +1,7 @@
-"""The random digits that noise is made of, for any run of a vector, and who draws which part of them at a time.
+"""The random digits that noise is made of, for any run of a vector, and how a vector is cut into runs to draw them.
+
+A *run* is a number of coordinates that follow one another. The vector is that of all trainable tensors, or of this
+rank's parts of them, one after another (:mod:`.layout`).
 
 Each tensor is cut into blocks of 2**16 coordinates. A block has a ChaCha20 stream under a key of its own, and
 coordinate i of the tensor has word i mod 2**16 of it. Streams can be entered anywhere, so a run costs its own digits
@@ -40,17 +43,17 @@ class Piece:
 
     @property
     def word(self) -> int:
-        """Word of the block's stream that ``first`` has."""
+        """Number of the 64-bit word, in the block's stream, that coordinate ``first`` has."""
         return self.first % BLOCK
 
 
 @dataclasses.dataclass(frozen=True)
 class Chunk:
-    """A run of a vector that is drawn at a time.
+    """A run of the vector that is drawn at a time; it may reach over several tensors and blocks.
 
     Attributes:
-        start: where it begins in the vector.
-        pieces: what it is made of, one after another.
+        start: the coordinate of the vector at which it begins.
+        pieces: the parts of tensors that it is made of, one after another.
     """
 
     start: int
@@ -58,11 +61,11 @@ class Chunk:
 
     @property
     def place(self) -> slice:
-        """Where it lies in the vector."""
+        """The chunk's coordinates in the vector."""
         return slice(self.start, self.start + sum(piece.count for piece in self.pieces))
 
     def coordinate(self, index: int) -> tuple[str, int]:
-        """Return tensor and coordinate of a number of the chunk."""
+        """Return the name of the tensor, and the coordinate in it, of the chunk's coordinate number ``index``."""
         for piece in self.pieces:
             if index < piece.count:
                 return piece.name, piece.first + index
@@ -71,19 +74,22 @@ class Chunk:
 
 
 def for_each_chunk(slots: Iterable[Slot], device: torch.device, draw: Callable[[Chunk], None]) -> None:
-    """Call ``draw`` for runs that together are the vector: on a CPU, in the threads of this rank.
+    """Call ``draw`` for chunks that together are the vector: on a CPU, in the threads of this rank.
 
     Args:
         slots: tensors, or parts of them, that follow one another in the vector.
         device: where the vector is.
-        draw: is called in any order, from several threads; each run is given once.
+        draw: called once for each chunk, in any order, from several threads.
     """
     in_threads(draw, list(chunks_of(slots, CHUNK_ON_CPU if device.type == "cpu" else _CHUNK)), device)
 
 
 def chunks_of(slots: Iterable[Slot], most: int) -> Iterator[Chunk]:
-    """Cut a vector into chunks of ``most`` coordinates; the last is shorter."""
-    start, pieces, room = 0, list[Piece](), most
+    """Yield the chunks of a vector, of ``most`` coordinates each; the last may be shorter.
+
+    A chunk is cut into pieces where a tensor or a keyed block ends.
+    """
+    start, pieces, room = 0, list[Piece](), most  # room: coordinates that the present chunk still takes
     for slot in slots:
         done = 0
         while done < slot.num_coordinates:
@@ -99,7 +105,14 @@ def chunks_of(slots: Iterable[Slot], most: int) -> Iterator[Chunk]:
 
 
 def digits(key: SecretKey, purpose: str, chunk: Chunk, device: torch.device) -> torch.Tensor:
-    """Return 64 uniform digits for each coordinate of a chunk: [n] int64, the same on every device."""
+    """Return 64 uniform binary digits for each coordinate of a chunk: [n] int64, the same on every device.
+
+    Args:
+        key: the secret of a step's noise.
+        purpose: what the digits are for; digits of different purposes are independent.
+        chunk: the coordinates.
+        device: where the digits are wanted.
+    """
     if device.type == "cpu":
         return _from_openssl(key, purpose, chunk)
     chacha.check_chacha(device)
@@ -115,10 +128,15 @@ def _from_openssl(key: SecretKey, purpose: str, chunk: Chunk) -> torch.Tensor:
 
 
 def _from_tensors(key: SecretKey, purpose: str, chunk: Chunk, device: torch.device) -> torch.Tensor:
-    """Return the same digits, computed on the device: all ChaCha20 blocks that a chunk touches at once."""
+    """Return the same digits, computed on the device: all ChaCha20 blocks that a chunk touches at once.
+
+    Not to be taken for the keyed blocks of 2**16 coordinates: a ChaCha20 block is 8 words of one such block's stream.
+    """
     per_block = chacha.BLOCK_WORDS
+    # Of each piece, the first ChaCha20 block of its stream that it needs, and how many.
     first = [piece.word // per_block for piece in chunk.pieces]
-    sizes = [-(-(piece.word + piece.count) // per_block) - f for piece, f in zip(chunk.pieces, first, strict=True)]
+    ends = [-(-(piece.word + piece.count) // per_block) for piece in chunk.pieces]
+    sizes = [end - start for start, end in zip(first, ends, strict=True)]
     keys = b"".join(key.derive(purpose, piece.name, piece.block) for piece in chunk.pieces)
     # Which piece each block of the stream belongs to, and its number in the stream of that piece.
     owner = np.repeat(np.arange(len(sizes)), sizes)
@@ -126,6 +144,7 @@ def _from_tensors(key: SecretKey, purpose: str, chunk: Chunk, device: torch.devi
     where = torch.from_numpy(np.stack([owner, counters])).to(device)
     by_piece = torch.frombuffer(bytearray(keys), dtype=torch.int32).view(len(sizes), -1).to(device)
     stream = chacha.blocks(by_piece[where[0]], where[1].int()).reshape(-1)
+    # A piece may begin and end within a ChaCha20 block: words before and behind it are left out.
     words = [
         part[piece.word % per_block :][: piece.count]
         for piece, part in zip(chunk.pieces, stream.split([per_block * size for size in sizes]), strict=True)

@@ -19,5 +19,8 @@ SLACK = 1e-5
 
 
 def grid_exponent(clipping_norm: float) -> int:
-    """Return the exponent e of the grid 2**e for contributions of norm at most ``clipping_norm``."""
+    """Return the exponent e of the grid 2**e for contributions of norm at most C = ``clipping_norm``.
+
+    2**e is 2**-40 times the largest power of two that is at most C.
+    """
     return math.frexp(clipping_norm)[1] - 1 - FRACTION_BITS

@@ -1,4 +1,8 @@
-"""The trainable tensors of a model as one flat fp32 vector: what is clipped, reduced, noised and applied."""
+"""The trainable tensors of a model as one flat vector: what is clipped, reduced, noised and applied.
+
+The vector is the tensors one after another, sorted by name. A rank of a sharded job holds a part of each tensor: its
+vector is these parts. A *coordinate* is one number of a tensor (flattened) or of a vector.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +38,10 @@ class Slot:
         return math.prod(self.shape)
 
     def within(self, low: int, high: int) -> tuple[int, int]:
-        """Return (first, last) of what is held here that lies in the run [low, high) of the vector; often nothing."""
+        """Return which of the slot's own coordinates, [first, last), lie in the run [low, high) of the vector.
+
+        Counted from the first one that is held. ``first == last`` where none does.
+        """
         first, last = (min(max(edge - self.start, 0), self.num_coordinates) for edge in (low, high))
         return first, last
 
@@ -49,7 +56,13 @@ class Layout:
 
     Args:
         parameters: name → trainable parameter, or the part of it that this rank steps.
-        parts: for a rank that holds parts: name → (first coordinate, shape of the whole tensor).
+        parts: for a rank that holds parts: name → (first coordinate of the tensor in its part, shape of the whole
+            tensor).
+
+    Attributes:
+        parameters: sorted by name.
+        slots: place of each of ``parameters`` in the vector, in the same order.
+        num_coordinates: length of the vector.
     """
 
     def __init__(
@@ -73,7 +86,10 @@ class Layout:
         return cls({name: p for name, p in model.named_parameters() if p.requires_grad})
 
     def run(self, low: int, high: int) -> Layout:
-        """Return the layout of the run [low, high) of the vector: which parts of which tensors lie there, no values."""
+        """Return the layout of the run [low, high) of the vector: which parts of which tensors lie there.
+
+        Its parameters have shapes and no values (device "meta").
+        """
         parameters: dict[str, nn.Parameter] = {}
         parts: dict[str, tuple[int, tuple[int, ...]]] = {}
         for slot in self.slots:

@@ -71,7 +71,7 @@ def noised(
     """Release an exact sum, or a part of one, with Gaussian noise, as [n] float64 Y·g: see the module.
 
     Args:
-        total: [n] int64 S, in units of 2**exponent; the same integers wherever the same coordinates are noised.
+        total: [n] int64 S, in units of 2**exponent; every rank that noises a coordinate must have the same integer.
         exponent: of the sum's grid, a public constant.
         stddev: σ; with 0 nothing is private and the sum itself comes back.
         noise: the key of this step and sum.
@@ -116,7 +116,7 @@ def _release(
     stddev: float,
     noise: StepNoise,
 ) -> None:
-    """Fill ``released`` with the sum and its noise, run by run."""
+    """Fill ``released`` with the sum and its noise, chunk by chunk; ``slots`` say whose coordinates these are."""
     if not 0 <= stddev < math.inf:
         raise ValueError(f"stddev is {stddev}; a standard deviation is finite and not negative")
     assert total.dtype == torch.int64
@@ -149,13 +149,16 @@ class ExactRounding:
     def __init__(self, exponent: int, stddev: float, device: torch.device) -> None:
         normal.check_quantiles(device)
         self._exponent, self._stddev = exponent, stddev
-        self._released = noise_exponent(stddev, exponent)
-        self._shift = self._released - exponent
-        self._scale = math.ldexp(stddev, -self._released)
-        self._near, self._far = (
-            self._scale * margin + _ROUNDING * (self._scale * reach + 2)
-            for margin, reach in ((normal.NEAR_MARGIN, normal.NEAR), (normal.FAR_MARGIN, normal.FAR))
-        )
+        self._released_exponent = noise_exponent(stddev, exponent)  # of g
+        self._shift = self._released_exponent - exponent
+        self._scale = math.ldexp(stddev, -self._released_exponent)  # σ/g
+
+        def error_of_t(margin: float, reach: float) -> float:
+            """Return a bound on the error of float64 t where |X| is at most ``reach`` and known within ``margin``."""
+            return self._scale * margin + _ROUNDING * (self._scale * reach + 2)
+
+        self._near_error = error_of_t(normal.NEAR_MARGIN, normal.NEAR)
+        self._far_error = error_of_t(normal.FAR_MARGIN, normal.FAR)
 
     def apply(self, total: torch.Tensor, chunk: Chunk, noise: StepNoise) -> torch.Tensor:
         """Return Y·g in float64 for the sum of a chunk."""
@@ -163,40 +166,59 @@ class ExactRounding:
         bits = digits(noise.key, "noise", chunk, total.device)
         x = normal.quantiles(bits)
         t = rest.double().mul_(2.0**-self._shift).add_(x, alpha=self._scale)
-        near = t.round()
-        doubtful = self._doubtful(x, (t - near).abs_())
-        whole += near.long()
+        nearest = t.round()
+        doubtful = self._doubtful(x, (t - nearest).abs_())
+        whole += nearest.long()
         if len(doubtful):
+            # Round these few exactly, and put what comes out in the place of float64's.
             known = (vector[doubtful].tolist() for vector in (rest, bits, t))
             decided = [
                 self._decide(r, b & _ALL_DIGITS, estimate, noise, *chunk.coordinate(i))
                 for i, r, b, estimate in zip(doubtful.tolist(), *known, strict=True)
             ]
-            whole[doubtful] += torch.tensor(decided, device=total.device) - near[doubtful].long()
-        return whole.double().mul_(2.0**self._released)
+            whole[doubtful] += torch.tensor(decided, device=total.device) - nearest[doubtful].long()
+        return whole.double().mul_(2.0**self._released_exponent)
 
     def _split(self, total: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        if self._shift > 62:  # the sum is smaller than one point of the released grid
+        """Return a and r of S = a·2**shift + r, with 0 ≤ r < 2**shift."""
+        if self._shift > 62:  # int64 has no such power of two, and the sum is smaller: r may be negative then
             return torch.zeros_like(total), total
         return total >> self._shift, total & ((1 << self._shift) - 1)
 
     def _doubtful(self, x: torch.Tensor, distance: torch.Tensor) -> torch.Tensor:
-        """Return the indices where float64 t may round to another integer than the exact value."""
-        candidates = distance >= 0.5 - self._far
+        """Return the indices where float64 t may round to another integer than the exact value.
+
+        Args:
+            x: float64 X of each coordinate.
+            distance: of t from the nearest integer; close to 1/2 it is close to a half-integer.
+        """
+        candidates = distance >= 0.5 - self._far_error
         lowest, highest = torch.stack(torch.aminmax(x)).tolist()
-        if max(-lowest, highest) > normal.FAR:
+        if max(-lowest, highest) > normal.FAR:  # there no error is known
             candidates |= x.abs() > normal.FAR
         indices = candidates.nonzero().flatten()
-        is_near = (x[indices].abs() <= normal.NEAR) & (distance[indices] < 0.5 - self._near)
-        return indices[~is_near]
+        # Near 0, where X is known better, most of these are certain after all.
+        is_certain = (x[indices].abs() <= normal.NEAR) & (distance[indices] < 0.5 - self._near_error)
+        return indices[~is_certain]
 
     def _decide(self, rest: int, first_bits: int, t: float, noise: StepNoise, name: str, coordinate: int) -> int:
-        """Return the integer nearest to one coordinate's exact t, using as many digits of U as needed."""
+        """Return the integer nearest to one coordinate's exact t, using as many digits of U as needed.
+
+        Args:
+            rest: r.
+            first_bits: the first 64 digits of U, as an unsigned integer.
+            t: its value in float64.
+            noise: the key of the further digits.
+            name: the tensor.
+            coordinate: the coordinate in it.
+        """
 
         def more(number: int) -> int:
+            """Return the 64 digits of U that come after the first 64 and ``number`` times 64 more."""
             return int(noise.key.stream("more noise", name, coordinate).uint64(number + 1)[number])
 
         def is_under(n: int) -> bool:
+            """Return whether t rounds to n or less."""
             # t < n + 1/2  <=>  X < ((n + 1/2)·2**shift - r)·h / σ, of integers and the float64 that σ is.
             edge = Fraction(((2 * n + 1) << self._shift) - 2 * rest, 2) * Fraction(2) ** self._exponent
             return normal.is_below(first_bits, more, edge / Fraction(self._stddev))

@@ -42,10 +42,10 @@ def quantiles(bits: torch.Tensor) -> torch.Tensor:
     Args:
         bits: int64 of any shape, read as unsigned.
     """
-    # The distance from the nearer end of (0, 1), which float64 holds to its last digit where it is small.
+    # min(U, 1 - U), which float64 holds to its last digit where it is small: bits of the upper half are flipped.
     folded = bits.bitwise_xor(bits >> 63).double().add_(0.5).mul_(2.0**-64)
     x = torch.special.ndtri(folded)
-    x.view(torch.int64).bitwise_xor_(bits & _SIGN)  # the sign, for the upper half
+    x.view(torch.int64).bitwise_xor_(bits & _SIGN)  # the sign bit of the float: X is positive in the upper half
     return x
 
 
@@ -58,8 +58,10 @@ def check_quantiles(device: torch.device) -> None:
     """
     mp = mpmath.mp.clone()
     mp.prec = 160
+    # U = bits / 2**64 from 2**-2 down to 2**-30, where X is about -6.
     bits = (2.0 ** (64 - torch.arange(2, 30, 0.35, dtype=torch.float64))).long()
     for chosen, x in zip(bits.tolist(), quantiles(bits.to(device)).tolist(), strict=True):
+        # What X is off by is what Φ(X) is off by, over Φ's slope.
         error = abs(mp.ncdf(x) - (mp.mpf(chosen) + 0.5) / 2**64) / mp.npdf(x)
         if not error <= (NEAR_MARGIN if abs(x) <= NEAR else FAR_MARGIN) / 4:
             raise GuaranteeLost(
@@ -69,7 +71,9 @@ def check_quantiles(device: torch.device) -> None:
 
 
 def is_below(first: int, more: Callable[[int], int], z: Fraction) -> bool:
-    """Return whether X < z, for certain.
+    """Return whether X < z, for certain: whether U < Φ(z).
+
+    Compares their leading binary digits, as integers; while they are within one of each other, 64 more are drawn.
 
     Args:
         first: the first 64 digits of U as an integer.
@@ -91,11 +95,16 @@ def is_below(first: int, more: Callable[[int], int], z: Fraction) -> bool:
 
 
 def _cdf(mp: Any, z: Fraction) -> Any:
+    """Return Φ(z), to the digits that ``mp`` is set to."""
     return mp.ncdf(mp.mpf(z.numerator) / mp.mpf(z.denominator))
 
 
 def nearest(estimate: float | int, is_under: Callable[[int], bool]) -> int:
-    """Return the smallest n with ``is_under(n)``, a monotone predicate; fast if n is near ``estimate``."""
+    """Return the smallest integer n for which ``is_under(n)``; fast if that is near ``estimate``.
+
+    ``is_under`` is false for all smaller integers and true from there on. The search doubles its reach from the
+    estimate until the answer is between ``low`` (false) and ``high`` (true), then bisects.
+    """
     n = math.floor(estimate)
     reach = 1
     if is_under(n):

@@ -104,6 +104,10 @@ class Tuning:
 class PrivacyPlan:
     """Everything that the guarantee depends on.
 
+    Words. A *step* is one update of the model. An *epoch* is the sampling scheme's period, some number of steps. An
+    *auxiliary sum* is released beside a step's gradient. *Bands* are those of a matrix that correlates the noise of
+    steps (:mod:`privtrain.privacy.banded`).
+
     The guarantee: after ``num_steps`` steps the released adapter is (``epsilon``, ``delta``)-differentially private for
     adding or removing one ``guaranteed_unit`` with all its records, provided that the secret keys stay secret and that
     ChaCha20 and HMAC-SHA-256 look random. What is released is exactly a rounded Gaussian
@@ -181,6 +185,7 @@ class PrivacyPlan:
         """
         try:
             plan = cls.uncertified(privacy, training)
+            # The noise was calibrated to the target, so the target is an ε that holds; the answer may be less.
             known = math.inf if privacy.target_epsilon is None else privacy.target_epsilon
             answer = _answer(dataclasses.replace(plan, epsilon=known), privacy.num_steps)
         except accountants.CalibrationError as error:
@@ -206,6 +211,7 @@ class PrivacyPlan:
             strategy = strategy or _chosen_strategy(privacy, Workload.of(privacy.num_steps, training))
             privacy = privacy.model_copy(update={"num_bands": strategy.num_bands})
         is_example = privacy.unit == "example"
+        # Where the unit is the user, how many records it brings to a step; else how many a user may own at all.
         records_per_user = privacy.records_per_user
         assert is_example or records_per_user is not None, "the schema has a default"
         scheme = scheme_of(privacy)
@@ -245,22 +251,19 @@ class PrivacyPlan:
     @property
     def auxiliary_sums(self) -> tuple[AuxiliarySum, ...]:
         """Sums released in every step beside the gradient; adaptive clipping's count also gives the clip fraction."""
-        auxiliary_sums = []
+        sums = []
         if self.adaptive_clipping is not None:
-            auxiliary_sums.append(AuxiliarySum(WITHIN_NORM, self.adaptive_clipping.count_noise))
+            sums.append(AuxiliarySum(WITHIN_NORM, self.adaptive_clipping.count_noise))
+        released = {auxiliary_sum.name for auxiliary_sum in sums}
         if self.noised_metrics is not None:
-            names = {"loss": LOSS, "clip_fraction": WITHIN_NORM}
-            own = [names[metric] for metric in self.noised_metrics.release]
-            auxiliary_sums += [
-                AuxiliarySum(name, self.noised_metrics.noise)
-                for name in own
-                if name not in {r.name for r in auxiliary_sums}
-            ]
-        return tuple(auxiliary_sums)
+            name_of = {"loss": LOSS, "clip_fraction": WITHIN_NORM}
+            names = [name_of[metric] for metric in self.noised_metrics.release]
+            sums += [AuxiliarySum(name, self.noised_metrics.noise) for name in names if name not in released]
+        return tuple(sums)
 
     @property
     def guaranteed_unit(self) -> str:
-        """Whom ``epsilon`` protects: the unit, or the user through its bounded number of records."""
+        """Whom ``epsilon`` protects, ``"user"`` or ``"example"``: the sampled unit, or a user with so many examples."""
         return self.user_accounting.guaranteed_unit(self.unit)
 
     @property
@@ -274,7 +277,10 @@ class PrivacyPlan:
         return Terms(self.delta, self.accountant, self.neighboring_relation)
 
     def event_of_steps(self, num_steps: int) -> Any:
-        """Return the exact DP event of ``num_steps`` steps for one ``guaranteed_unit``, of all trials if there are."""
+        """Return the exact DP event of ``num_steps`` steps for one ``guaranteed_unit``.
+
+        Where the run is chosen among several trials, the event of all of them.
+        """
         event = self.user_accounting.event(self.scheme, self.noise_multiplier, num_steps)
         return event if self.tuning is None else self.tuning.event(event)
 
@@ -290,39 +296,46 @@ class PrivacyPlan:
     def gradient_noise_multiplier(self) -> float:
         """Noise standard deviation over clipping norm of the clipped sum alone.
 
-        More than ``noise_multiplier`` where auxiliary sums are released beside it: all together have that. Correlated
-        noise changes nothing of it: see :mod:`privtrain.privacy.banded`.
+        Larger than ``noise_multiplier`` where auxiliary sums are released beside the gradient, since that is of all of
+        them together. The same for correlated noise: see :mod:`privtrain.privacy.banded`.
         """
         if not self.auxiliary_sums or self.noise_multiplier == 0:
             return self.noise_multiplier
+        # All auxiliary sums count as one with this noise; the function takes noise on a count, of sensitivity 1/2.
         joint = accountants.joint_noise_multiplier(*(auxiliary_sum.noise for auxiliary_sum in self.auxiliary_sums))
         return accountants.adaptive_clipping_noise(self.noise_multiplier, joint)
 
     @property
     def has_room(self) -> bool:
-        """Whether some gradient noise is enough: auxiliary sums alone have more noise than all together must have."""
+        """Whether any amount of gradient noise is enough for ``noise_multiplier``.
+
+        Not if the auxiliary sums by themselves, each of noise multiplier ``2 * noise``, release too much.
+        """
         if self.noise_multiplier == 0:
             return True
         return math.fsum((2 * one.noise) ** -2 for one in self.auxiliary_sums) < self.noise_multiplier**-2
 
     @property
     def correlated(self) -> Strategy | None:
-        """The strategy where noise of steps depends on one another; one band is independent noise."""
+        """The strategy if it correlates the noise of steps; ``None`` for independent noise, also of a single band."""
         return self.strategy if self.strategy is not None and self.strategy.num_bands > 1 else None
 
     @property
     def column_norm(self) -> float:
-        """Norm by which a unit's gradient enters the noised rows: 1 where noise is independent."""
+        """Sensitivity of the strategy's matrix, by which noise is larger; 1 where noise is independent."""
         return 1.0 if self.strategy is None else self.strategy.column_norm
 
     @property
     def fresh_noise_multiplier(self) -> float:
-        """Standard deviation of the fresh noise of a step over the clipping norm, on every coordinate of the sum."""
+        """Standard deviation of a step's fresh noise over the clipping norm, on every coordinate of the sum.
+
+        Where noise is correlated, a step takes back part of the earlier steps' noise besides.
+        """
         return self.gradient_noise_multiplier * self.column_norm
 
     @property
     def largest_step_noise(self) -> float:
-        """Standard deviation of the whole noise of a late step over the clipping norm, fresh and taken back."""
+        """Standard deviation of a late step's whole noise over the clipping norm: fresh and taken back."""
         inverse = (self.strategy or INDEPENDENT).inverse_column(self.num_steps)
         return self.fresh_noise_multiplier * math.hypot(*inverse)
 
@@ -365,7 +378,10 @@ class PrivacyPlan:
         return self.scheme.rate
 
     def accounted_steps(self, begun: Iterable[tuple[int, int]]) -> int:
-        """Return the steps to account for, given (generation, step) of all begun: a begun epoch counts whole."""
+        """Return the steps to account for, given (generation, step) of all steps that were begun.
+
+        A generation is a stretch of the run under one secret key. An epoch of it that was begun counts whole.
+        """
         return self.scheme.accounted_steps(generation for generation, _ in begun)
 
     @property
@@ -397,6 +413,7 @@ class PrivacyPlan:
                 raise
             # The accountant cannot resolve so few steps. ε grows with them, so the whole plan's ε bounds theirs.
             return self.epsilon
+        # Fewer steps spend no more than all, whatever the accountant's slack says.
         return min(value, self.epsilon) if num_steps < self.num_steps else value
 
     def answer_after(self, num_steps: int) -> accountants.PrivacyAnswer:
@@ -404,15 +421,17 @@ class PrivacyPlan:
         return _answer_after(self, num_steps)
 
     def recomputed_epsilon(self) -> float:
-        """Return the certified ε after ``num_steps``, recomputed from the event without using ``epsilon``."""
+        """Return the certified ε after all of the plan's steps, recomputed from the event without using ``epsilon``."""
         return self.terms.certified(_answer(dataclasses.replace(self, epsilon=math.inf), self.num_steps))
 
     def epsilon_agrees_with(self, recomputed: float) -> bool:
-        """Return whether ``epsilon`` matches a recomputed value and holds even if another method found it."""
-        way = self.user_accounting
-        if self.epsilon != recomputed and not math.isclose(self.epsilon, recomputed, rel_tol=way.epsilon_tolerance):
+        """Return whether ``epsilon`` matches a recomputed value, up to rounding or the search for it, and holds."""
+        accounting = self.user_accounting
+        # Both may be infinite, which is not close to itself.
+        is_close = math.isclose(self.epsilon, recomputed, rel_tol=accounting.epsilon_tolerance)
+        if self.epsilon != recomputed and not is_close:
             return False
-        return way.certifies(self.scheme, self.noise_multiplier, self.num_steps, self.epsilon, self.terms)
+        return accounting.certifies(self.scheme, self.noise_multiplier, self.num_steps, self.epsilon, self.terms)
 
     def fingerprint(self, data_sha256: str | None = None) -> str:
         """Return SHA-256 over the plan's canonical JSON, with the data manifest's digest for the run's own use.
@@ -457,10 +476,10 @@ class PrivacyPlan:
             if values["strategy"] is not None:
                 values["strategy"] = Strategy(tuple(values["strategy"]["coefficients"]))
             plan = cls(**values)
-            is_one_form = plan.body() == body
+            is_canonical = plan.body() == body
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise ValueError(f"no plan can be rebuilt from it ({type(error).__name__})") from None
-        if not is_one_form:
+        if not is_canonical:
             raise ValueError("it does not describe a plan in the one form")
         return plan
 
@@ -471,9 +490,10 @@ def finite(value: float) -> float | None:
 
 
 def _chosen_strategy(privacy: PrivacySection, workload: Workload) -> Strategy:
-    """Return the strategy with ``num_bands`` bands or, on auto, the one with the least predicted noise at the same ε.
+    """Return the best strategy of ``privacy.num_bands`` bands; if that is ``auto``, of all numbers of bands tried.
 
-    One band is tried first and stays where more are no better.
+    Best is the least noise predicted in the trained weights at the same ε. One band (independent noise) is tried first
+    and stays where more are no better.
     """
     assert privacy.sampling_prob is not None, "the schema asks for it"
     if isinstance(privacy.num_bands, int):
@@ -484,8 +504,8 @@ def _chosen_strategy(privacy: PrivacySection, workload: Workload) -> Strategy:
 
 
 def _predicted_noise(privacy: PrivacySection, strategy: Strategy, workload: Workload) -> float:
-    """Return the predicted error of a strategy with the noise that the gradient needs; infinite if none is enough."""
-    # The plan itself is certified by its own accountant.
+    """Return the noise that a strategy leaves in the trained weights at the ε wanted; infinite if none is enough."""
+    # A quick accountant will do to compare strategies: the plan is certified by its own.
     update = {"num_bands": strategy.num_bands, "accountant": fast_accountant(privacy.accountant or "pld")}
     try:
         plan = PrivacyPlan.uncertified(privacy.model_copy(update=update), strategy=strategy)
@@ -513,6 +533,7 @@ def _noise_of_tuning(tuning: Tuning, scheme: Scheme, num_steps: int, epsilon: fl
 
 
 def _adaptive_clipping(privacy: PrivacySection, noise_multiplier: float) -> AdaptiveClipping | None:
+    """Return the configured adaptive clipping with its noise chosen; ``None`` with another clipping style."""
     if privacy.clipping_style != "adaptive":
         return None
     given = privacy.adaptive_clipping or AdaptiveClippingSection()
@@ -521,6 +542,7 @@ def _adaptive_clipping(privacy: PrivacySection, noise_multiplier: float) -> Adap
 
 
 def _noised_metrics(privacy: PrivacySection, noise_multiplier: float) -> NoisedMetrics | None:
+    """Return the configured metrics with their noise chosen; ``None`` if there are none."""
     given = privacy.noised_metrics
     if given is None:
         return None
@@ -529,7 +551,10 @@ def _noised_metrics(privacy: PrivacySection, noise_multiplier: float) -> NoisedM
 
 
 def _auxiliary_noise(given: float | None, batch_size: float, noise_multiplier: float, num_sums: int) -> float:
-    """Return the noise on each of ``num_sums`` sums: the given one, or the default that keeps their share small."""
+    """Return the standard deviation of the noise on each of ``num_sums`` auxiliary sums.
+
+    The one given or, if that is ``None``, so much that the gradient needs hardly more noise for them.
+    """
     if noise_multiplier == 0:
         return 0.0
     if given is not None:
@@ -542,8 +567,9 @@ def _check_room(plan: PrivacyPlan) -> None:
     """Raise if auxiliary sums have so little noise that no gradient noise makes up for it; name the keys to raise."""
     if plan.has_room:
         return
+    # Noise s on each of n sums leaves room if n / (2 s)² < 1 / noise_multiplier².
     least = plan.noise_multiplier / 2 * math.sqrt(len(plan.auxiliary_sums))
-    given = []
+    given = []  # key, noise
     if plan.adaptive_clipping is not None:
         given.append(("privacy.adaptive_clipping.count_noise", plan.adaptive_clipping.count_noise))
     if plan.noised_metrics is not None:
@@ -559,6 +585,7 @@ def _check_room(plan: PrivacyPlan) -> None:
 
 
 def _answer(plan: PrivacyPlan, num_steps: int) -> accountants.PrivacyAnswer:
+    """Return the answer about ε of ``num_steps`` steps; ``plan.epsilon`` is taken for an ε that holds for all steps."""
     if plan.tuning is not None:
         return plan.terms.epsilon(plan.event_of_steps(num_steps))
     # What holds for all steps holds for fewer.

@@ -4,9 +4,9 @@ One value for both, so that sampler and accountant cannot disagree: every consta
 that :meth:`Scheme.event` reads. Public: the fields and this code. Secret: the key, and therefore who was drawn.
 
 A draw is a pure function of (key, epoch, number of units), the same on every rank. *Epoch* is the scheme's own period:
-one step for Poisson sampling. A new generation (a fresh key) begins a new epoch; an epoch that it cuts short stays
-charged as a whole, because a part of an epoch is post-processing of all of it. Privacy amplification by sampling
-assumes that the draw stays secret, so nothing here is logged outside ``secret/``.
+one step for Poisson sampling. A *generation* is a stretch of a run under one secret key. A new one begins a new epoch;
+an epoch that it cuts short stays charged as a whole, because a part of an epoch is post-processing of all of it.
+Privacy amplification by sampling assumes that the draw stays secret, so nothing here is logged outside ``secret/``.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from privtrain.config.schemes import SCHEME_RULES, SchemeName
 from privtrain.errors import ConfigError, Fault
 from privtrain.privacy.secret import SecretKey
 
-#: Our names of neighbouring relations, and dp_accounting's.
+#: Our name of a neighbouring relation -> dp_accounting's.
 RELATIONS = {"add_or_remove_one": "ADD_OR_REMOVE_ONE", "zero_out": "REPLACE_SPECIAL"}
 
 
@@ -59,7 +59,7 @@ class Scheme(abc.ABC):
         return None
 
     def most_expected(self, num_units: float) -> float:
-        """Return the expected number of units in a step, or the batch limit if that is less."""
+        """Return the expected number of units in a step out of ``num_units``, or the batch limit if that is less."""
         return self.rate * num_units
 
     @property
@@ -69,7 +69,10 @@ class Scheme(abc.ABC):
 
     @abc.abstractmethod
     def event(self, noise_multiplier: float, num_epochs: int) -> Any:
-        """Return the event of ``num_epochs`` epochs, as :mod:`accountants` reads it."""
+        """Return the event of ``num_epochs`` epochs, as :mod:`accountants` reads it.
+
+        ``noise_multiplier`` is the noise's standard deviation over the sensitivity of a step's sum.
+        """
 
     @abc.abstractmethod
     def epoch(self, key: SecretKey, epoch: int, num_units: int) -> list[np.ndarray]:
@@ -89,11 +92,15 @@ class Scheme(abc.ABC):
         return -(-num_steps // self.period) * self.period
 
     def accounted_steps(self, generations: Iterable[int]) -> int:
-        """Return the steps to account for: those begun in each generation, rounded up to whole epochs."""
+        """Return the steps to account for: those begun in each generation, rounded up to whole epochs.
+
+        Args:
+            generations: of every step that was begun, the number of its generation.
+        """
         return sum(self.whole_steps(count) for count in Counter(generations).values())
 
     def parameters(self) -> dict[str, Any]:
-        """Return the scheme's constants by name."""
+        """Return the scheme's name and constants by name, for the privacy statement."""
         return {"scheme": self.name, "sampling_prob": self.rate, **dataclasses.asdict(self)}
 
 
@@ -229,6 +236,7 @@ class TruncatedPoisson(Scheme):
 
     @override
     def epoch(self, key: SecretKey, epoch: int, num_units: int) -> list[np.ndarray]:
+        # Places, of which the first `num_units` are filled by a unit each.
         drawn = np.flatnonzero(key.stream("sample", epoch).uniform(self.max_num_units) < self.sampling_prob)
         if len(drawn) > self.max_batch_size:
             drawn = drawn[key.stream("truncate", epoch).choose(len(drawn), self.max_batch_size)]
@@ -278,16 +286,20 @@ class RandomAllocation(Scheme):
         )
 
     def epoch(self, key: SecretKey, epoch: int, num_units: int) -> list[np.ndarray]:
-        """Draw each unit's steps without replacement (Floyd's algorithm), for all units at once."""
+        """Draw each unit's steps without replacement (Floyd's algorithm), for all units at once.
+
+        Of E steps, k are wanted. Round i draws from steps 0 to E - k + i, and takes the last of them if the step drawn
+        was taken before.
+        """
         shape = num_units, self.steps_per_unit
         draws = key.stream("allocation", epoch).uint64(math.prod(shape)).reshape(shape)
-        chosen = np.empty(shape, dtype=np.int64)
+        chosen = np.empty(shape, dtype=np.int64)  # [units, i]: each unit's steps, in the order of rounds
         for i, last in enumerate(range(self.steps_per_epoch - self.steps_per_unit, self.steps_per_epoch)):
-            # A step up to `last`, or `last` itself where that step is already the unit's. The remainder of a 64-bit
-            # integer is uniform up to (last + 1) / 2**64.
+            # The remainder of a 64-bit integer is uniform up to (last + 1) / 2**64.
             candidate = (draws[:, i] % np.uint64(last + 1)).astype(np.int64)
             taken = (chosen[:, :i] == candidate[:, None]).any(axis=1)
             chosen[:, i] = np.where(taken, last, candidate)
+        # Turn (unit, step) around: sort all pairs by step, units in order within a step, and cut where a step ends.
         units = np.repeat(np.arange(num_units), self.steps_per_unit)
         order = np.argsort(chosen.ravel(), kind="stable")
         ends = np.cumsum(np.bincount(chosen.ravel(), minlength=self.steps_per_epoch))
@@ -338,7 +350,10 @@ class Shuffle(Scheme):
         )
 
     def epoch(self, key: SecretKey, epoch: int, num_units: int) -> list[np.ndarray]:
-        """Shuffle the slots by ranking 64-bit draws; P(tie) is below ``max_num_units**2 / 2**65``."""
+        """Shuffle the places by ranking 64-bit draws; P(tie) is below ``max_num_units**2 / 2**65``.
+
+        The first ``num_units`` places are filled by a unit each, the others are left out of every batch.
+        """
         order = np.argsort(key.stream("shuffle", epoch).uint64(self.max_num_units), kind="stable")
         batches = np.array_split(order, self.steps_per_epoch)
         return [np.sort(batch[batch < num_units]) for batch in batches]
@@ -360,7 +375,7 @@ SCHEMES: dict[str, type[Scheme]] = {
 
 
 def relation_of(name: str) -> Any:
-    """Return the neighbouring relation as :mod:`accountants` reads it."""
+    """Return the neighbouring relation of a name in :data:`RELATIONS`, as :mod:`accountants` reads it."""
     from accountants.api import NeighboringRelation  # dp-accounting takes a second to import
 
     return NeighboringRelation[RELATIONS[name]]
@@ -374,7 +389,14 @@ def scheme_of(privacy: PrivacySection) -> Scheme:
 
 
 def scheme_from_statement(sampling: Mapping[str, Any]) -> Scheme | None:
-    """Return the scheme of a privacy statement, from :meth:`Scheme.parameters`; ``None`` if it is unknown."""
+    """Return the scheme that a privacy statement describes.
+
+    Args:
+        sampling: what :meth:`Scheme.parameters` returned for it.
+
+    Returns:
+        ``None`` if there is no scheme of that name, or a constant is missing or not allowed.
+    """
     cls = SCHEMES.get(str(sampling.get("scheme")))
     if cls is None:
         return None
@@ -401,8 +423,8 @@ class DrawnUnit:
 class UnitSampler:
     """Sampler of the units of each step by a scheme, with at most k random records of each.
 
-    Which records a unit brings does not affect the guarantee: the unit is clipped once whatever it brings. It is drawn
-    afresh each step, so over a run all of a user's records can be seen.
+    Which records a unit brings does not affect the guarantee: the unit is clipped once whatever it brings. The records
+    are drawn afresh in each step, so over a run all of a user's records can be seen.
 
     Args:
         scheme: how units are drawn.
@@ -433,6 +455,7 @@ class UnitSampler:
         self._key = key
         self._num_records = np.asarray(num_records, dtype=np.int64)
         self._first_step = first_step
+        #: The epoch drawn last, and the units of each of its steps.
         self._drawn: tuple[int, list[np.ndarray]] | None = None
 
     def draw(self, step: int) -> list[DrawnUnit]:
@@ -444,6 +467,7 @@ class UnitSampler:
         return [DrawnUnit(int(unit), self._record_indices_of(int(unit), step)) for unit in self._drawn[1][position]]
 
     def _record_indices_of(self, unit: int, step: int) -> tuple[int, ...]:
+        """Draw the records that a unit brings to a step."""
         stream = self._key.stream("records", step, unit)
         return tuple(stream.choose(int(self._num_records[unit]), self._records_per_unit))
 
@@ -484,6 +508,8 @@ def assign_to_ranks(drawn: Sequence[DrawnUnit], costs: Sequence[int], num_ranks:
     order = sorted(range(len(drawn)), key=lambda i: (-costs[i], drawn[i].unit))
     shares: list[list[DrawnUnit]] = [[] for _ in range(num_ranks)]
     for position, i in enumerate(order):
-        round_number, seat = divmod(position, num_ranks)
-        shares[seat if round_number % 2 == 0 else num_ranks - 1 - seat].append(drawn[i])
+        # Snake order: ranks get a unit each from the first to the last, then from the last to the first, and so on.
+        round_number, place = divmod(position, num_ranks)
+        rank = place if round_number % 2 == 0 else num_ranks - 1 - place
+        shares[rank].append(drawn[i])
     return shares

@@ -70,7 +70,12 @@ def pseudonym(key: SecretKey, unit_name: str) -> str:
 
 
 def which_pseudonym(user: str | None, given: str | None, make: Callable[[str], str]) -> str:
-    """Return the pseudonym that a command is about: the one given, or the user's.
+    """Return the pseudonym that a command is about.
+
+    Args:
+        user: a user id as in the data, if it was given.
+        given: a pseudonym, if that was given.
+        make: user id → pseudonym.
 
     Raises:
         PrivtrainError: unless exactly one of the two is given, and well formed.
@@ -86,29 +91,29 @@ def which_pseudonym(user: str | None, given: str | None, make: Callable[[str], s
 
 #: 64-bit words of a block of ChaCha20.
 _WORDS_PER_BLOCK = 8
-#: Words that are drawn at a time, and what they are drawn over.
+#: Words that are drawn at a time, and the zeros that are encrypted to get them: the result is the key stream itself.
 _MOST_WORDS = 1 << 15
 _ZEROS = memoryview(bytes(8 * _MOST_WORDS))
 
 
 class KeyStream:
-    """ChaCha20 keystream under a key used for nothing else, read as numbers."""
+    """ChaCha20's key stream under a key used for nothing else, read as numbers one after another."""
 
     def __init__(self, key: bytes) -> None:
         self._key = key
         self.seek(0)
 
     def seek(self, word: int) -> KeyStream:
-        """Go on with this 64-bit word of the stream, counted from its beginning, and return the stream."""
+        """Move to the 64-bit word of this number, counted from the stream's beginning, and return the stream."""
         block, rest = divmod(word, _WORDS_PER_BLOCK)
         # A zero nonce is right because every stream has its own derived key. The counter comes before it.
         nonce = block.to_bytes(4, "little") + bytes(12)
         self._encryptor = Cipher(algorithms.ChaCha20(self._key, nonce), mode=None).encryptor()
-        self.uint64(rest)
+        self.uint64(rest)  # skip words of the block before the one asked for
         return self
 
     def uint64(self, count: int) -> np.ndarray:
-        """Return ``count`` independent uniform 64-bit integers."""
+        """Return the next ``count`` words of the stream: independent uniform 64-bit integers."""
         words = np.empty(count, dtype="<u8")
         for start in range(0, count, _MOST_WORDS):
             part = words[start : start + _MOST_WORDS].view(np.uint8).data
@@ -131,7 +136,7 @@ class KeyStream:
         return sorted(np.argsort(self.uint64(population), kind="stable")[:count].tolist())
 
 
-#: In hexadecimal, with or without the end of the line.
+#: Sizes that a key file may have: hexadecimal digits, with or without the end of the line.
 _KEY_FILE_BYTES = (2 * KEY_BYTES, 2 * KEY_BYTES + 1)
 
 

@@ -4,7 +4,8 @@ The noise of a step is keyed by the run's secret *and* this digest, so that equa
 ranks and in any replay, and different sums never share noise, whoever computes them, in however many copies of a run
 directory: whoever holds two noised sums of different data could subtract the noise otherwise.
 
-The flat vector of all trainable tensors is cut into blocks of 2**16 coordinates. A block's value is, in each of three
+The flat vector of all trainable tensors (of whole tensors, whatever part of it a rank holds) is cut into blocks of
+2**16 coordinates. A block's value is, in each of three
 lanes, Σ_i a_i·low_i + b_i·high_i mod 2**64: low_i and high_i are the 32-bit halves of coordinate i, and a_i and b_i
 come from a table under the secret (multilinear hashing: Carter and Wegman 1979; with halves and a power of two, Lemire
 and Kaser 2014, "Strongly universal string hashing is fast", section 3). Sums over disjoint coordinates add up, so a
@@ -74,9 +75,10 @@ def bind(
         layout: where they lie.
         public: constants that say what the integers mean and how they are noised: exponents, standard deviations.
         metrics: exact sums that are released beside the gradient, the same on every rank.
-        sum_parts: replaces a vector by its sum over the ranks that hold the parts of one copy.
-        previous: where noise is correlated, the commitment to the sum before, empty for the first: noise and commitment
-            are then bound to all sums of the generation so far.
+        sum_parts: replaces a vector by its sum over the ranks that together hold one copy of the sum.
+        previous: where noise is correlated, the commitment to the sum of the step before, empty for the first step of a
+            generation (a stretch of the run under one secret): noise and commitment then depend on all sums so far.
+            ``None`` where noise is independent.
     """
     values = block_values(total, layout, _table(key, total.device))
     sum_parts(values)
@@ -95,15 +97,22 @@ def bind(
 
 
 def chained_noise(key: SecretKey, step: int, commitment: str) -> StepNoise:
-    """Return the fresh noise of a step from the ledger's commitment, which binds all sums so far.
+    """Return the key of a step's fresh noise where noise is correlated.
 
-    So the noise of steps gone by can be drawn again without their sums. Without the key a commitment tells nothing.
+    It is derived from the ledger's commitment, which depends on all sums so far. So noise of earlier steps can be drawn
+    again without their sums. Without ``key`` a commitment tells nothing.
     """
     return StepNoise(SecretKey(key.derive("noise of a chain of sums", step, commitment)))
 
 
 def block_values(total: torch.Tensor, layout: Layout, table: torch.Tensor) -> torch.Tensor:
-    """Return this rank's share of every block's value: [blocks of the whole vector, lanes] int64."""
+    """Return this rank's share of every block's value: [blocks of the whole vector, lanes] int64.
+
+    Args:
+        total: this rank's coordinates of the sum, int64.
+        layout: which coordinates these are.
+        table: of :func:`_table`.
+    """
     runs, num_coordinates = _runs(layout)
     values = torch.zeros(-(-num_coordinates // BLOCK), _NUM_LANES, dtype=torch.int64, device=total.device)
     pieces = list(_pieces(runs, CHUNK_ON_CPU if total.device.type == "cpu" else _MOST_BLOCKS * BLOCK))
@@ -118,17 +127,17 @@ def block_values(total: torch.Tensor, layout: Layout, table: torch.Tensor) -> to
 
 
 class _Piece(NamedTuple):
-    """``num_blocks`` · ``size`` coordinates from ``start`` of this rank's vector: from ``offset`` of each block on."""
+    """Coordinates that are hashed at a time: a part of one block, or several whole blocks."""
 
-    start: int
+    start: int  # first coordinate in this rank's vector
     block: int  # number of the first block
     num_blocks: int
-    offset: int
-    size: int
+    offset: int  # first coordinate within each block; 0 for whole blocks
+    size: int  # coordinates of each block
 
 
 def _pieces(runs: list[tuple[int, int, int]], most: int) -> Iterator[_Piece]:
-    """Cut runs into parts of one block, or several whole blocks, of at most ``most`` coordinates together."""
+    """Cut the runs of :func:`_runs` into pieces of at most ``most`` coordinates."""
     for start, place, count in runs:
         done = 0
         while done < count:
@@ -140,7 +149,12 @@ def _pieces(runs: list[tuple[int, int, int]], most: int) -> Iterator[_Piece]:
 
 
 def _lanes(part: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """Return [blocks, lanes] inner products of [blocks, coordinates] with every lane's rows of ``table``."""
+    """Return [blocks, lanes] int64: each block's Σ_i a_i·low_i + b_i·high_i mod 2**64.
+
+    Args:
+        part: [blocks, coordinates] int64.
+        table: [2 · lanes, coordinates]: a and b of the first lane, then of the next.
+    """
     low, high = part & ((1 << _HALF) - 1), part >> _HALF
     if part.device.type == "cpu" and len(part) == 1:  # integer products on other devices have no dot
         sums = [torch.dot(half[0], row) for half, rows in ((low, table[0::2]), (high, table[1::2])) for row in rows]
@@ -150,13 +164,18 @@ def _lanes(part: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
 
 
 def _runs(layout: Layout) -> tuple[list[tuple[int, int, int]], int]:
-    """Return this rank's runs (start in its vector, start in the whole vector, count) and the whole length."""
+    """Return the runs of coordinates that this rank holds, and the length of the whole vector.
+
+    A run is (first coordinate in this rank's vector, first coordinate in the whole vector, number of coordinates); what
+    follows one another in both is one run.
+    """
     runs: list[tuple[int, int, int]] = []
     whole = 0
     for slot in layout.slots:
         place, count = whole + slot.first, slot.num_coordinates
-        if runs and runs[-1][0] + runs[-1][2] == slot.start and runs[-1][1] + runs[-1][2] == place:
-            runs[-1] = (runs[-1][0], runs[-1][1], runs[-1][2] + count)
+        last_start, last_place, last_count = runs[-1] if runs else (0, 0, -1)  # -1: joins nothing
+        if (last_start + last_count, last_place + last_count) == (slot.start, place):
+            runs[-1] = (last_start, last_place, last_count + count)
         elif count:
             runs.append((slot.start, place, count))
         whole += slot.num_whole_coordinates

@@ -11,8 +11,8 @@ import torch
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-#: Numbers that an item may have on a CPU: they stay in a core's cache, and torch's operations on them in the thread
-#: that calls them; on more, each thread would start threads of its own.
+#: Most numbers of an item on a CPU. So few stay in a core's cache, and torch works on them in the calling thread alone;
+#: on more, each thread would start threads of its own.
 CHUNK_ON_CPU = 1 << 15
 
 

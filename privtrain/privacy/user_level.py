@@ -55,8 +55,8 @@ class UserAccounting(abc.ABC):
     Attributes:
         records_per_user: k, the most records of a user in the whole training set; ``None`` for any number.
         name: as in ``privacy.user_accounting``.
-        how: the way from one record to a user, in words; empty where ε is for what is sampled.
-        assumption: what the privacy statement says of that way, with a place for k.
+        how: how a user's guarantee follows from one record's, in words; empty where ε is for the sampled unit itself.
+        assumption: the sentence of the privacy statement about that, with a ``{k}`` for the number of records.
         epsilon_tolerance: relative difference that two computations of one ε may have.
         follows_from_event: whether ε is an accountant's answer for :meth:`event`, so that any accountant may be asked.
     """
@@ -79,7 +79,7 @@ class UserAccounting(abc.ABC):
         """Return the unit that ε protects, given the sampled unit."""
 
     def accountants_for(self, scheme: Scheme) -> tuple[str, ...]:
-        """Return accountants that can certify ε, the first is the default."""
+        """Return the names of the accountants that can certify ε under a scheme, the default one first."""
         rules = USER_ACCOUNTING_RULES[self.name]
         return scheme.accountants if rules is None else rules.accountants
 
@@ -117,7 +117,10 @@ class UserAccounting(abc.ABC):
         return terms.epsilon(self.event(scheme, noise_multiplier, num_steps))
 
     def certifies(self, scheme: Scheme, noise_multiplier: float, num_steps: int, epsilon: float, terms: Terms) -> bool:
-        """Return whether ``epsilon`` holds, also where another method found it and :meth:`answer` would not."""
+        """Return whether ``epsilon`` holds, however it was found.
+
+        Only asked for an ε that is within ``epsilon_tolerance`` of :meth:`answer`'s; so true where that is round-off.
+        """
         del scheme, noise_multiplier, num_steps, epsilon, terms
         return True
 
@@ -148,7 +151,7 @@ class Direct(UserAccounting):
 
 @dataclasses.dataclass(frozen=True)
 class Mixture(UserAccounting):
-    """ε protects a user with at most k records, by the mixture of Gaussians that they see."""
+    """ε protects a user with at most k records, by the mixture of Gaussians that these records make of each step."""
 
     records_per_user: int
 
@@ -195,7 +198,7 @@ class Group(Mixture):
 
     @override
     def noise_for(self, scheme: Scheme, num_steps: int, epsilon: float, terms: Terms) -> float:
-        """Calibrate one record to ε / k and the δ that leaves the user ``terms.delta``."""
+        """Return the noise with which one record has ε / k, at the δ with which k records have ``terms.delta``."""
         k = self.records_per_user
         record_delta = record_delta_of(epsilon / k, terms.delta, k)
         if record_delta == 0:
@@ -210,12 +213,17 @@ class Group(Mixture):
     def answer(
         self, scheme: Scheme, noise_multiplier: float, num_steps: int, terms: Terms, *, known: float = math.inf
     ) -> accountants.PrivacyAnswer:
-        """Return k times a record's ε, lowered by the δ per record that an ever smaller ε allows."""
+        """Return k times a record's ε at the largest δ per record that the user's δ allows.
+
+        The allowed δ per record, :func:`~accountants.units.record_delta_of`, is larger for a smaller ε. So an ε that
+        holds is improved: take the record's δ for it, and k times the record's ε at that δ; then the same again.
+        """
         event, k = scheme.event_of_steps(noise_multiplier, num_steps), self.records_per_user
         of_record = terms.epsilon(event)
-        # From what is known already, or else from the group's conversion of a record's whole curve.
-        epsilon = known if math.isfinite(of_record.upper) else math.inf
-        if math.isinf(epsilon) and math.isfinite(of_record.upper):
+        has_bound = math.isfinite(of_record.upper)
+        # The first ε is what is known already, or else that of the group's conversion of a record's whole curve.
+        epsilon = known if has_bound else math.inf
+        if math.isinf(epsilon) and has_bound:
             judge = accountants.get_accountant(terms.accountant)
             of_group = group_epsilon(event, terms.delta, k, judge, relation=relation_of(terms.relation))
             epsilon = terms.certified(of_group)
@@ -223,14 +231,14 @@ class Group(Mixture):
             record_delta = 0.0 if math.isinf(epsilon) else record_delta_of(epsilon / k, terms.delta, k)
             if record_delta == 0:
                 break
-            # If ε holds then so does this: less ε₁ at the δ₁ that ε asks for needs less of the user's δ.
+            # If ε holds then so does k times the record's ε at this δ: a smaller ε needs less of the user's δ.
             epsilon = min(epsilon, k * _record_epsilon(event, record_delta, terms))
         note, relation = f"group of {k}", relation_of(terms.relation)
         return group_answer(epsilon, terms.accountant, note, relation, of_record.version)
 
     @override
     def certifies(self, scheme: Scheme, noise_multiplier: float, num_steps: int, epsilon: float, terms: Terms) -> bool:
-        """Return whether one record has at most ε / k at the δ that this ε leaves to it."""
+        """Return whether one record has at most ε / k, at the δ per record that the user's δ allows with this ε."""
         if math.isinf(epsilon):
             return True
         k = self.records_per_user
@@ -243,10 +251,11 @@ class Group(Mixture):
 
 
 def _record_epsilon(event: Any, record_delta: float, terms: Terms) -> float:
+    """Return the certified ε of one record at a δ of its own."""
     return terms.certified(dataclasses.replace(terms, delta=record_delta).epsilon(event))
 
 
-#: Every way by its name in ``privacy.user_accounting``.
+#: Every method by its name in ``privacy.user_accounting``.
 USER_ACCOUNTING: dict[str, type[UserAccounting]] = {cls.name: cls for cls in (Direct, Mixture, Group)}
 
 
