@@ -13,6 +13,7 @@ from privtrain.backends.watch import Watch
 from privtrain.errors import PrivtrainError
 from privtrain.process.group import join_processes
 
+#: accelerate's names of data parallelism in which every rank has the whole model.
 _REPLICATED = {
     DistributedType.MULTI_CPU,
     DistributedType.MULTI_GPU,

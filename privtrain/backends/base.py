@@ -1,4 +1,9 @@
-"""What the trainer needs of a process group, and the parts that all replicated backends share."""
+"""What the trainer needs of a process group, and the parts that all replicated backends share.
+
+A *share* is the units of a step that one rank works on. Where gradients are *sharded*, a rank holds a part of each
+tensor; the ranks that together hold one copy are a *shard group*, and several groups are replicas of each other. A
+:class:`~privtrain.privacy.layout.Layout` says which coordinates of which tensors a rank's vector has.
+"""
 
 from __future__ import annotations
 
@@ -29,8 +34,8 @@ class Placement:
         stepped: the tensors, or parts of them, that this rank steps; the optimizer holds these.
         share: index of the share of a step's units that this rank works on.
         num_shares: shares into which a step's units are divided.
-        shards: set where gradients are in parts. Ranks of a shard group then also work together, on units that their
-            shares are not for (:class:`~privtrain.clipping.sharded.ShardedClipper`).
+        shards: set where gradients are in parts. Ranks of a shard group then also work together, on units that are too
+            large for one rank (:class:`~privtrain.clipping.sharded.ShardedClipper`).
         equal_passes: whether every rank must run equally many forward passes, because weights are gathered in them.
     """
 
@@ -43,12 +48,12 @@ class Placement:
 
     @property
     def num_replicas(self) -> int:
-        """Shard groups, among which the units are divided that ranks work on together."""
+        """Number of shard groups; units that ranks work on together are divided among these."""
         return 1 if self.shards is None else self.num_shares // self.shards.size
 
     @property
     def replica(self) -> int:
-        """The shard group of this rank; ranks of a group follow each other."""
+        """Number of this rank's shard group; ranks of a group follow each other."""
         return 0 if self.shards is None else self.share // self.shards.size
 
 
@@ -58,7 +63,7 @@ class Backend(abc.ABC):
     rank: int
     world_size: int
     device: torch.device
-    #: Name of the backend and of what it shards: equal if a replayed step is to be the same.
+    #: Name of the backend and of what it shards. A step is replayed bit for bit only under the same kind.
     kind: str
 
     @property
@@ -76,7 +81,10 @@ class Backend(abc.ABC):
 
     @abc.abstractmethod
     def place(self, model: torch.nn.Module) -> Placement:
-        """Take charge of the model's trainable tensors. Once a model, when it is complete and on its device."""
+        """Take charge of the model's trainable tensors, and return where they are.
+
+        Called once for each model, when it is complete and on its device.
+        """
 
     @abc.abstractmethod
     def reduce(self, vector: torch.Tensor) -> None:
@@ -84,7 +92,10 @@ class Backend(abc.ABC):
 
     @abc.abstractmethod
     def reduce_total(self, total: torch.Tensor) -> torch.Tensor:
-        """Return the SUM over ranks of the clipped sums (int64), as far as this rank steps it.
+        """Return the SUM of all ranks' clipped sums, of those coordinates that this rank steps.
+
+        Args:
+            total: this rank's clipped sum: int64, laid out as ``Placement.clipped``.
 
         Returns:
             int64, laid out as ``Placement.stepped``; the same bits for the same units, however they are shared out.
@@ -100,15 +111,16 @@ class Backend(abc.ABC):
         stddev: float,
         history: NoiseHistory | None = None,
     ) -> torch.Tensor:
-        """Return the fp32 sum with the step's noise, once a coordinate over the job, from the reduced int64 sum.
+        """Return the fp32 sum with the step's noise, from the reduced int64 sum.
 
         Args:
-            total: the sum, laid out as ``Placement.stepped``.
+            total: the sum, laid out as ``Placement.stepped``, in units of 2**``exponent``.
             layout: of the sum.
             noise: the key of this step and sum.
             exponent: of the sum's grid.
             stddev: of the fresh noise.
-            history: where noise is correlated, that of the steps before on :meth:`noised_layout`; it takes one step.
+            history: where noise is correlated, the noise of the steps before, on the coordinates of
+                :meth:`noised_layout`; this step's is added to it.
 
         Returns:
             Laid out as ``Placement.stepped``; the same bits on any number of ranks.
@@ -118,20 +130,26 @@ class Backend(abc.ABC):
         return noised_vector(total, layout, exponent=exponent, stddev=stddev, noise=noise)
 
     def noised_layout(self, layout: Layout) -> Layout:
-        """Return what of ``Placement.stepped`` this rank draws the noise of: over the job, each coordinate once."""
+        """Return the part of ``layout`` (``Placement.stepped``) whose noise this rank draws.
+
+        All ranks together draw each coordinate's noise once.
+        """
         return layout
 
     @abc.abstractmethod
     def apply(self, vector: torch.Tensor, layout: Layout, optimizer: torch.optim.Optimizer, divide_by: float) -> None:
-        """Step the optimizer on ``vector / divide_by`` and :meth:`publish`."""
+        """Step the optimizer on ``vector / divide_by``, laid out as ``Placement.stepped``, and :meth:`publish`."""
 
     @abc.abstractmethod
     def publish(self) -> None:
-        """Put what this rank stepped into the model, on every rank that computes with it."""
+        """Put the parameters that each rank stepped into the model of every rank that computes with them."""
 
     @abc.abstractmethod
     def whole(self, slot: Slot, part: torch.Tensor) -> torch.Tensor | None:
-        """Return the whole tensor on rank 0's CPU, put together from each rank's ``part`` of it; ``None`` elsewhere."""
+        """Return a whole tensor on rank 0's CPU, put together from every rank's ``part``; ``None`` on other ranks.
+
+        ``slot`` says which coordinates of which tensor this rank's part is.
+        """
 
     @abc.abstractmethod
     def sum_parts(self, vector: torch.Tensor) -> None:
@@ -166,10 +184,10 @@ class Backend(abc.ABC):
 
     @abc.abstractmethod
     def main_alone(self) -> contextlib.AbstractContextManager[None]:
-        """Surround what rank 0 alone does and may take long: no collective's time-out runs while the others wait.
+        """Return a block for work that rank 0 alone does and that may take long.
 
-        All ranks enter it, and leave together. That rank 0 lives is for :class:`~.watch.Watch` to see; if it leaves by
-        an error, the others find that out in the collective at the end.
+        All ranks enter the block and leave it together; meanwhile no collective's time-out runs. That rank 0 lives is
+        for :class:`~.watch.Watch` to see. If it leaves by an error, the others find out in the collective at the end.
         """
 
     @abc.abstractmethod
@@ -251,7 +269,7 @@ def step_optimizer(vector: torch.Tensor, layout: Layout, optimizer: torch.optim.
 
 
 def all_equal(values: Sequence[bytes]) -> bool:
-    """Return whether there is one value."""
+    """Return whether all values are the same one."""
     return len(set(values)) == 1
 
 

@@ -77,6 +77,8 @@ class Fsdp2Backend(SharedNoise, ShardedBackend):
         self.kind = "fsdp2" if num_replicas == 1 else f"fsdp2 ({num_replicas} replicas)"
         self._num_replicas = num_replicas
         size = self.world_size // num_replicas
+        # Ranks that follow one another are a replica: its shard group. Ranks in the same place of every replica hold the
+        # same part: their replicate group.
         self._replica = self.rank // size
         self._shard_group: Any = dist.group.WORLD
         self._replicate_group: Any = None
@@ -89,6 +91,7 @@ class Fsdp2Backend(SharedNoise, ShardedBackend):
         # FSDP knows of its own replica alone: adding up replicas is ours, once a logical step. The mesh has no names,
         # since PEFT takes a named one for tensor parallelism and makes adapters of the size of a part.
         self._mesh = DeviceMesh.from_group(self._shard_group, device.type)
+        #: Where gradients are in parts: the model's trainable tensors, and this rank's parts of them, which are stepped.
         self._weights: dict[str, torch.nn.Parameter] = {}
         self._layout = Layout({})
 
@@ -99,12 +102,12 @@ class Fsdp2Backend(SharedNoise, ShardedBackend):
 
     @override
     def load_base(self, source: BaseSource) -> torch.nn.Module:
-        """Load layer by layer: one at a time is whole, and only as empty memory."""
+        """Load the base layer by layer: one layer at a time is whole, and only as empty memory."""
         with init_empty_weights(include_buffers=False):
             model = source.empty()
         model.tie_weights()
         shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-        layers = set(getattr(model, "_no_split_modules", None) or ())
+        layers = set(getattr(model, "_no_split_modules", None) or ())  # transformers' names of the layers' classes
         memo: dict[torch.nn.Parameter, torch.nn.Parameter] = {}
         for module in list(model.modules()):
             if type(module).__name__ in layers:
@@ -126,7 +129,7 @@ class Fsdp2Backend(SharedNoise, ShardedBackend):
             self._split = SplitStep(model, self.device, equal_passes=True)
             return self._split.placement
         for module in model.modules():
-            if isinstance(module, FSDPModule):
+            if isinstance(module, FSDPModule):  # gradients are to be added up over ranks, where FSDP takes their mean
                 module.set_gradient_divide_factor(1.0)
                 module.set_force_sum_reduction_for_comms(True)
         stepped = {name: torch.nn.Parameter(_local(p)) for name, p in trainable.items()}
@@ -140,7 +143,7 @@ class Fsdp2Backend(SharedNoise, ShardedBackend):
 
     @override
     def reduce_total(self, total: torch.Tensor) -> torch.Tensor:
-        """Add up the replicas' sums of one shard, which each hold the sum over their own shard group."""
+        """Return this rank's part of the SUM over all ranks: each replica has added up its own shard group's already."""
         if self._shards is not None and self._num_replicas > 1:
             assert total.dtype == torch.int64
             dist.all_reduce(total, op=dist.ReduceOp.SUM, group=self._replicate_group)
@@ -148,12 +151,12 @@ class Fsdp2Backend(SharedNoise, ShardedBackend):
 
     @override
     def holders(self) -> dist.ProcessGroup | None:
-        """Return the group of replicas of this part; none where tensors are split over all ranks."""
+        """Return the ranks that hold this rank's part in every replica; ``None`` if no other rank holds it."""
         return self._replicate_group if self._shards is not None else None
 
     @override
     def publish(self) -> None:
-        """Copy stepped values into those shards that do not share their memory."""
+        """Copy stepped values into the model's shards, where these are not the very memory that was stepped."""
         super().publish()
         for name, weight in self._weights.items():
             local, stepped = _local(weight), self._layout.parameters[name].detach()
@@ -168,14 +171,16 @@ class Fsdp2Backend(SharedNoise, ShardedBackend):
 
     @override
     def parameters_agree(self, model: torch.nn.Module) -> bool:
-        """Compare the replicas of a shard."""
+        """Return whether each rank's parts are bit-identical in all replicas."""
         if self._split is not None:
             return super().parameters_agree(model)
-        mine = self.gather_digests(digest(list(self._layout.parameters.values())))
+        digests = self.gather_digests(digest(list(self._layout.parameters.values())))
         size = self.world_size // self._num_replicas
-        return all(mine[rank] == mine[rank % size] for rank in range(self.world_size))
+        # Rank r holds the same part as rank r mod size, which is in the first replica.
+        return all(digests[rank] == digests[rank % size] for rank in range(self.world_size))
 
     def _shard(self, module: torch.nn.Module) -> None:
+        """Cut the module's weights over the shard group; gradients are added up over ranks in fp32."""
         fully_shard(module, mesh=self._mesh, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32))
 
     def _fill(self, model: torch.nn.Module, read: PartReader) -> None:
@@ -201,7 +206,10 @@ def _local(parameter: torch.Tensor) -> torch.Tensor:
 
 
 def _first(parameter: torch.Tensor) -> int:
-    """Return the first coordinate of this rank's part: rows lie in equal runs; the last may be short or empty."""
+    """Return the first coordinate, in the whole tensor, of this rank's part.
+
+    FSDP gives each rank equally many rows, one after another; the last ranks' may be fewer or none.
+    """
     assert isinstance(parameter, DTensor)
     mesh, num_rows = parameter.device_mesh, parameter.shape[0]
     rows = -(-num_rows // mesh.size())
@@ -214,7 +222,10 @@ def _first(parameter: torch.Tensor) -> int:
 def _allocate(
     module: torch.nn.Module, device: torch.device, memo: dict[torch.nn.Parameter, torch.nn.Parameter]
 ) -> None:
-    """Give the module's weights memory but no values; tied ones stay tied."""
+    """Give the module's weights memory but no values, where they have none (device "meta").
+
+    ``memo`` keeps which new tensor stands for which old one, so that tied weights stay tied.
+    """
     for child in module.modules():
         for name, parameter in list(child.named_parameters(recurse=False)):
             if parameter.is_meta and not isinstance(parameter, DTensor):

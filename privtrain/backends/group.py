@@ -22,8 +22,9 @@ _reduce_scatter: Callable[..., Any] = getattr(dist, "reduce_scatter_single", Non
 
 #: What may be added over ranks: bf16 would lose what the noise was measured for.
 _SUMMED = (torch.float32, torch.int64)
-#: Numbers of the stretches of rank 0 alone, in this process: every rank counts the same ones.
+#: Numbers the blocks of :meth:`ProcessGroup.main_alone` in this process; every rank counts the same ones.
 _stretches = itertools.count()
+#: Pauses between two looks of a rank that waits for rank 0.
 _SHORTEST_POLL_SECONDS, _LONGEST_POLL_SECONDS = 0.005, 0.5
 
 
@@ -61,8 +62,8 @@ class ProcessGroup(Backend):
     @override
     def _broadcast(self, value: bytes | None) -> bytes:
         size = torch.tensor([len(value) if value is not None else 0], dtype=torch.int64, device=self.device)
-        dist.broadcast(size, src=0)
-        if value is not None:
+        dist.broadcast(size, src=0)  # the others must know how much to receive
+        if value is not None:  # at least one byte: an empty tensor is not sent
             payload = torch.frombuffer(bytearray(value or b"\0"), dtype=torch.uint8).to(self.device)
         else:
             payload = torch.empty(max(1, int(size)), dtype=torch.uint8, device=self.device)
@@ -76,7 +77,7 @@ class ProcessGroup(Backend):
     @contextlib.contextmanager
     @override
     def main_alone(self) -> Iterator[None]:
-        """Let the others poll the group's store meanwhile, where no collective's time-out runs."""
+        """Let the other ranks wait by polling the group's key-value store, where no collective's time-out runs."""
         store, key = _store(), f"privtrain/main-alone/{next(_stretches)}"
         if self.is_main:
             try:
@@ -109,7 +110,13 @@ class ProcessGroup(Backend):
     def assemble(self, slot: Slot, part: torch.Tensor, contributes: bool = True) -> torch.Tensor | None:
         """Return the whole of a tensor on rank 0's CPU from ranks that hold disjoint parts; ``None`` elsewhere.
 
-        The bits are added as integers, so that they arrive as they are (adding floats would turn -0.0 into 0.0).
+        Each rank fills zeros with its part, and these are added up. The bits are added as integers, so that they arrive
+        as they are (adding floats would turn -0.0 into 0.0).
+
+        Args:
+            slot: which coordinates of the tensor this rank holds.
+            part: these coordinates, fp32.
+            contributes: false for a rank whose part another one holds too.
         """
         assert part.dtype == torch.float32
         whole = torch.zeros(math.prod(slot.whole_shape), dtype=torch.float32, device=self.device)

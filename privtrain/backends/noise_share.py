@@ -61,7 +61,10 @@ class SharedNoise(ProcessGroup):
 
 
 def _run(layout: Layout, group: dist.ProcessGroup) -> tuple[int, int, int]:
-    """Return this rank's run [low, high) of the vector, and the length that all runs but the last ones have."""
+    """Return (low, high, size): this rank's run [low, high) of the vector, and the length of a run.
+
+    The vector is cut into equal runs, one for each rank of ``group``; the last ones may be shorter, or empty.
+    """
     size = -(-layout.num_coordinates // dist.get_world_size(group))
     low, high = (min(rank * size, layout.num_coordinates) for rank in (dist.get_rank(group), dist.get_rank(group) + 1))
     return low, high, size

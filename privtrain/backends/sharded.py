@@ -14,7 +14,11 @@ from privtrain.privacy.layout import Layout, Slot
 
 
 class ShardedBackend(ProcessGroup):
-    """Each rank noises and steps its own parts of the trainable tensors. Subclasses say which, and where they live."""
+    """Each rank noises and steps its own parts of the trainable tensors. Subclasses say which, and where they live.
+
+    ``_split`` is set where all ranks hold the trainable tensors whole, and only the step is in parts; ``_shards`` where
+    gradients are in parts too.
+    """
 
     _split: SplitStep | None = None
     _shards: GradientShards | None = None
@@ -30,7 +34,7 @@ class ShardedBackend(ProcessGroup):
 
     @override
     def reduce_total(self, total: torch.Tensor) -> torch.Tensor:
-        """Return this rank's part; sums of sharded gradients were reduced as they were clipped."""
+        """Return this rank's part of the SUM; that of sharded gradients was added up as they were clipped."""
         return self._split.reduce_total(total) if self._split is not None else total
 
     @override
@@ -49,7 +53,7 @@ class ShardedBackend(ProcessGroup):
 
     @override
     def sum_parts(self, vector: torch.Tensor) -> None:
-        """Add up over the shard group, or over all ranks where whole tensors are split over them."""
+        """Replace ``vector`` by its sum over the ranks whose parts are one copy: the shard group, or all ranks."""
         if self._shards is not None:
             self._shards.sum_over_group(vector)
         else:

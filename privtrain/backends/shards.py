@@ -24,9 +24,9 @@ from privtrain.clipping.cooperative import GradientShards, Sink
 from privtrain.errors import GuaranteeLost
 from privtrain.privacy.layout import Layout, Slot
 
-#: Coordinates of a bucket: 16 MiB of fp32, 32 MiB of int64. A larger tensor travels alone.
+#: Coordinates of a bucket, which is sent at once: 16 MiB of fp32, 32 MiB of int64. A larger tensor is sent alone.
 BUCKET = 1 << 22
-#: Numbers of the order in which tensors came stay below this, so that their squares add up over ranks in int64.
+#: A number that stands for the order in which tensors came stays below this: squares add up over ranks in int64.
 _ORDERS = (1 << 20) - 3
 
 
@@ -60,6 +60,7 @@ class ArrivingShards(GradientShards):
         self._device = device
         self._group = group
         self._sink: Sink | None = None
+        # Called whenever a backward pass has left a whole gradient on the tensor.
         for slot in layout.slots:
             hooked[slot.name].register_post_accumulate_grad_hook(functools.partial(self._arrived, slot))
 
@@ -83,12 +84,15 @@ class ArrivingShards(GradientShards):
         return ScatteredSum(total, self.layout, self._part_size, self.size, self._group, once=once)
 
     def _part_size(self, slot: Slot) -> int:
-        """Return the largest part's coordinates: FSDP gives ranks equally many rows, the last ones fewer or none."""
+        """Return how many coordinates a rank's part of a tensor has; the last ranks' parts may have fewer or none.
+
+        FSDP gives ranks equally many rows.
+        """
         rows, *others = slot.whole_shape or (1,)
         return -(-rows // self.size) * math.prod(others)
 
     def _arrived(self, slot: Slot, tensor: torch.Tensor) -> None:
-        """Take the gradient that autograd left on a hooked tensor, or raise outside of a block."""
+        """Take the gradient that autograd left on a hooked tensor, or raise outside of a block of :meth:`collecting`."""
         gradient, tensor.grad = tensor.grad, None
         if self._sink is None:
             raise GuaranteeLost(
@@ -99,17 +103,18 @@ class ArrivingShards(GradientShards):
             self._take(slot, gradient)
 
     def _take(self, slot: Slot, gradient: torch.Tensor) -> None:
-        """Hand over this rank's part, which FSDP has reduced."""
+        """Hand over this rank's part of a gradient, which FSDP has added up over ranks."""
         part: torch.Tensor = gradient.to_local()  # pyright: ignore[reportAttributeAccessIssue]
         self._hand_over(slot, part.flatten())
 
     def _hand_over(self, slot: Slot, part: torch.Tensor) -> None:
+        """Give a summed part to the sink of the present block."""
         assert self._sink is not None
         assert part.dtype == torch.float32
         self._sink(slot, part)
 
     def _flush(self) -> None:
-        """Finish what is still on its way."""
+        """Hand over what is still on its way: nothing, where gradients arrive summed."""
 
 
 class ReducedShards(ArrivingShards):
@@ -130,14 +135,16 @@ class ReducedShards(ArrivingShards):
         super().__init__(hooked, layout, group, device)
         self.repeats_backward = repeats_backward
         sizes = [equal_part(math.prod(slot.whole_shape), 0, self.size)[1] for slot in layout.slots]
-        self._capacity = min(BUCKET // self.size, sum(sizes))
+        self._capacity = min(BUCKET // self.size, sum(sizes))  # coordinates of each rank in a bucket
+        #: [ranks, coordinates]: of each tensor in it, every rank's part in that rank's row.
         self._bucket: torch.Tensor | None = None
+        #: The tensors in it, and the first coordinate of each in a row.
         self._pending: list[tuple[Slot, int]] = []
         self._used = 0
 
     @override
     def _part_size(self, slot: Slot) -> int:
-        """Return coordinates of every part but the last."""
+        """Return how many coordinates a rank's part of a tensor has; the last parts may have fewer or none."""
         return equal_part(slot.num_whole_coordinates, 0, self.size)[1]
 
     @override
@@ -172,15 +179,17 @@ class ReducedShards(ArrivingShards):
 class ScatteredSum:
     """This rank's part of an int64 sum to which the ranks contribute whole tensors, one after another.
 
-    A rank holds its part, one whole tensor and a bucket. What is contributed to a tensor that waits in the bucket is
-    added to it there: a model that fits into the bucket is sent once a step, a larger one once a microbatch, or once a
-    step where the memory is spent. Integers are added, so no order changes a bit. All ranks of the group contribute to
-    the same slots in the same order, so they send the same tensors at the same place.
+    A rank holds its part, one whole tensor and a bucket of whole tensors that wait to be sent. What is contributed to a
+    waiting tensor is added to it in the bucket. So a model that fits into the bucket is sent once a step; a larger one
+    once a microbatch, or once a step with ``once``, where the memory is spent. Integers are added, so no order changes a
+    bit. All ranks of the group contribute to the same slots in the same order, so they send the same tensors at the
+    same place.
 
     Args:
         total: this rank's parts of the sum, flat, laid out as ``layout``.
         layout: of the parts.
-        part_size: of a slot: part number r has its coordinates from r times this on, so many or what is left.
+        part_size: slot → coordinates of a part: rank r has so many of the tensor's from r times this on, or what is
+            left.
         size: ranks in the group.
         group: the shard group.
         once: whether every tensor waits for the end of the step, 8 bytes a coordinate of the whole tensors.
@@ -204,13 +213,16 @@ class ScatteredSum:
         self._number = {slot.name: i for i, slot in enumerate(layout.slots)}
         #: Whole tensors on their way, by number of the slot.
         self._pending: dict[int, torch.Tensor] = {}
-        self._num_pending = 0
+        self._num_pending = 0  # their coordinates
         self._most_pending = math.inf if once else BUCKET
-        self._order = 0
+        self._order = 0  # stands for the tensors contributed to so far, and their order
 
     @contextlib.contextmanager
     def contribution(self, name: str) -> Iterator[torch.Tensor]:
-        """Yield an int64 tensor of the tensor's own shape: what the block adds to it joins the parts of all ranks."""
+        """Yield an int64 tensor of the tensor's own shape; what the block adds to it is added to all ranks' parts.
+
+        They get it when the tensor is sent, :meth:`flush` at the latest.
+        """
         number = self._number[name]
         slot = self._layout.slots[number]
         self._order = (self._order * len(self._number) + number + 1) % _ORDERS
@@ -225,7 +237,7 @@ class ScatteredSum:
             self.flush()
 
     def reset(self) -> None:
-        """Forget what an interrupted step left."""
+        """Begin a step: forget what an interrupted one left unsent."""
         self._pending, self._num_pending, self._order = {}, 0, 0
 
     def flush(self) -> None:
@@ -241,8 +253,11 @@ class ScatteredSum:
         self._num_pending = 0
 
     def _send(self, tensors: Mapping[int, torch.Tensor]) -> None:
-        """Add this rank's parts of the tensors, summed over ranks, to its total."""
-        # By rank: one tensor lies so already.
+        """Reduce-scatter whole tensors (number of the slot → its coordinates, padded), and add this rank's parts.
+
+        The parts of rank 0 of all tensors are sent first, then those of rank 1, and so on.
+        """
+        # [ranks, coordinates of a part] of each; a single tensor lies in this order already.
         parts = [whole.view(self._size, -1) for whole in tensors.values()]
         sent = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
         mine = torch.empty(sent.shape[1], dtype=torch.int64, device=sent.device)
@@ -254,7 +269,9 @@ class ScatteredSum:
             first += len(whole) // self._size
 
     def check_order(self) -> None:
-        """Compare the order of contributions over ranks since the last time.
+        """Compare over ranks the order of contributions since the last time. All ranks call it.
+
+        Numbers whose sum and sum of squares are those of equal ones are equal.
 
         Raises:
             GuaranteeLost: if ranks contributed in different orders: sums of different tensors were added up.
@@ -268,7 +285,10 @@ class ScatteredSum:
 
 
 def equal_part(num_coordinates: int, rank: int, num_ranks: int) -> tuple[int, int]:
-    """Return (first, count) of a rank's part of a tensor in equal parts, of which the last may be short or empty."""
+    """Return the first coordinate and the number of coordinates of one rank's part of a tensor.
+
+    Parts are equal; the last ones may be shorter, or empty.
+    """
     size = -(-num_coordinates // num_ranks)
     first = min(rank * size, num_coordinates)
     return first, min(size, num_coordinates - first)

@@ -22,12 +22,16 @@ class SplitStep:
         model: with its trainable tensors on this rank, fp32.
         optimizer_device: where this rank's part of parameters and optimizer state is kept.
         equal_passes: whether every rank must run equally many forward passes, because weights are gathered in them.
+
+    Attributes:
+        placement: the whole tensors are clipped, this rank's part is stepped.
     """
 
     def __init__(self, model: torch.nn.Module, optimizer_device: torch.device, *, equal_passes: bool = False) -> None:
         self._layout = Layout.of(model)
         self._world_size = dist.get_world_size()
         rank = dist.get_rank()
+        # Coordinates of a part; the last parts may be shorter, or empty.
         self._size = -(-self._layout.num_coordinates // self._world_size)
         low, high = rank * self._size, (rank + 1) * self._size
         mine: dict[str, torch.nn.Parameter] = {}
@@ -41,14 +45,14 @@ class SplitStep:
         self.placement = Placement(self._layout, self._stepped, rank, self._world_size, equal_passes=equal_passes)
 
     def reduce_total(self, total: torch.Tensor) -> torch.Tensor:
-        """Return this rank's part of the SUM over ranks, of the same type."""
+        """Return this rank's part of the SUM over ranks of ``total``, the flat vector of all trainable tensors."""
         padded = torch.nn.functional.pad(total, (0, self._size * self._world_size - len(total)))
         part = torch.empty(self._size, dtype=total.dtype, device=total.device)
         reduce_scatter_flat(part, padded)
         return part[: self._stepped.num_coordinates]
 
     def publish(self) -> None:
-        """Gather every rank's part into the model of every rank."""
+        """Gather every rank's stepped part into the model of every rank."""
         device = next(iter(self._layout.parameters.values())).device
         part = torch.zeros(self._size, dtype=torch.float32, device=device)
         for slot, parameter in zip(self._stepped.slots, self._stepped.parameters.values(), strict=True):

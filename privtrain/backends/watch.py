@@ -26,14 +26,23 @@ from privtrain.process.exit import leave_at_once
 #: Beats in a time-out; a beat a few seconds late must not end a job.
 _BEATS_PER_TIMEOUT = 10
 _LONGEST_INTERVAL_SECONDS = 5.0
-#: What the main thread gets to end by itself, with its own message, once it is known that the job is over.
+#: Once it is known that the job is over, the main thread has so long to end by itself, with its own message.
 _GRACE_SECONDS = 5.0
-#: A rank that ended well takes its host's store along; this long until the others take it for a loss.
+#: A store that is gone for so long counts as a loss. Rank 0 takes the store along when it ends well, too.
 _STORE_GONE_SECONDS = 10.0
 
 
 class Watch:
-    """One rank's part in the watch. All ranks must make it, and close it, at the same place."""
+    """One rank's part in the watch. All ranks must make it, and close it, at the same place.
+
+    In the store every rank has a *beat*, a number that grows, and who it is. The *verdict* is one for the job: which
+    ranks are lost (kind ``"lost"``), which one failed (``"failed"``) or that the store is gone (``"store"``), and the
+    exit code. The first verdict that is written stands.
+
+    Args:
+        backend: gives rank, device and collectives.
+        timeout_seconds: silence after which a rank counts as lost.
+    """
 
     def __init__(self, backend: Backend, timeout_seconds: float) -> None:
         self.timeout_seconds = timeout_seconds
@@ -48,7 +57,7 @@ class Watch:
         self._is_alone = backend.world_size == 1
         if self._is_alone:
             return
-        nonce = backend.from_main(lambda: os.urandom(8)).hex()
+        nonce = backend.from_main(lambda: os.urandom(8)).hex()  # the store may hold keys of an earlier watch
         self._store = _connect(timeout_seconds)
         self._prefix = f"privtrain/{nonce}"
         self._store.set(self._key("who", self._rank), self._roster[0])
@@ -97,10 +106,10 @@ class Watch:
         )
 
     def _heartbeat_loop(self) -> None:
-        """Say that this rank lives, and look whether the others do, until the end."""
+        """Say that this rank lives, and look whether the others do, until the job is over or the watch closed."""
         watched = range(1, self._world_size) if self._rank == 0 else range(1)
-        last = dict.fromkeys(watched, "")
-        silent = dict.fromkeys(watched, 0)
+        last = dict.fromkeys(watched, "")  # rank → its last beat
+        silent = dict.fromkeys(watched, 0)  # rank → rounds without a new one
         try:
             while not self._closing.wait(self._interval):
                 self._store.set(self._key("beat", self._rank), str(self._num_rounds + 1))
@@ -122,8 +131,8 @@ class Watch:
                 self._end()
 
     def _guard(self) -> None:
-        """Check that the beating thread is answered: nothing else notices that the store's host is cut off."""
-        seen, ticks = -1, 0
+        """Check that the heartbeat thread goes on: it waits for good if the store's host is cut off."""
+        seen, ticks = -1, 0  # the round it was last seen in, and for how many intervals
         while not self._closing.wait(self._interval) and not self._decided.is_set():
             ticks = ticks + 1 if self._num_rounds == seen else 0
             seen = self._num_rounds
@@ -132,21 +141,24 @@ class Watch:
                 self._end()
 
     def _decide(self, verdict: dict[str, Any]) -> None:
-        """Put a verdict on record; the first one in the job stands."""
+        """Write a verdict into the store unless there is one, and take the one that stands there."""
         stands = self._store.compare_set(self._key("verdict"), "", json.dumps(verdict))
         self._conclude(json.loads(stands))
 
     def _conclude(self, verdict: dict[str, Any]) -> None:
+        """Take a verdict for the job's, on this rank."""
         self._verdict = verdict
         self._decided.set()
 
     def _end(self) -> None:
-        """Leave if the main thread does not: it may wait in a collective for good."""
+        """End this process if the main thread does not in time: it may wait in a collective for good."""
+        # A rank that failed itself is leaving anyway.
         if self._verdict.get("rank") == self._rank or self._closing.wait(min(_GRACE_SECONDS, self.timeout_seconds)):
             return
         leave_at_once(self._text(), self._verdict["code"])
 
     def _text(self) -> str:
+        """Return the verdict in words."""
         again = "The job ended; the same command goes on from the last checkpoint"
         match self._verdict["kind"]:
             case "lost":
@@ -165,9 +177,11 @@ class Watch:
                 )
 
     def _key(self, kind: str, rank: int | None = None) -> str:
+        """Return the store's key of a value of this watch, such as ``privtrain/<nonce>/beat/3``."""
         return f"{self._prefix}/{kind}" if rank is None else f"{self._prefix}/{kind}/{rank}"
 
     def _read(self, kind: str, ranks: range) -> list[str]:
+        """Return the values of one kind of these ranks."""
         return [value.decode() for value in self._store.multi_get([self._key(kind, rank) for rank in ranks])]
 
     def _put(self, key: str, value: str) -> None:

@@ -88,6 +88,7 @@ def _zero_faults(zero: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _number(value: Any) -> float:
+    """Return a setting as a number; 0 if it is none, such as "auto"."""
     return float(value) if isinstance(value, int | float) else 0.0
 
 
@@ -99,13 +100,15 @@ class ZeroBackend(ShardedBackend):
         self.settings = settings
         self.kind = f"zero{settings.stage}" + ("-offload" if settings.offload_optimizer else "")
         self._optimizer_device = torch.device("cpu") if settings.offload_optimizer else device
+        #: Where gradients are in parts: the model's trainable tensors, and this rank's parts of them, which are stepped.
         self._weights: dict[str, torch.nn.Parameter] = {}
         self._layout = Layout({})
+        #: DeepSpeed's, at stage 3.
         self._engine: Any = None
 
     @override
     def load_base(self, source: BaseSource) -> torch.nn.Module:
-        """Load the base; at stage 3 each module is cut as soon as it is made."""
+        """Load the base; at stage 3 each module is cut into parts as soon as it is made, and filled part by part."""
         if self.settings.stage < 3:
             return source.whole().to(self.device)  # pyright: ignore[reportArgumentType]
         import deepspeed
@@ -159,7 +162,10 @@ class ZeroBackend(ShardedBackend):
 
     @override
     def publish(self) -> None:
-        """Copy stepped values into parts that do not share their memory; fill whole weights from all ranks."""
+        """Put stepped values into the model, where they are not the model's own memory.
+
+        At stage 3 a tensor of the model is this rank's part. At stage 2 it is whole, and filled from all ranks' parts.
+        """
         super().publish()
         if self._engine is not None and self._weights:
             # DeepSpeed keeps a layer whose backward it did not see, such as the embedding, with its old values.
@@ -167,7 +173,7 @@ class ZeroBackend(ShardedBackend):
         for slot in self._layout.slots:
             weight, mine = self._weights[slot.name], self._layout.parameters[slot.name].detach()
             local = self._mine(weight, slot.first, slot.num_coordinates)
-            if local.data_ptr() != mine.data_ptr():
+            if local.data_ptr() != mine.data_ptr():  # else the optimizer has stepped the model's own memory
                 local.copy_(mine)
             if not _is_partitioned(weight):
                 self._gather(weight, local)
@@ -184,12 +190,13 @@ class ZeroBackend(ShardedBackend):
         return has_parts or super().parameters_agree(model)
 
     def _mine(self, weight: torch.nn.Parameter, first: int, count: int) -> torch.Tensor:
+        """Return this rank's ``count`` coordinates of a tensor from ``first`` on: flat, sharing memory."""
         if _is_partitioned(weight):
             return _part(weight)[:count]
         return weight.detach().view(-1)[first : first + count]
 
     def _gather(self, weight: torch.nn.Parameter, local: torch.Tensor) -> None:
-        """Fill a whole weight from every rank's part of it."""
+        """Fill a weight that is whole on every rank from every rank's part, of which ``local`` is this rank's."""
         size = equal_part(weight.numel(), 0, self.world_size)[1]
         gathered = torch.empty(size * self.world_size, dtype=weight.dtype, device=weight.device)
         all_gather_flat(gathered, torch.nn.functional.pad(local, (0, size - len(local))))
@@ -207,10 +214,12 @@ def _stage_3_config() -> dict[str, Any]:
 
 
 def _is_partitioned(parameter: torch.nn.Parameter) -> bool:
+    """Return whether stage 3 has cut a tensor, which then has DeepSpeed's attributes."""
     return hasattr(parameter, "ds_tensor")
 
 
 def _shape(parameter: torch.nn.Parameter) -> tuple[int, ...]:
+    """Return the shape of the whole tensor."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 

@@ -24,8 +24,9 @@ from privtrain.clipping import refusals
 from privtrain.data.lines import Line, Span
 from privtrain.errors import UnsupportedLayer
 
+#: Under which transformers knows :func:`_attend`.
 _NAME = "privtrain_within_records"
-#: Bytes that a record's first number must lie at a multiple of to be used in place: what torch's allocations begin at.
+#: A record is used in place if its numbers begin at a multiple of so many bytes, as torch's allocations do, by device.
 _ALIGNED_BYTES = {"cpu": 64}
 _MOST_ALIGNED_BYTES = 512
 #: Attention functions of transformers that records can be handed to.
@@ -33,7 +34,17 @@ _SUPPORTED = ("sdpa", "eager")
 
 
 class _Spans:
-    """The line that attention runs in: set for the block of :func:`within_records`, on whatever thread it runs."""
+    """The line that attention runs in: set for the block of :func:`within_records`, on whatever thread it runs.
+
+    Args:
+        line: the line.
+        implementation: the model's own attention, ``"sdpa"`` or ``"eager"``.
+
+    Attributes:
+        num_calls: how often attention was called.
+        pieces: records and padding of the line, of :func:`_pieces`.
+        sizes: their numbers of tokens.
+    """
 
     def __init__(self, line: Line, implementation: str) -> None:
         self.num_tokens = line.num_tokens
@@ -44,7 +55,16 @@ class _Spans:
         self.sizes = [stop - first for first, stop, _ in self.pieces]
 
     def mask(self, num_tokens: int, window: int | None, query: torch.Tensor) -> torch.Tensor | None:
-        """Return what the model's own function would be given for a record: ``None`` where it is causal by itself."""
+        """Return the mask that the model's own function would get for a record of ``num_tokens`` in a row of its own.
+
+        ``None`` where the function is causal without one. Else [1, 1, tokens, tokens]: whether a token sees another
+        (``sdpa``), or what is added to their score (``eager``).
+
+        Args:
+            num_tokens: of the record.
+            window: how many tokens back a token sees, itself included; ``None`` for all.
+            query: gives dtype and device.
+        """
         window = num_tokens if window is None else min(window, num_tokens)
         if self.implementation == "sdpa" and window == num_tokens:
             return None
@@ -64,7 +84,10 @@ _current: _Spans | None = None
 
 
 class _Own(torch.autograd.Function):
-    """A copy in memory of its own, and of its gradient: how a slice is aligned depends on its place in the line."""
+    """Copies a record's slice of a line, and the gradient of the copy, into memory of their own.
+
+    How a slice is aligned depends on its place in the line, and kernels may round by alignment.
+    """
 
     @staticmethod
     def forward(_ctx: Any, value: torch.Tensor) -> torch.Tensor:
@@ -83,7 +106,10 @@ def _attend(
     attention_mask: torch.Tensor | None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Compute attention as transformers calls it: [1, heads, tokens, …] → [1, tokens, heads, …]."""
+    """Compute attention as transformers calls it, record by record: [1, heads, tokens, …] → [1, tokens, heads, …].
+
+    The second result stands for the attention weights, which are not kept.
+    """
     spans = _current
     if spans is None:
         raise UnsupportedLayer("attention within records was called outside of a line; this is a bug, report it")
@@ -98,9 +124,9 @@ def _attend(
     parts = []
     sides = (side.split(spans.sizes, dim=2) for side in (query, key, value))
     is_aligned = _aligned_everywhere(query, key, value)
-    for (first, stop, is_record), *own in zip(spans.pieces, *sides, strict=True):
+    for (first, stop, is_record), *slices in zip(spans.pieces, *sides, strict=True):
         if is_record:
-            of_record = own if is_aligned else (_Own.apply(side) for side in own)
+            of_record = slices if is_aligned else (_Own.apply(side) for side in slices)
             output, _ = attend(module, *of_record, spans.mask(stop - first, window, query), **options)
             parts.append(output if is_aligned else _Own.apply(output))
         else:
@@ -109,17 +135,21 @@ def _attend(
 
 
 def _aligned_everywhere(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
-    """Return whether a record's numbers, and the gradient of its output, are aligned wherever it stands in the line."""
+    """Return whether a record's numbers, and the gradient of its output, are aligned wherever it stands in the line.
+
+    So they are if every token begins at a multiple of the bytes that count: each tensor's start, each head and each
+    token's size must be such multiples.
+    """
     wanted = _ALIGNED_BYTES.get(query.device.type, _MOST_ALIGNED_BYTES)
+    starts = [side.data_ptr() for side in (query, key, value)]
+    of_a_head = [side.stride(1) * side.element_size() for side in (query, key, value)]
     of_a_token = [side.stride(2) * side.element_size() for side in (query, key, value)]
     of_output = query.shape[1] * value.shape[-1] * value.element_size()
-    starts = [side.data_ptr() for side in (query, key, value)]
-    strides = [side.stride(1) * side.element_size() for side in (query, key, value)]
-    return all(size % wanted == 0 for size in (*of_a_token, of_output, *starts, *strides))
+    return all(size % wanted == 0 for size in (*starts, *of_a_head, *of_a_token, of_output))
 
 
 def _function(module: nn.Module, implementation: str) -> Callable[..., tuple[torch.Tensor, Any]]:
-    """Return the model's own attention function, to be called by record."""
+    """Return the function that ``module`` would call for attention by itself: torch's, or that of its own file."""
     if implementation == "sdpa":
         return AttentionInterface()["sdpa"]
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
@@ -129,7 +159,7 @@ def _function(module: nn.Module, implementation: str) -> Callable[..., tuple[tor
 
 
 def _pieces(records: Sequence[Span], num_tokens: int) -> list[tuple[int, int, bool]]:
-    """Return (first, stop, whether it is a record) of all pieces of a line, padding between and behind included."""
+    """Return (first token, one past the last, whether a record) of each record of a line and of the padding between."""
     pieces, place = [], 0
     for first, stop in records:
         if first > place:
@@ -142,7 +172,7 @@ def _pieces(records: Sequence[Span], num_tokens: int) -> list[tuple[int, int, bo
 
 
 def refusal(model: Any) -> str:
-    """Return why attention of ``model`` cannot be kept within records by :func:`within_records`, or nothing."""
+    """Return why :func:`within_records` cannot keep attention of ``model`` within records; empty if it can."""
     base = refusals.unwrapped(model)
     name = type(base).__name__
     kinds = {getattr(config, "_attn_implementation", None) for config in refusals.configs(base)} - {None}

@@ -10,6 +10,9 @@ inequality decides, for each layer and width of rows:
 
 Embeddings are always kept as factors: their memory grows with the rows touched.
 
+A gradient of numbers is *dense* here, one of factors an :class:`~.factors.Outer` (linear layers) or a
+:class:`~.factors.Lookup` (embeddings). A tensor has a *use* for each call of a layer that it belongs to.
+
 **A unit's numbers are its own, bit for bit.** Nothing here is computed in a shape, or by a path, that the other units
 of the microbatch decide. What is computed for all rows at once is so for all rows of the microbatch, padding included,
 whose number is a constant; a unit's rows are then added one after another. What joins the rows of a unit is computed
@@ -70,12 +73,13 @@ class UnitGradients:
         #: [rows] the first row of each row's unit; a row without one is its own.
         self._first_of_row: torch.Tensor | None = None
         self._first_rows = torch.tensor(self._firsts, dtype=torch.int64).to(device, non_blocking=True)
-        #: Rows first until the norm is taken, then units first.
+        #: By the tensor's name: [rows, *shape] until its norms are taken, then [units, *shape].
         self._dense: dict[str, torch.Tensor] = {}
         self._outers: dict[str, list[Outer]] = {}
         self._lookups: dict[str, list[Lookup]] = {}
         #: Small tensors of one shape, units first, [units, tensors, *shape]; ``_dense`` has views of them.
         self._groups: list[tuple[list[str], torch.Tensor]] = []
+        #: Squared norms, and what they could be without cancellation, [units] each.
         self._measured: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         #: Units whose norm of a tensor needs float64 Gram matrices, [units]: looked at once for all tensors.
         self._doubtful: dict[str, torch.Tensor] = {}
@@ -95,7 +99,7 @@ class UnitGradients:
         return self._num_units
 
     def add(self, name: str, gradient: Gradient) -> None:
-        """Add one more use of the tensor ``name``: norms are taken when contributions of all its uses are there.
+        """Add one more use of the tensor ``name``. Its norms are taken later, when all its uses have been added.
 
         Args:
             name: the tensor's slot.
@@ -120,12 +124,16 @@ class UnitGradients:
             self._add_dense(name, self._by_unit(gradient))
 
     def complete(self, name: str) -> None:
-        """Take the norms of a tensor all of whose uses have been added; of small ones later, many at a time."""
+        """Note that all uses of a tensor have been added: take its norms, of a small one later together with others."""
         if name not in self._dense or self._dense[name][0].numel() > _SMALL:
             self.measure(name)
 
     def measure(self, name: str) -> None:
-        """Take the norms of a tensor now, whose uses have all been added."""
+        """Take the norms of a tensor now, whose uses have all been added.
+
+        A dense one has its units' gradients; one of factors is measured by :func:`squared_norms_of`, units of one row
+        all together and each of the others by itself.
+        """
         if name in self._dense:
             self._measured[name] = self._of_units(squared_norms(self._dense[name])), self._zero
             self._dense[name] = self._of_units(self._dense[name])
@@ -143,19 +151,20 @@ class UnitGradients:
             for out, value in zip((square, length, is_doubtful), by_row, strict=True):
                 out[self._singles] = value[rows]
         for unit in (unit for unit, count in enumerate(self._counts) if count > 1):
-            own = self._of_unit(name, unit)
-            if not lookups and len(outers) == 1 and _is_cheap(own[0][0]):
-                product = Product(*own)
+            own_outers, own_lookups = self._of_unit(name, unit)
+            # With all its rows in a line, a unit may be cheaper to multiply out.
+            if not lookups and len(outers) == 1 and _is_cheap(own_outers[0]):
+                product = Product(own_outers, own_lookups)
                 for block in product.blocks:
                     square[unit] += squared_norms(product.block(block)[None])[0]
             else:
-                of_unit = squared_norms_of(*own, GramCache())
+                of_unit = squared_norms_of(own_outers, own_lookups, GramCache())
                 square[unit], length[unit], is_doubtful[unit] = (value[0] for value in of_unit)
 
     def drop(self, name: str) -> None:
         """Take the norms of a tensor and drop its gradients."""
         self.measure(name)
-        if name in self._doubtful:
+        if name in self._doubtful:  # settle this tensor's doubts now: without its gradients it would be too late
             others = {key: value for key, value in self._doubtful.items() if key != name}
             self._doubtful = {name: self._doubtful[name]}
             self.settle(self._doubtful[name][None].cpu().numpy())
@@ -164,7 +173,10 @@ class UnitGradients:
             kept.pop(name, None)
 
     def squares(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return [slots, units] squared norms in float64, and what they could be if no contributions cancelled."""
+        """Return [slots, units] squared norms in float64, and what they could be if no contributions cancelled.
+
+        Waits for the device, to see which norms are doubtful, and measures these in float64.
+        """
         squares, uncancelled, doubts = self.squares_and_doubts()
         if not len(doubts):
             return squares, uncancelled
@@ -172,7 +184,10 @@ class UnitGradients:
         return self.squares()
 
     def squares_and_doubts(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return :meth:`squares`, and [tensors, units] which fp32 may have put off too far: for :meth:`settle`."""
+        """Return :meth:`squares` as fp32 gives them, and which are doubtful, for :meth:`settle`.
+
+        The third is [tensors, units] bool, of those tensors alone whose norms come from factors.
+        """
         self._measure_groups()
         for slot in self._layout.slots:
             if slot.name not in self._measured:
@@ -180,8 +195,8 @@ class UnitGradients:
         self._grams.clear()
         squares, uncancelled = zip(*(self._measured[slot.name] for slot in self._layout.slots), strict=True)
         doubts = [*self._doubtful.values()]
-        nothing = torch.zeros(0, self._num_units, dtype=torch.bool, device=self._device)
-        return torch.stack(squares), torch.stack(uncancelled), torch.stack(doubts) if doubts else nothing
+        no_doubts = torch.zeros(0, self._num_units, dtype=torch.bool, device=self._device)
+        return torch.stack(squares), torch.stack(uncancelled), torch.stack(doubts) if doubts else no_doubts
 
     def settle(self, doubts: np.ndarray) -> None:
         """Measure in float64 what :meth:`squares_and_doubts` called doubtful."""
@@ -191,7 +206,7 @@ class UnitGradients:
                 self._measured[name][0][unit] = squared_norm_float64(*self._of_unit(name, unit))
 
     def _measure_groups(self) -> None:
-        """Take the norms of small tensors, all of one shape at once; [rows, …] become [units, …]."""
+        """Take the norms of small dense tensors, all of one shape at once; their [rows, …] become [units, …]."""
         by_shape: dict[torch.Size, list[str]] = {}
         for slot in self._layout.slots:
             value = self._dense.get(slot.name)
@@ -213,7 +228,7 @@ class UnitGradients:
         return {name: part for name, part in parts.items() if part is not None}
 
     def tensor_of_unit(self, slot: Slot, index: int) -> torch.Tensor | None:
-        """Return one tensor of it, [*shape]; ``None`` without a use."""
+        """Return one unit's gradient of one tensor, multiplied out: [*shape]; ``None`` if the tensor was not used."""
         if slot.name in self._dense:
             return self._dense[slot.name][index].clone()
         outers, lookups = self._of_unit(slot.name, index)
@@ -248,10 +263,11 @@ class UnitGradients:
             self._note_added(name, units, _add_factors(out, own, weights[units]))
 
     def add_now(self, name: str, out: torch.Tensor, gradient: Gradient, weights: torch.Tensor) -> None:
-        """Add ``Σ_u trunc(weight_u g_u)`` of one use that is not kept, of the same numbers whose norm was taken.
+        """Add ``Σ_u trunc(weight_u g_u)`` of a tensor's only use, which a second pass has brought back.
 
-        What the norm was taken of multiplied out is multiplied out here too, in the same products and order: where the
-        rows of a unit cancel, another order leaves another rest, which its factor would blow up beyond the norm.
+        These must be the numbers whose norm was taken. Where a gradient was multiplied out to take its norm, it is
+        multiplied out here too, in the same products and order: where the rows of a unit cancel, another order leaves
+        another rest, which the unit's factor would blow up beyond the norm.
 
         Args:
             name: the tensor's slot.
@@ -267,14 +283,21 @@ class UnitGradients:
             self._note_added(name, units, _add_factors(out, own, weights[units]))
 
     def add_unit(self, out: torch.Tensor, gradient: Gradient, unit: int) -> None:
-        """Add ``g_unit`` of one use that is not kept, in fp32."""
+        """Add one unit's gradient of a tensor's only use, which a second pass has brought back, to ``out``: in fp32."""
         if self._is_dense(gradient):
             out.add_(self._dense_form(gradient)[self._firsts[unit]])
         else:
             add_multiplied(out, *self._cut(gradient, unit))
 
     def added_squares(self, squares: torch.Tensor) -> torch.Tensor | None:
-        """Return [slots, units] ``squares`` of the very products that were added; ``None`` if all are anyway."""
+        """Return ``squares`` with the norms of the products that were really added in place of those from factors.
+
+        Args:
+            squares: [slots, units] squared norms, of :meth:`squares`.
+
+        Returns:
+            [slots, units]; ``None`` if no product was added, since dense tensors are measured as they are added.
+        """
         if not self._added:
             return None
         names = [slot.name for slot in self._layout.slots]
@@ -290,23 +313,28 @@ class UnitGradients:
             self._added[name] = added
 
     def rows_of(self, chosen: torch.Tensor) -> torch.Tensor:
-        """Return the places of some units' rows among the rows of all; ``chosen`` are [units] bool, on the CPU."""
+        """Return the places of some units' rows among the rows of all units; ``chosen`` is [units] bool, on the CPU."""
         places = np.flatnonzero(np.repeat(chosen.numpy(), self._counts))
         return torch.from_numpy(places).to(self._device, non_blocking=True)
 
     def _is_dense(self, gradient: Gradient) -> bool:
+        """Return whether a tensor with this only use is kept multiplied out."""
         return isinstance(gradient, torch.Tensor) or (isinstance(gradient, Outer) and _is_cheap(gradient))
 
     def _dense_form(self, gradient: Gradient) -> torch.Tensor:
+        """Return [rows, *shape]: the gradient multiplied out, each unit's sum in the place of its first row."""
         assert not isinstance(gradient, Lookup)
         return self._multiplied(gradient) if isinstance(gradient, Outer) else self._by_unit(gradient)
 
     def _multiplied(self, gradient: Outer) -> torch.Tensor:
-        """Return [rows, p, d]: every row multiplied out, then the rows of a unit added to its first."""
+        """Return [rows, p, d]: every row multiplied out, then each unit's sum in the place of its first row."""
         return self._by_unit(torch.bmm(gradient.left.float().transpose(1, 2), gradient.right.float()))
 
     def _scattered(self, gradient: Lookup, shape: Sequence[int]) -> torch.Tensor:
-        """Return [rows, p, d]: a lookup multiplied out, then added up by unit."""
+        """Return [rows, p, d]: a lookup multiplied out, then each unit's sum in the place of its first row.
+
+        ``shape`` is [rows, p, d].
+        """
         num_rows = len(gradient.ids)
         dense = torch.zeros(num_rows * shape[1], shape[2], dtype=torch.float32, device=self._device)
         place = gradient.ids + torch.arange(num_rows, device=self._device)[:, None] * shape[1]
@@ -314,7 +342,7 @@ class UnitGradients:
         return self._by_unit(dense.view(num_rows, *shape[1:]))
 
     def _by_unit(self, per_row: torch.Tensor) -> torch.Tensor:
-        """Return [rows, …] with the sum over a unit's rows, one after another, in the place of its first."""
+        """Return [rows, …] with each unit's sum over its rows, one after another, in the place of its first row."""
         value = per_row.float()
         if len(self._singles) == self._num_units:
             return value
@@ -331,17 +359,23 @@ class UnitGradients:
         return by_row.index_select(0, self._first_rows)
 
     def _add_dense(self, name: str, value: torch.Tensor) -> None:
+        """Add a use's dense gradient to what the tensor has so far."""
         # Never in place: a layer over [rows, features] hands over a gradient of autograd, which others may share.
         self._dense[name] = self._dense[name] + value if name in self._dense else value
 
     def _of_unit(self, name: str, unit: int) -> tuple[list[Outer], list[Lookup]]:
-        """Return one unit's own factors, all its tokens in a line: [1, tokens, …]."""
+        """Return one unit's own factors of a tensor, by use, all the unit's tokens in a line: [1, tokens, …]."""
         uses: list[Gradient] = [*self._outers.get(name, []), *self._lookups.get(name, [])]
-        cut = [self._cut(use, unit) for use in uses]
-        return [outer for outers, _ in cut for outer in outers], [lookup for _, lookups in cut for lookup in lookups]
+        own_outers: list[Outer] = []
+        own_lookups: list[Lookup] = []
+        for use in uses:
+            outers, lookups = self._cut(use, unit)
+            own_outers += outers
+            own_lookups += lookups
+        return own_outers, own_lookups
 
     def _cut(self, gradient: Gradient, unit: int) -> tuple[list[Outer], list[Lookup]]:
-        """Return one use's factors for a unit, its tokens in a line: as a linear use or as a lookup."""
+        """Return one use's factors for a unit, its tokens in a line: a list of one Outer, or else of one Lookup."""
         rows = slice(self._firsts[unit], self._ends[unit])
         line = lambda value: value[rows].flatten(0, 1)[None]  # noqa: E731
         if isinstance(gradient, Outer):
@@ -351,7 +385,10 @@ class UnitGradients:
 
 
 def _is_cheap(gradient: Outer) -> bool:
-    """Return whether one row (or one unit, given alone) is rather multiplied out than kept: by its own tokens."""
+    """Return whether a row's gradient is multiplied out and not kept as factors: the module's inequality.
+
+    Each row of ``gradient`` has the same number of tokens; a unit given alone counts as one row.
+    """
     p, d, num_tokens = gradient.left.shape[-1], gradient.right.shape[-1], gradient.left.shape[1]
     return p * d <= 1.25 * num_tokens * (p + d)
 
@@ -360,6 +397,11 @@ def _add_factors(
     out: torch.Tensor, units: Sequence[tuple[list[Outer], list[Lookup]]], weights: torch.Tensor
 ) -> torch.Tensor:
     """Add ``Σ_u trunc(weight_u g_u)`` to ``out`` block by block, so that a block stays in the cache for all units.
+
+    Args:
+        out: a tensor's part of the sum, int64.
+        units: each unit's factors of the tensor: linear uses and lookups.
+        weights: [units] float32 of :func:`.exact_sum.on_grid`, none of them zero.
 
     Returns:
         [units] float64 ‖trunc(weight_u g_u)‖² / weight_u², of the very integers that were added.

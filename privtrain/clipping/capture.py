@@ -17,19 +17,21 @@ from torch import nn
 
 from privtrain.errors import UnsupportedLayer
 
+#: Called with a module, its input, and the gradient of its output, whenever a backward pass reaches the module.
 Sink = Callable[[nn.Module, torch.Tensor, torch.Tensor], None]
 
 
 @dataclasses.dataclass
 class Calls:
-    """What the forward pass called, and a handle on it in the graph.
+    """Which modules the forward pass called, with a handle on each in the graph.
 
     Attributes:
         anchors: a leaf of the graph for each module; ``backward(inputs=anchors)`` runs only what leads to them.
         sink: what every backward pass feeds; may be changed between two passes over one graph.
-        num_calls: how often each was called before the first backward pass, in the order of first calls.
-        num_values: numbers in the inputs and outputs of these calls.
+        num_calls: how often each module was called in the forward pass, in the order of first calls.
+        num_values: how many numbers the inputs and outputs of these calls have, by module.
         last: the module that was called last, and its input, part of the graph.
+        is_forward: whether calls are those of the forward pass; cleared before the first backward pass.
     """
 
     anchors: dict[nn.Module, torch.Tensor]
@@ -85,7 +87,7 @@ def captured(modules: Mapping[str, nn.Module], parameters: list[nn.Parameter], n
             calls.num_calls[module] = calls.num_calls.get(module, 0) + 1
             sizes = [value.numel() for value in (activation, output) if isinstance(value, torch.Tensor)]
             calls.num_values[module] = calls.num_values.get(module, 0) + sum(sizes)
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled():  # as in gradient checkpointing's first call, which leaves no graph
             return output
         if not isinstance(activation, torch.Tensor) or not isinstance(output, torch.Tensor):
             raise UnsupportedLayer(

@@ -63,9 +63,16 @@ _MOSTLY_TRAINED = 0.5
 class ClippingDiagnostics:
     """What happened on this rank in a step. Private: none of it is covered by ε.
 
-    ``shares_within`` says of each unit how far it is within the clipping norm (:func:`.styles.within`), ``unit_losses``
-    are the units' own losses and ``nonfinite_owners`` the units that counted as zero, by their position
-    among the rank's units.
+    An *owner* is a unit, by its position among the rank's units of the step.
+
+    Attributes:
+        num_units: units that were added.
+        num_clipped: those whose gradient was made smaller.
+        num_nonfinite: those that counted as zero, since their loss or gradient is not finite.
+        sum_norms: of the gradients of finite units, before clipping.
+        shares_within: of each unit, from 0 to 1, how far it is within the clipping norm (:func:`.styles.within`).
+        unit_losses: owner → its loss.
+        nonfinite_owners: the owners that counted as zero.
     """
 
     num_units: int = 0
@@ -92,8 +99,8 @@ class Measured:
 
     Attributes:
         losses: of its rows, or of the tokens of a line.
-        squares: [slots, units] squared norms.
-        uncancelled: [slots, units] what they could be if no contributions cancelled.
+        squares: [slots, units] squared norms of the units' gradients, by trainable tensor.
+        uncancelled: [slots, units] what these could be if none of a unit's tokens cancelled another.
     """
 
     losses: list[float]
@@ -101,11 +108,11 @@ class Measured:
     uncancelled: torch.Tensor
 
     def is_finite(self, losses: Sequence[float]) -> bool:
-        """Return whether all gradients and these ``losses`` are; an infinite one makes its layer's gradient NaN."""
+        """Return whether all gradients, and these ``losses`` of units, are finite."""
         return all(map(math.isfinite, losses)) and bool(np.isfinite(self.squares.numpy()).all())
 
 
-#: In place of an error: the microbatch holds something that is not finite.
+#: Takes the place of an error where a microbatch failed because something in it is not finite.
 _NOT_FINITE = ArithmeticError("not finite")
 
 
@@ -166,7 +173,7 @@ class PerUnitClipper:
         refusals.refuse_coupled_units(model)
         if not layout.slots:
             raise UnsupportedLayer("the model has no trainable tensor")
-        known = {id(p) for p in layout.parameters.values()}
+        known = {id(p) for p in layout.parameters.values()}  # by identity: a tied tensor has several names
         uncovered = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in known]
         if uncovered:
             raise UnsupportedLayer(
@@ -184,7 +191,8 @@ class PerUnitClipper:
         self._device = device
         self._style = style
         self._groups = styles.groups(style, layout)
-        self._slot_of = slots_by_tensor(layout)
+        self._slot_of = slots_by_tensor(layout)  # id of a tensor → its place in the layout
+        #: The modules with trainable tensors, by name; of each its rule, and its tensors' places in the layout.
         self._modules: dict[str, nn.Module] = {}
         self._rules: dict[nn.Module, rules.Rule] = {}
         self._slots: dict[nn.Module, dict[str, Slot]] = {}
@@ -194,11 +202,11 @@ class PerUnitClipper:
             self._find_rules(model)
         if self.route in ("one_unit", "two_pass"):
             self._refuse_reentrant()
-        self._model, self._widest = model, 0
+        self._model, self._widest = model, 0  # tokens of the widest row so far
         self._open: _OpenUnit | None = None
-        self._saw_every_use = False
-        self._is_rehearsed = False
-        self._is_settled = False
+        self._saw_every_use = False  # whether hooks were found to see every trainable tensor
+        self._is_rehearsed = False  # whether a second pass was found to work
+        self._is_settled = False  # whether the route may not change any more
 
     @property
     def sensitivity(self) -> float:
@@ -291,23 +299,29 @@ class PerUnitClipper:
         return self.layout.zeros(device, torch.int64)
 
     def _rule_for(self, name: str, module: nn.Module) -> rules.Rule:
+        """Return the rule of a module by its name in the model; subclasses choose in another way."""
         return rules.rule_for(name, module)
 
     def _new_passes(self, gradients: UnitGradients, num_rows: int) -> Passes:
+        """Return the passes over a microbatch of so many rows, whose units' gradients ``gradients`` collects."""
         names = {module: name for name, module in self._modules.items()}
         return Passes(names, self._rules, self._slots, gradients, num_rows, self._memory_budget, self._device)
 
     def _budget(self, model: nn.Module) -> float:
-        """Return bytes that per-unit gradients of one microbatch may take."""
+        """Return the bytes that per-unit gradients of one microbatch may take: infinite on the batched route.
+
+        A finite number means two passes, given as a route or chosen by ``auto``.
+        """
         num_weights = sum(p.numel() for p in model.parameters())
-        mostly_trained = self.layout.num_coordinates >= _MOSTLY_TRAINED * num_weights
-        is_auto = self.route == "auto" and self._checkpointing == "non_reentrant" and mostly_trained
-        if self._equal_passes or (self.route != "two_pass" and not is_auto):
+        is_mostly_trained = self.layout.num_coordinates >= _MOSTLY_TRAINED * num_weights
+        auto_takes_two = self.route == "auto" and self._checkpointing == "non_reentrant" and is_mostly_trained
+        if self._equal_passes or not (self.route == "two_pass" or auto_takes_two):
             return math.inf
         weights = sum(p.numel() * p.element_size() for p in model.parameters())
         return _KEPT_SHARE * (weights + self.layout.num_coordinates * torch.float32.itemsize)
 
     def _refuse_reentrant(self) -> None:
+        """Raise if the model has re-entrant checkpointing, which gives no gradient of a tensor that is asked for."""
         if self._checkpointing == "reentrant":
             raise UnsupportedLayer(
                 "clipping routes two_pass and one_unit need non-reentrant gradient checkpointing: call "
@@ -317,15 +331,16 @@ class PerUnitClipper:
     # The batched and the two-pass route.
 
     def _accumulate_batch(self, batch: Microbatch) -> bool:
-        """Add a whole microbatch, or nothing and return false: only one unit at a time turned out to be exact."""
-        rows: list[int] = batch.owner.numpy().tolist()
-        owner = [i for i in rows if i >= 0]
-        if owner != sorted(owner) or any(i < 0 for i in rows[: len(owner)]):
+        """Add a whole microbatch and return true; or add nothing, change to route ``one_unit`` and return false."""
+        owner_of_row: list[int] = batch.owner.numpy().tolist()  # negative for padding
+        owners = [owner for owner in owner_of_row if owner >= 0]
+        has_padding_before = any(owner < 0 for owner in owner_of_row[: len(owners)])
+        if owners != sorted(owners) or has_padding_before:
             raise GuaranteeLost("a unit's rows are not contiguous in a microbatch; this is a bug, report it")
         before = RandomState.of(self._device)
         failure = self._add_batch(batch)
         if failure is _NOT_FINITE:
-            # As many passes on every rank that must run equally many: no rank has more units than rows.
+            # Each unit alone. Where ranks must run equally many passes, one for each row: no rank has more units.
             for index in range(len(batch.owner) if self._equal_passes else len(batch.owners)):
                 with before.replayed():
                     failure = self._add_batch(batch.alone(index), is_alone=True)
@@ -340,6 +355,10 @@ class PerUnitClipper:
 
         The only place of the clipper that catches whatever comes: nothing was added by then, and what becomes of the
         failure is decided in :meth:`_fall_back`, when the hooks are gone.
+
+        Args:
+            batch: the microbatch.
+            is_alone: whether it holds one unit alone; what is not finite is added as zero then, and else a failure.
         """
         owner: list[int] = batch.owner.numpy().tolist()
         rows = [row for row, unit in enumerate(owner) if unit >= 0]
@@ -355,10 +374,11 @@ class PerUnitClipper:
                 )
             except Exception as failure:  # noqa: BLE001 - see fallback: by comparison, not by a list of errors
                 return failure
-            fault = passes.refusal
+            fault: Exception | None = passes.refusal
             measured = self._measured_once(row_losses, gradients) if fault is None else None
             if not is_alone:
                 is_finite = measured is not None and measured.is_finite([measured.losses[row] for row in rows])
+                # A single unit has no mates to harm, but ranks that run equal passes have to decide alike.
                 if self._any_rank(not is_finite) and (self._equal_passes or len(batch.owners) > 1):
                     fault = fault or _NOT_FINITE
             if fault is not None or measured is None:
@@ -375,19 +395,24 @@ class PerUnitClipper:
         return None
 
     def _measured_once(self, losses: torch.Tensor, gradients: UnitGradients) -> Measured:
-        """Bring losses and norms to the CPU: one wait for the device."""
+        """Bring losses and norms to the CPU in one transfer, so that the device is waited for once."""
         with exact_fp32(self._device):
             squares, uncancelled, doubts = gradients.squares_and_doubts()
             parts = [value.double().flatten() for value in (losses, squares, uncancelled, doubts)]
-            own, *norms, flags = torch.cat(parts).cpu().split([part.numel() for part in parts])
+            own_losses, *norms, flags = torch.cat(parts).cpu().split([part.numel() for part in parts])
             squares, uncancelled = (value.view(squares.shape) for value in norms)
-            if flags.numpy().any():
+            if flags.numpy().any():  # norms that fp32 leaves in doubt are taken again
                 gradients.settle(flags.view(doubts.shape).numpy())
                 squares = gradients.squares()[0].cpu()
-        return Measured(own.numpy().tolist(), squares, uncancelled)
+        return Measured(own_losses.numpy().tolist(), squares, uncancelled)
 
     def _fall_back(self, failure: Exception, batch: Microbatch) -> None:
-        """Go one unit at a time, if that was left open and the same rows succeed without hooks; else raise."""
+        """Go one unit at a time, if that was left open and the same rows succeed without hooks; else raise.
+
+        Args:
+            failure: what a pass under hooks raised.
+            batch: its microbatch, of which the first row is tried without hooks.
+        """
         if isinstance(failure, PrivtrainError) and (self.route != "auto" or self._is_settled):
             raise failure
         self._refuse_reentrant()
@@ -400,7 +425,13 @@ class PerUnitClipper:
         self._go_one_unit(failure, reason, is_possible=True)
 
     def _go_one_unit(self, failure: Exception, reason: str, *, is_possible: bool) -> None:
-        """Take the route ``one_unit``, or raise ``failure`` with a way out where the configuration does not allow."""
+        """Take the route ``one_unit``; where that is not allowed, raise with the setting that allows it.
+
+        Args:
+            failure: what was raised on the present route.
+            reason: the same in words.
+            is_possible: whether every rank is able to change its route here.
+        """
         if self.route != "auto" or self._is_settled or not is_possible:
             raise UnsupportedLayer(
                 f"clipping route {self.route!r} does not work on this model: {reason}. Set performance.clipping_route: "
@@ -409,9 +440,10 @@ class PerUnitClipper:
         self.route, self.fallback_reason = "one_unit", reason
 
     def _refuse_hidden_uses(self, batch: Microbatch) -> None:
-        """Raise, once, if a tensor that no hook saw has a gradient: a kernel that reads the weight itself hides it.
+        """Raise if a tensor that no hook saw has a gradient: a kernel that reads the weight itself hides it.
 
-        On the first microbatch, whatever is in it: under a sharded base every rank must run the same passes.
+        Looked at once, on the first microbatch, whatever is in it: under a sharded base every rank must run the same
+        passes.
         """
         if self._saw_every_use:
             return
@@ -442,7 +474,12 @@ class PerUnitClipper:
         return seen
 
     def _add_units(self, batch: Microbatch | Line, passes: Passes, calls: Calls, measured: Measured) -> None:
-        """Add the units of a microbatch; those that span microbatches, cancel or came out longer are multiplied out."""
+        """Clip and add the units of a microbatch.
+
+        Most are added together, from dense gradients or factors. Some are multiplied out first and added one by one:
+        those ``apart``, whose rows continue here or in the next microbatch or whose tokens cancel, and those that came
+        out ``longer`` than measured when they were added, which are taken back before.
+        """
         num_units = len(batch.owners)
         if not num_units:
             return
@@ -450,12 +487,15 @@ class PerUnitClipper:
         with exact_fp32(self._device):
             squares = measured.squares
             apart = self._cancelled(squares, measured.uncancelled)
-            apart |= {0} if self._open is not None else set()
-            apart |= {num_units - 1} if batch.last_continues else set()
+            if self._open is not None:
+                apart.add(0)
+            if batch.last_continues:
+                apart.add(num_units - 1)
             together = torch.tensor([i not in apart for i in range(num_units)])
             factors = self._factors(squares, batch.owners)
             weights = self._on_grid(factors, together)
             gradients.add_weighted(self.total, weights)
+        # What the first pass deferred is added by a pass of its own, which multiplies out one unit besides.
         first = min(apart, default=None)
         gradient = {} if first is None else self._begin(first, gradients.unit(first))
         if not passes.is_complete:
@@ -472,7 +512,7 @@ class PerUnitClipper:
             if index != first:
                 gradient = gradients.unit(index)
                 gradient = self._begin(index, gradient) if index in apart else gradient
-                if not passes.is_complete:
+                if not passes.is_complete:  # the deferred part: taken back of a unit that was added, and multiplied out
                     back = torch.zeros_like(weights)
                     back[:, index] = taken_back[:, index]
                     self._pass_again(passes, calls, back, index, gradient)
@@ -480,8 +520,13 @@ class PerUnitClipper:
                 self._add_unit(batch, index, gradient)
 
     def _cancelled(self, squares: torch.Tensor, uncancelled: torch.Tensor) -> set[int]:
-        """Return units to multiply out at once: their tokens cancel, or may leave fp32's range as they are added."""
-        # Not known is huge too: a token of infinite length beside one of none, at 0 · inf.
+        """Return units to multiply out at once: their tokens cancel, or may leave fp32's range as they are added.
+
+        Args:
+            squares: [slots, units] squared norms.
+            uncancelled: [slots, units] what these could be if no tokens cancelled.
+        """
+        # NaN is huge too: a token of infinite length beside one of length 0 gives 0 · inf.
         huge = ~(uncancelled <= _LARGEST_LENGTH**2) & torch.isfinite(squares)
         if self._style != "per_layer":
             squares, uncancelled = styles.summed(squares), styles.summed(uncancelled)
@@ -489,7 +534,15 @@ class PerUnitClipper:
         return set(np.flatnonzero((cancelled | huge.any(dim=0)).numpy()).tolist())
 
     def _longer(self, gradients: UnitGradients, squares: torch.Tensor, together: torch.Tensor) -> list[int]:
-        """Return units added longer than they were measured: fp32 products of many tokens may be biased so far."""
+        """Return units that came out longer, as they were added, than they were measured.
+
+        fp32 products of many tokens may be biased so far.
+
+        Args:
+            gradients: what was added.
+            squares: [slots, units] squared norms that the clipping factors were made of.
+            together: [units] which were added.
+        """
         added = gradients.added_squares(squares)
         if added is None:
             return []
@@ -559,7 +612,7 @@ class PerUnitClipper:
                 self._add_row(batch, slice(row, row + 1), {})
 
     def _add_row(self, batch: Microbatch, row: slice, gradient: dict[str, torch.Tensor]) -> None:
-        """Add one row's gradient to its unit's ``gradient``, by a pass of its own."""
+        """Add the gradient of the row that ``row`` cuts out to its unit's ``gradient`` (name → tensor), by one pass."""
         # One row a pass: which rows of a unit share a microbatch depends on other units, and so would bf16's rounding.
         loss = (self._row_losses(batch.input_ids[row], batch.target_mask[row]) * batch.row_weight[row]).sum()
         gradients = fallback.plain_gradients(loss, self.layout.parameters)
@@ -609,16 +662,23 @@ class PerUnitClipper:
         return styles.factors(self._style, norms, self._clipping_norm)
 
     def _is_lost(self, owners: Sequence[int]) -> torch.Tensor:
-        """Return [units] whether a loss is not a number; its gradient may be one."""
+        """Return [units] whether a unit's loss is not finite, though its gradient may be: the unit counts as zero."""
         losses = [self.diagnostics.unit_losses.get(owner, 0.0) for owner in owners]
         return torch.tensor([not math.isfinite(loss) for loss in losses], dtype=torch.bool)
 
     def _on_grid(self, factors: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-        """Return [slots, units] factors on the grid; 0 for units that are not ``chosen``."""
+        """Return [slots, units] weights that turn gradients into grid steps; 0 for units that are not ``chosen``."""
         return exact_sum.on_grid(torch.where(chosen, factors, 0.0)[self._groups], self.grid_exponent)
 
     def _count(self, squares: torch.Tensor, factors: torch.Tensor, chosen: torch.Tensor, owners: Sequence[int]) -> None:
-        """Add the ``chosen`` units to the diagnostics."""
+        """Add the ``chosen`` units to the diagnostics.
+
+        Args:
+            squares: [slots, units] squared norms.
+            factors: [groups, units] clipping factors.
+            chosen: [units] bool.
+            owners: the units' positions among the rank's.
+        """
         norms = styles.summed(squares)[0].sqrt().masked_fill(self._is_lost(owners), torch.inf)
         places = np.flatnonzero(chosen.numpy())
         whole, is_clipped = norms.numpy()[places], (factors < 1).any(dim=0).numpy()[places]
@@ -632,7 +692,15 @@ class PerUnitClipper:
 
 
 def _owners(model: nn.Module, slot_of: Mapping[int, Slot]) -> dict[str, nn.Module]:
-    """Return the modules that own a trainable tensor, each once; a tied tensor has several owners."""
+    """Return the modules that own a trainable tensor, by name; a tied tensor has several owners.
+
+    Args:
+        model: the model.
+        slot_of: id of each trainable tensor → its place in the layout.
+
+    Raises:
+        UnsupportedLayer: if a tensor has no owner.
+    """
     modules: dict[str, nn.Module] = {}
     owned: set[int] = set()
     for name, module in model.named_modules():
@@ -647,11 +715,12 @@ def _owners(model: nn.Module, slot_of: Mapping[int, Slot]) -> dict[str, nn.Modul
 
 def _checkpointing(model: nn.Module) -> str | None:
     """Return how transformers checkpoints the model's layers: ``"reentrant"``, ``"non_reentrant"`` or ``None``."""
-    kinds = {
-        getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", {}).get("use_reentrant", True)
-        for module in model.modules()
-        if getattr(module, "gradient_checkpointing", False)
-    }
-    if not kinds:
+    is_reentrant: set[bool] = set()
+    for module in model.modules():
+        if getattr(module, "gradient_checkpointing", False):
+            # A partial of torch's checkpoint, which is re-entrant unless told otherwise.
+            checkpoint = getattr(module, "_gradient_checkpointing_func", None)
+            is_reentrant.add(getattr(checkpoint, "keywords", {}).get("use_reentrant", True))
+    if not is_reentrant:
         return None
-    return "reentrant" if True in kinds else "non_reentrant"
+    return "reentrant" if True in is_reentrant else "non_reentrant"

@@ -62,7 +62,7 @@ class GradientShards(Protocol):
     repeats_backward: bool
 
     def collecting(self, sink: Sink) -> contextlib.AbstractContextManager[None]:
-        """Run one backward pass on each rank in the block; ``sink`` gets this rank's part of their SUM."""
+        """Return a block in which each rank runs one backward pass; ``sink`` gets this rank's part of their SUM."""
         ...
 
     def reshard(self) -> None:
@@ -105,7 +105,7 @@ class SumOfParts(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class _Rows:
-    """Rows of one unit: fields of :class:`~privtrain.data.microbatch.Microbatch`."""
+    """Rows of one unit; the fields are those of :class:`~privtrain.data.microbatch.Microbatch`."""
 
     input_ids: torch.Tensor
     target_mask: torch.Tensor
@@ -121,11 +121,16 @@ class _Rows:
     @classmethod
     def joined(cls, parts: Sequence[_Rows]) -> _Rows:
         """Join parts of a unit's rows: they have the same width in every microbatch."""
-        ids, mask, weight = ([getattr(part, name) for part in parts] for name in cls.__dataclass_fields__)
-        return cls(torch.cat(ids), torch.cat(mask), torch.cat(weight))
+        ids = torch.cat([part.input_ids for part in parts])
+        mask = torch.cat([part.target_mask for part in parts])
+        weight = torch.cat([part.row_weight for part in parts])
+        return cls(ids, mask, weight)
 
     def share_of(self, rank: int, size: int) -> tuple[_Rows, bool]:
-        """Return a rank's rows and whether it has any, else the last at weight zero, since all ranks must take part."""
+        """Return the rows of one of ``size`` ranks, and whether it has any.
+
+        A rank without rows gets the last one at weight zero, since all ranks must take part in a pass.
+        """
         mine = list(range(rank, len(self), size))
         has_rows = bool(mine)
         mine = mine or [len(self) - 1]
@@ -177,10 +182,10 @@ class CooperativeClipper:
         self._style = style
         self._groups = styles.groups(style, self.layout)
         self._number = {slot.name: i for i, slot in enumerate(self.layout.slots)}
-        self._gradient: torch.Tensor | None = None
-        self._open: int | None = None
-        self._rows: list[_Rows] = []
-        self._loss = 0.0
+        self._gradient: torch.Tensor | None = None  # this rank's part of one unit's gradient
+        self._open: int | None = None  # the unit whose rows continue in the next microbatch
+        self._rows: list[_Rows] = []  # its rows so far
+        self._loss = 0.0  # this rank's part of the present unit's loss
 
     @property
     def sensitivity(self) -> float:
@@ -226,6 +231,7 @@ class CooperativeClipper:
         return self.total
 
     def _add_unit(self, owner: int, rows: _Rows, most_rows: int) -> None:
+        """Add one unit, in two passes if that is the route and each rank's rows fit into one pass, else in one."""
         self._loss = 0.0
         if self.route == "two_pass" and len(rows) <= most_rows:
             self._add_in_two_passes(owner, rows)
@@ -233,7 +239,10 @@ class CooperativeClipper:
             self._add_kept(owner, rows)
 
     def _add_kept(self, owner: int, rows: _Rows) -> None:
-        """Keep the unit's gradient while its norm is taken. One row a rank and pass, so that few activations are."""
+        """Add one unit in one pass over its rows: keep this rank's part of the gradient until the norm is known.
+
+        Each rank runs one row at a time, so that few activations are in memory beside the gradient.
+        """
         if self._gradient is None:
             self._gradient = self.layout.zeros(self._device)
         gradient, size = self._gradient.zero_(), self._shards.size
@@ -256,7 +265,10 @@ class CooperativeClipper:
             self._gradient = None
 
     def _add_in_two_passes(self, owner: int, rows: _Rows) -> None:
-        """Take norms, then add the scaled parts straight to the total; dropout is drawn once more, the same."""
+        """Add one unit in two passes over its rows: the first takes norms, the second adds scaled parts to the total.
+
+        Both draw the same dropout.
+        """
         first, measure = self._measuring()
         devices = [self._device] if self._device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
@@ -268,6 +280,7 @@ class CooperativeClipper:
         second, measure_again = self._measuring()
 
         def add(slot: Slot, part: torch.Tensor) -> None:
+            """Take the norm of a slot's part once more, and add the part."""
             measure_again(slot, part)
             exact_sum.add_unit(self.layout.view(self.total, slot), part, weights[self._number[slot.name]])
 
@@ -280,7 +293,10 @@ class CooperativeClipper:
             )
 
     def _measuring(self) -> tuple[torch.Tensor, Sink]:
-        """Return this rank's squared norms by slot, and what fills them in one pass: each tensor must arrive whole."""
+        """Return this rank's squared norms by slot, zero at first, and the sink that fills them in one pass.
+
+        Each slot must arrive whole: of pieces the squared norms would not add up.
+        """
         squares, arrived = self._zero_squares(), set[str]()
 
         def measure(slot: Slot, part: torch.Tensor) -> None:
@@ -304,7 +320,15 @@ class CooperativeClipper:
             self._loss += float(loss.detach())
 
     def _weights(self, squares: torch.Tensor, owner: int) -> tuple[list[float] | None, torch.Tensor]:
-        """Count the unit; return each slot's scale (``None`` where the unit counts as zero) and its norms by group."""
+        """Add up the unit's squared norms over the group, count the unit, and return its weights and norms.
+
+        Args:
+            squares: [slots, 1] squared norms of this rank's parts.
+            owner: the unit.
+
+        Returns:
+            Each slot's weight in grid steps (``None`` where the unit counts as zero), and the unit's [groups, 1] norms.
+        """
         parts = torch.cat([squares, squares.new_tensor([[self._loss]])])
         self._shards.sum_over_group(parts)
         squares = parts[:-1]
@@ -312,17 +336,17 @@ class CooperativeClipper:
             squares = torch.full_like(squares, torch.inf)
         norms = styles.group_norms(squares, self._groups)
         factors = styles.factors(self._style, norms, self.clipping_norm)
-        whole = float(squares.sum().sqrt())
-        is_finite = whole < float("inf")
+        whole_norm = float(squares.sum().sqrt())
+        is_finite = whole_norm < float("inf")  # false for NaN too
         if not is_finite:
             self.diagnostics.nonfinite_owners.append(owner)
-        if self._shards.rank == 0:
+        if self._shards.rank == 0:  # a unit is counted once in the group
             self.diagnostics.num_units += 1
             self.diagnostics.add_loss(owner, float(parts[-1]))
             self.diagnostics.num_clipped += int(bool((factors < 1).any()) and is_finite)
             self.diagnostics.num_nonfinite += int(not is_finite)
-            self.diagnostics.sum_norms += whole if is_finite else 0.0
-            within = styles.within(norms.new_tensor([whole]), self.clipping_norm)
+            self.diagnostics.sum_norms += whole_norm if is_finite else 0.0
+            within = styles.within(norms.new_tensor([whole_norm]), self.clipping_norm)
             self.diagnostics.shares_within += within.tolist()
         if not bool((factors > 0).all()):
             return None, norms

@@ -30,7 +30,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
-#: Numbers that are quantised at a time: they and their integers stay in a CPU's cache. A GPU has kernels to save.
+#: Numbers that are rounded at a time, by device type: on a CPU so few that they stay in its cache. Other devices take
+#: more, since each piece costs them kernels.
 _CHUNK = {"cpu": 1 << 18}
 _LARGEST_CHUNK = 1 << 26
 #: Units whose contributions are added up in float64 before the sum is: 2**11 times 2**41 (1 + 1e-5) is below 2**53.
@@ -38,7 +39,7 @@ _MOST_UNITS = 1 << 11
 
 
 def on_grid(factors: torch.Tensor, exponent: int) -> torch.Tensor:
-    """Return float32 weights that turn a gradient into its contribution in grid steps.
+    """Return float32 weights v = w / s that turn a gradient into its contribution in grid steps.
 
     Args:
         factors: clipping factors, float64: a factor below fp32's normal numbers would be rounded by more than 2**-24.
@@ -57,9 +58,11 @@ def add_units(total: torch.Tensor, gradients: torch.Tensor, weights: torch.Tenso
         weights: [units] float32 of :func:`on_grid`, on the CPU, so that nobody waits to see which are zero.
     """
     values, used = gradients.flatten(1), np.flatnonzero(weights.numpy()).tolist()
-    if len(used) < len(weights):
-        values = values[used] if len(used) > 1 else values[used[0] : used[0] + 1] if used else values[:0]
-        weights = weights[used]
+    if len(used) <= 1:
+        first = used[0] if used else 0
+        values, weights = values[first : first + len(used)], weights[used]  # a view: one unit, or none, needs no copy
+    elif len(used) < len(weights):
+        values, weights = values[used], weights[used]
     for part, some in zip(values.split(_MOST_UNITS), weights.split(_MOST_UNITS), strict=True):
         steps = _steps(some, part)
         for place, columns in _pieces(total, part):
@@ -79,12 +82,13 @@ def add_groups(totals: Sequence[torch.Tensor], gradients: torch.Tensor, weights:
         return
     values = gradients.flatten(2) if len(used) == gradients.shape[0] else gradients[used].flatten(2)
     weights = weights[:, used].T.contiguous()
+    # One tensor at a time where a unit counts for some of them only, or float64 cannot add up so many units exactly.
     if values.shape[0] > _MOST_UNITS or not weights.numpy().all():
         for i, total in enumerate(totals):
             add_units(total, values[:, i], weights[:, i])
         return
     steps = _steps(weights.flatten(), values).view(*weights.shape, 1)
-    size = max(1, _CHUNK.get(values.device.type, _LARGEST_CHUNK) // values[:, 0].numel())
+    size = max(1, _CHUNK.get(values.device.type, _LARGEST_CHUNK) // values[:, 0].numel())  # tensors at a time
     for first in range(0, len(totals), size):
         some = slice(first, first + size)
         parts = torch.div(values[:, some], steps[:, some], rounding_mode="trunc")
@@ -94,13 +98,17 @@ def add_groups(totals: Sequence[torch.Tensor], gradients: torch.Tensor, weights:
 
 
 def add_measured(total: torch.Tensor, gradients: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Add units as :func:`add_units` does, overwriting ``gradients``; return their squared norms in grid steps."""
+    """Add units as :func:`add_units` does, overwriting ``gradients``.
+
+    Returns:
+        [units] float64 squared norms of what was added, in grid steps.
+    """
     parts = zip(gradients.flatten(1).split(_MOST_UNITS), weights.split(_MOST_UNITS), strict=True)
     return torch.cat([_add_measured(total, values, some) for values, some in parts])
 
 
 def _add_measured(total: torch.Tensor, values: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Add the contributions piece by piece; return their squared norms in grid steps."""
+    """Do :func:`add_measured` for as many units as are added up at once: ``values`` are [units, coordinates]."""
     assert len(weights) <= _MOST_UNITS
     squares = torch.zeros(len(weights), dtype=torch.float64, device=total.device)
     wide = torch.empty(0, dtype=torch.float64, device=total.device)
@@ -115,16 +123,16 @@ def _add_measured(total: torch.Tensor, values: torch.Tensor, weights: torch.Tens
 
 
 def _steps(weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """Return [units, 1]: the grid step as a multiple of each unit's gradient.
+    """Return [units, 1]: u = 1 / v, by which each unit's gradient is divided to get grid steps.
 
-    Quotients by it are truncated in one kernel, while torch.trunc by itself is not vectorised on CPUs.
+    Dividing and truncating is one kernel, while torch.trunc by itself is not vectorised on CPUs.
     """
     assert values.dtype == weights.dtype == torch.float32
     return weights.reciprocal()[:, None].to(values.device, non_blocking=True)
 
 
 def _pieces(total: torch.Tensor, values: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Cut ``total`` and [units, coordinates] into pieces."""
+    """Cut ``total`` and ``values`` ([units, coordinates]) into pairs of the same coordinates, a chunk at a time."""
     size = max(1, _CHUNK.get(values.device.type, _LARGEST_CHUNK) // max(1, len(values)))
     return zip(total.view(-1).split(size), values.split(size, dim=1), strict=True)
 
@@ -142,7 +150,7 @@ def add_unit(total: torch.Tensor, gradient: torch.Tensor, weight: float) -> None
 
 
 def as_float32(total: torch.Tensor, exponent: int) -> torch.Tensor:
-    """Return the value of a sum on the grid, in fp32: for comparing, and where no noise is to be added."""
+    """Return an int64 sum in units of 2**``exponent`` as fp32 values: to compare, and where no noise is to be added."""
     vector = torch.empty(total.shape, dtype=torch.float32, device=total.device)
     for part, out in zip(total.split(_LARGEST_CHUNK), vector.split(_LARGEST_CHUNK), strict=True):
         out.copy_(part.double().mul_(2.0**exponent))

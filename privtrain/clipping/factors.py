@@ -9,6 +9,9 @@ A linear layer's weight has the gradient Σ_t l_t r_tᵀ (:class:`Outer`), an em
 
 These sums can cancel; :func:`squared_norms_of` says how they are taken so that a norm is never under-estimated by more
 than a share of 1e-5, and by how much a unit's tokens cancel, so that callers can multiply such a unit out.
+
+A *row* is a sequence of a microbatch, a *use* of a tensor one call of a layer that has it as its weight. The *Gram
+matrix* of some vectors is that of their inner products.
 """
 
 from __future__ import annotations
@@ -72,6 +75,7 @@ class GramCache:
 
     def gram(self, tokens: torch.Tensor) -> torch.Tensor:
         """Return [units, n, n] inner products of [units, n, features]: fp32, in blocks that are added up in float64."""
+        # The same memory in the same shape, not written to since.
         key = (tokens.data_ptr(), tokens.shape, tokens.stride(), tokens.dtype, tokens._version)
         for known, _, gram in self._recent:
             if known == key:
@@ -83,7 +87,7 @@ class GramCache:
 
     @staticmethod
     def _product(tokens: torch.Tensor) -> torch.Tensor:
-        """Return [units, n, n] products, the blocks of features added up in float64."""
+        """Return [units, n, n] inner products; where features take several blocks, in float64."""
         first, *others = (piece.float() for piece in tokens.split(_GRAM_BLOCK, dim=2))
         gram = torch.bmm(first, first.transpose(1, 2))
         for piece in others:
@@ -96,7 +100,7 @@ class GramCache:
 
 
 def squared_norms(values: torch.Tensor) -> torch.Tensor:
-    """Return squared norm of each ``values[i]``, in float64, and so for every finite fp32 gradient.
+    """Return the squared norm of each ``values[i]``, in float64, which holds it for every finite fp32 gradient.
 
     Over 3e7 numbers a plain fp32 norm was measured 4e-4 too small, which is sensitivity; and it is infinite from 1e19
     on. In pieces, since the float64 copy of a large tensor would not stay in the cache.
@@ -108,7 +112,7 @@ def squared_norms(values: torch.Tensor) -> torch.Tensor:
 
 
 def grouped_squared_norms(group: torch.Tensor) -> torch.Tensor:
-    """Return [rows, tensors] squared norms in float64 of small tensors [rows, tensors, …]."""
+    """Return [rows, tensors] squared norms in float64 of small tensors of one shape, [rows, tensors, *shape]."""
     numbers = _CPU_BLOCK if group.device.type == "cpu" else _LARGEST_BLOCK
     parts = group.flatten(2).split(max(1, numbers // max(1, group[:, 0].numel())), dim=1)
     squares = [torch.linalg.vector_norm(part, dim=2, dtype=torch.float64).square() for part in parts]
@@ -118,7 +122,7 @@ def grouped_squared_norms(group: torch.Tensor) -> torch.Tensor:
 def squared_norms_of(
     outers: Sequence[Outer], lookups: Sequence[Lookup], grams: GramCache
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return squared norms of one tensor by unit, what they could be without cancellation, and which are doubtful.
+    """Return each unit's squared norm of one tensor, what it could be without cancellation, and whether it is doubtful.
 
     The entries of the Gram matrices L = (⟨l_t, l_s⟩) and R = (⟨r_t, r_s⟩) are fp32 products. If rounding puts
     L_ts off by at most 2⁻²⁴ (64 |L_ts| + ‖l_t‖‖l_s‖), and R_ts likewise, then S = Σ_ts L_ts R_ts is off by at most
@@ -128,8 +132,8 @@ def squared_norms_of(
     The constants are measured, with a margin, on aligned, repeated, cancelling and random tokens; a test compares E
     with the truth on all of these (it was 100 times too large on a real model). Units for which E is not below 2e-5 S,
     because their tokens cancel or leave fp32's range, are doubtful: the caller takes :func:`squared_norm_float64` of
-    them instead, where products of fp32 numbers are exact and rounding is at most 1e-10 of the second value. So a
-    caller of several tensors waits once for the device to see which.
+    them instead, where products of fp32 numbers are exact and rounding is at most 1e-10 of the second value. Which they
+    are is not looked at here, so that a caller waits for the device once for many tensors.
 
     Args:
         outers: every use of the tensor in a linear layer; here "rows" are units, each with all its tokens in a line.
@@ -139,13 +143,13 @@ def squared_norms_of(
     Returns:
         Three [units] tensors: ‖Σ …‖² and (Σ_t of the tokens' own norms)² in float64, and whether the first is doubtful.
     """
-    rest, length = _lookup_squares(outers, lookups)
+    lookup_square, lookup_length = _lookup_squares(outers, lookups)
     if not outers:
-        return rest, length.square(), torch.zeros_like(rest, dtype=torch.bool)
-    square, more, error, certain = _outer_squares(_joined(outers), grams)
-    square = square + rest
-    is_doubtful = ~(certain & (error <= _GRAM_TOLERANCE * square))
-    return square.clamp(min=0), (length + more).square(), is_doubtful
+        return lookup_square, lookup_length.square(), torch.zeros_like(lookup_square, dtype=torch.bool)
+    outer_square, outer_length, error, can_be_believed = _outer_squares(_joined(outers), grams)
+    square = outer_square + lookup_square
+    is_doubtful = ~(can_be_believed & (error <= _GRAM_TOLERANCE * square))
+    return square.clamp(min=0), (lookup_length + outer_length).square(), is_doubtful
 
 
 def squared_norm_float64(outers: Sequence[Outer], lookups: Sequence[Lookup]) -> torch.Tensor:
@@ -155,19 +159,19 @@ def squared_norm_float64(outers: Sequence[Outer], lookups: Sequence[Lookup]) -> 
         outers: the unit's uses in linear layers, at least one, each [1, tokens, …].
         lookups: its uses as an embedding, likewise.
     """
-    rest, _ = _lookup_squares(outers, lookups)
-    return (_outer_squares_float64(_joined(outers)) + rest)[0].clamp(min=0)
+    lookup_square, _ = _lookup_squares(outers, lookups)
+    return (_outer_squares_float64(_joined(outers)) + lookup_square)[0].clamp(min=0)
 
 
 def _joined(outers: Sequence[Outer]) -> Outer:
-    """Return all tokens of a unit in one line; a single use is not copied."""
+    """Return several linear uses of a tensor as one, the tokens of each behind those of the one before."""
     if len(outers) == 1:
         return outers[0]
     return Outer(*(torch.cat([getattr(o, side).float() for o in outers], dim=1) for side in ("left", "right")))
 
 
 def _outer_squares(outer: Outer, grams: GramCache) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return S, Σ_t ‖l_t‖‖r_t‖, E and whether E can be believed, for each unit."""
+    """Return S, Σ_t ‖l_t‖‖r_t‖, E and whether E can be believed, [units] each; see :func:`squared_norms_of`."""
     left, right = grams.gram(outer.left), grams.gram(outer.right)
     norms_left, norms_right = (g.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt().to(g.dtype) for g in (left, right))
     product = left * right
@@ -189,12 +193,16 @@ def _quadratic(gram: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
 
 
 def _outer_squares_float64(outer: Outer) -> torch.Tensor:
+    """Return [units] S, as in :func:`squared_norms_of`, in float64."""
     left, right = (_gram_float64(side) for side in (outer.left, outer.right))
     return (left * right).sum(dim=(1, 2))
 
 
 def _gram_float64(tokens: torch.Tensor) -> torch.Tensor:
-    """Return the Gram matrix by pieces: a vocabulary's width in float64 would be the largest tensor of the step."""
+    """Return [units, n, n] inner products of [units, n, features], in float64.
+
+    By pieces of features: a vocabulary's width in float64 would be the largest tensor of the step.
+    """
     gram = torch.zeros(*tokens.shape[:2], tokens.shape[1], dtype=torch.float64, device=tokens.device)
     for piece in tokens.split(_BLOCK, dim=2):
         wide = piece.double()
@@ -203,20 +211,25 @@ def _gram_float64(tokens: torch.Tensor) -> torch.Tensor:
 
 
 def _lookup_squares(outers: Sequence[Outer], lookups: Sequence[Lookup]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return what uses as an embedding add to the square (cross terms with linear uses included) and to the length."""
+    """Return what uses as an embedding add, by unit: to the squared norm, and to the sum of the tokens' own norms.
+
+    The first includes the cross terms with uses in linear layers, the second formula of the module.
+    """
     if not lookups:
         zero = torch.zeros(len(outers[0].left), dtype=torch.float64, device=outers[0].left.device)
         return zero, zero
-    ids = torch.cat([k.ids for k in lookups], dim=1)
-    values = torch.cat([k.values for k in lookups], dim=1).double()
+    ids = torch.cat([lookup.ids for lookup in lookups], dim=1)
+    values = torch.cat([lookup.values for lookup in lookups], dim=1).double()
     square = torch.stack([_lookup_square(i, v) for i, v in zip(ids, values, strict=True)])
     for outer in outers:
+        # picked[s, t] is l_s[i_t].
         picked = outer.left.gather(2, ids[:, None, :].expand(-1, outer.left.shape[1], -1)).double()
         square = square + 2 * (picked * torch.bmm(outer.right.double(), values.transpose(1, 2))).sum(dim=(1, 2))
     return square, values.norm(dim=2).sum(dim=1)
 
 
 def _lookup_square(ids: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """Return the squared norm of one unit's Σ_t e(id_t) v_tᵀ: tokens of the same id are added up first."""
     _, summed = _summed(ids, values)
     return summed.square().sum()
 
@@ -228,6 +241,7 @@ def _summed(ids: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torc
         [tokens] the ids, ascending, each once, then the last one again and again; [tokens, features] sums, then zeros.
     """
     ordered, order = ids.sort(stable=True)
+    # 1 where an id differs from the one before; summed up, that numbers the ids from 0.
     is_new = torch.ones_like(ordered)
     is_new[1:] = ordered[1:] != ordered[:-1]
     place = is_new.cumsum(0) - 1
@@ -236,7 +250,7 @@ def _summed(ids: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torc
 
 
 def row_blocks(outer: Outer) -> list[slice]:
-    """Return the rows of a [p, d] tensor in blocks that a CPU's cache holds: a function of its shape alone."""
+    """Return slices of the rows of a [p, d] tensor whose blocks a CPU's cache holds; of one device by p and d."""
     p, d = outer.left.shape[-1], outer.right.shape[-1]
     size = max(1, (_CPU_BLOCK if outer.left.device.type == "cpu" else _LARGEST_BLOCK) // d)
     return [slice(start, min(start + size, p)) for start in range(0, p, size)]
@@ -251,8 +265,8 @@ class Product:
     """
 
     def __init__(self, outers: Sequence[Outer], lookups: Sequence[Lookup]) -> None:
-        # A matmul kernel may round by its operands' alignment, and a unit can begin anywhere in its microbatch: copies
-        # are aligned alike. The left side is copied block by block.
+        # A matmul kernel may round by its operands' alignment, and a unit can begin anywhere in its microbatch. Copies
+        # are all aligned alike. The left side is copied block by block.
         self._sides = [
             (outer.left.flatten(0, 1), outer.right.flatten(0, 1).to(torch.float32, copy=True)) for outer in outers
         ]
@@ -266,26 +280,28 @@ class Product:
             rows: one of ``blocks``.
             out: [rows, d] float32.
         """
-        first = None
+        total = None
         for side, right in self._sides:
             left = side[:, rows].to(torch.float32, copy=True).contiguous()
-            product = torch.mm(left.T, right, out=out if first is None else None)
-            first = product if first is None else first.add_(product)
-        assert first is not None
+            product = torch.mm(left.T, right, out=out if total is None else None)
+            total = product if total is None else total.add_(product)
+        assert total is not None
         if self._lookup is not None:
             touched, summed = self._lookup
             if len(self.blocks) > 1:
+                # Ids ascend: those within the block follow one another.
                 ends = torch.tensor([rows.start, rows.stop], device=touched.device)
                 start, stop = torch.searchsorted(touched, ends).tolist()
                 touched, summed = touched[start:stop] - rows.start, summed[start:stop]
-            first.index_add_(0, touched, summed)
-        return first
+            total.index_add_(0, touched, summed)
+        return total
 
 
 def summed_lookups(lookups: Sequence[Lookup]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the rows that one unit touches, ascending, and its gradient in each: [tokens], [tokens, d] float32.
+    """Return the rows of the tensor that one unit touches, ascending, and its gradient in each.
 
-    Behind them comes the last row again and again, with zeros.
+    [tokens] and [tokens, d] float32, whatever the number of rows: behind them the last row comes again and again, with
+    zeros.
     """
     ids = torch.cat([lookup.ids.flatten() for lookup in lookups])
     values = torch.cat([lookup.values.flatten(0, 1).float() for lookup in lookups])
@@ -293,7 +309,7 @@ def summed_lookups(lookups: Sequence[Lookup]) -> tuple[torch.Tensor, torch.Tenso
 
 
 def add_multiplied(out: torch.Tensor, outers: Sequence[Outer], lookups: Sequence[Lookup]) -> None:
-    """Add one unit's gradient to ``out``, in fp32."""
+    """Add one unit's gradient of one tensor, multiplied out of its uses, to ``out``, in fp32."""
     if outers:
         product = Product(outers, lookups)
         for rows in product.blocks:

@@ -1,5 +1,8 @@
 """Whether a failed pass under hooks is the hooks' fault: the same rows without them decide.
 
+The batched clipping routes see activations and gradients by hooks on the model's layers (:mod:`.capture`); the route
+``one_unit`` differentiates one row after another without them.
+
 Hooks change what a model sees: a layer's output is a view with a gradient of its own, weights are frozen, autograd
 calls back. Models that write into a layer's output, repeat rows of it or call layers during a backward pass then fail
 in as many ways as there are models, with whatever exception their authors' code happens to meet. That cannot be
@@ -25,8 +28,8 @@ def plain_gradients(
     """Return the gradients of one row's loss by autograd alone; ``None`` for a tensor that it does not depend on.
 
     Raises:
-        UnsupportedLayer: if the model runs a backward pass of its own within this one, as reversible networks do: what
-            that one finds is left on the tensors, and nothing is returned of it.
+        UnsupportedLayer: if the model runs a backward pass of its own within this one, as reversible networks do. The
+            gradients of that pass are left on the tensors' ``grad`` instead of being returned.
     """
     gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
     left = [name for name, parameter in parameters.items() if parameter.grad is not None]
@@ -43,23 +46,23 @@ def plain_gradients(
 def cause(
     failure: Exception, row_loss: Callable[[], torch.Tensor] | None, parameters: Mapping[str, torch.nn.Parameter]
 ) -> str:
-    """Return what it is about the hooks that failed, in words, if the twin without them succeeds.
+    """Return in words why the hooks failed, if the same row succeeds without them.
 
     Args:
         failure: what a pass under hooks raised.
-        row_loss: the forward pass of one row alone, without hooks. ``None`` where ranks gather a sharded base together
-            and a pass after a failed one is not theirs to choose: then nothing is compared.
+        row_loss: the forward pass of one row alone, without hooks. ``None`` where nothing is to be compared: ranks that
+            gather a sharded base together cannot run one more pass on their own.
         parameters: the trainable tensors by name.
 
     Raises:
         Exception: ``failure`` itself where another route would not help or hide something: too little memory, a
             lost rank, or an error of ours that is about no layer.
-        ModelFailed: if the twin fails too.
+        ModelFailed: if the row fails without hooks too.
     """
-    if is_elsewhere(failure) or not _is_of_hooks(failure):
+    if is_elsewhere(failure) or not _may_be_of_hooks(failure):
         raise failure
     if isinstance(failure, UnsupportedLayer) or row_loss is None:
-        return in_words(failure) if not isinstance(failure, PrivtrainError) else str(failure)
+        return str(failure) if isinstance(failure, PrivtrainError) else in_words(failure)
     try:
         plain_gradients(row_loss().sum(), parameters)
     except Exception as error:
@@ -78,7 +81,8 @@ def in_words(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
 
 
-def _is_of_hooks(error: Exception) -> bool:
+def _may_be_of_hooks(error: Exception) -> bool:
+    """Return whether hooks may have caused an error: any foreign one, or one of ours about a layer or its gradients."""
     return not isinstance(error, PrivtrainError) or isinstance(error, UnsupportedLayer | GuaranteeLost)
 
 

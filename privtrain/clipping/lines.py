@@ -1,8 +1,10 @@
 """Clip the units of a line: every unit's gradient from its own tokens alone, in shapes that they alone decide.
 
-The layers run on the whole line. What a layer saw and got back is then moved into slots, one for each unit, of a
-constant number and size: rows of a microbatch, which go through the layer's rule (:mod:`.rules`) and
-:class:`.batched.UnitGradients` as any others. A unit with a line of its own is one row, where it lies.
+A *line* (:mod:`privtrain.data.lines`) is a microbatch of one long row that holds the records of whole units, one after
+another. The layers run on the whole line. The input of a layer and the gradient of its output are then moved into
+*slots*, one for each unit, of a constant number and size: rows of a microbatch, which go through the layer's rule
+(:mod:`.rules`) and :class:`.batched.UnitGradients` as any others. A unit with a line of its own is one row, where it
+lies. (A layout's slots, the places of trainable tensors, are another thing of that name.)
 """
 
 from __future__ import annotations
@@ -29,14 +31,14 @@ from privtrain.errors import GuaranteeLost, PrivtrainError, UnsupportedLayer
 #: A line → [1, tokens] losses, each of its own record alone; zero where nothing is predicted.
 TokenLosses = Callable[[Line], torch.Tensor]
 
-#: Tokens that are run as a row of their own to see which layers the hooks do not.
+#: Tokens of a line that are run as a row, to find trainable tensors that the hooks do not see.
 _NUM_FIRST = 16
-#: Tensors that are kept in slots: layers that share an input are called one after another.
+#: Tensors whose slots are kept for the next call: layers that share an input are called one after another.
 _NUM_RECENT = 2
 
 
 class Slots:
-    """Tokens of a line, each unit's in a row of its own: of constant length if units share the line, else its own.
+    """Moves tokens of a line into slots, a row for each unit: of constant length if units share the line, else its own.
 
     Args:
         line: the line.
@@ -45,14 +47,17 @@ class Slots:
 
     def __init__(self, line: Line, device: torch.device) -> None:
         self._shape = line.num_slots, line.slot_tokens
+        # Of a line for one unit: its tokens without the padding behind them.
         self._num_own = line.units[0][1] if line.units and line.num_slots == 1 else line.num_tokens
+        #: What tells a tensor from others, the tensor, and its slots.
         self._recent: list[tuple[tuple[object, ...], torch.Tensor, torch.Tensor]] = []
         if line.num_slots > 1:
             place = torch.arange(line.slot_tokens)
-            bounds = [*line.units, *[(0, 0)] * (line.num_slots - len(line.units))]
+            bounds = [*line.units, *[(0, 0)] * (line.num_slots - len(line.units))]  # slots without a unit are empty
             first, stop = (torch.tensor(side)[:, None] for side in zip(*bounds, strict=True))
             is_empty = place >= stop - first
-            # A slot is filled up with its unit's own first token, whose gradient counts as zero there.
+            # Place in the line of each token of each slot. A slot is filled up with its unit's own first token, whose
+            # gradient counts as zero there.
             self._index = (first + place.where(~is_empty, 0)).flatten().to(device, non_blocking=True)
             self._is_empty = is_empty.to(device, non_blocking=True)
 
@@ -60,8 +65,8 @@ class Slots:
         """Put each unit's tokens into a row: [1, tokens, …] → [slots, tokens of a slot, …].
 
         Args:
-            tokens: what a layer saw or got back.
-            is_zero_beyond: whether zeros fill up a slot; for one of two factors is enough.
+            tokens: a layer's input, or the gradient of its output.
+            is_zero_beyond: whether zeros fill up a slot. Of two tensors that are multiplied, one is enough.
         """
         num_slots, _ = self._shape
         if num_slots == 1:
@@ -110,6 +115,7 @@ class LinePasses(Passes):
         return None
 
     def _rows(self, value: torch.Tensor, *, is_zero_beyond: bool) -> torch.Tensor:
+        """Return a layer's input, or the gradient of its output, in slots: see :meth:`Slots.rows`."""
         tokens = self._tokens_first(value)
         assert tokens is not None
         return self._slots_of_line.rows(tokens, is_zero_beyond=is_zero_beyond)
@@ -119,10 +125,9 @@ class LinePasses(Passes):
         self, module: nn.Module, activation: torch.Tensor, output_gradient: torch.Tensor
     ) -> dict[str, Gradient]:
         """Apply the module's rule to rows of tokens, one for each unit's slot."""
-        seen, returned = (
-            self._rows(value, is_zero_beyond=value is output_gradient) for value in (activation, output_gradient)
-        )
-        return super()._gradients_of(module, seen, returned)
+        activation_rows = self._rows(activation, is_zero_beyond=False)
+        gradient_rows = self._rows(output_gradient, is_zero_beyond=True)
+        return super()._gradients_of(module, activation_rows, gradient_rows)
 
     @override
     def _sums(self, *values: torch.Tensor) -> torch.Tensor:
@@ -145,8 +150,9 @@ class LineClipper(PerUnitClipper):
     def __init__(self, token_losses: TokenLosses, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._token_losses = token_losses
-        self._longest = 0
-        # Looked at once, before the self-test remembers the state of the model: transformers keeps what it finds.
+        self._longest = 0  # tokens of the longest record so far
+        # Why attention cannot be kept within records, or nothing. Looked at once, before the self-test remembers the
+        # state of the model: transformers keeps what it finds.
         self._other_attention = attention.refusal(self._model)
 
     def refuse_lines(self) -> None:
@@ -173,6 +179,7 @@ class LineClipper(PerUnitClipper):
             self._accumulate_line(batch)
 
     def _accumulate_line(self, line: Line) -> None:
+        """Add the units of a line; if something in it is not finite, each unit in a pass of its own."""
         if self._open is not None and line.owners[:1] != (self._open.owner,):
             raise GuaranteeLost("a unit's records are not contiguous across lines; this is a bug, report it")
         if self.route == "one_unit":
@@ -193,7 +200,8 @@ class LineClipper(PerUnitClipper):
         """Add the units of a line, or nothing and return false: something in it is not finite."""
         gradients = UnitGradients(self.layout, [1] * len(line.owners), self._device)
         names = {module: name for name, module in self._modules.items()}
-        # As many units as there may be, not as there are: what memory defers is multiplied another way.
+        # Memory is reckoned for as many units as there may be, not as there are: what is deferred to a second pass is
+        # multiplied in another way, and must not depend on who shares the line.
         sizes = line.num_slots, self._memory_budget
         passes = LinePasses(line, names, self._rules, self._slots, gradients, *sizes, self._device)
         with contextlib.ExitStack() as stack:
@@ -208,13 +216,13 @@ class LineClipper(PerUnitClipper):
                 if isinstance(failure, PrivtrainError) or fallback.is_elsewhere(failure):
                     raise
                 raise UnsupportedLayer(f"a packed line failed: {fallback.in_words(failure)}") from failure
-            found = self._measured_once(losses, gradients)
-            own = [sum(found.losses[first:stop]) for first, stop in line.units]
-            if not is_alone and len(own) > 1 and not found.is_finite(own):
+            measured = self._measured_once(losses, gradients)
+            unit_losses = [sum(measured.losses[first:stop]) for first, stop in line.units]
+            if not is_alone and len(unit_losses) > 1 and not measured.is_finite(unit_losses):
                 return False
-            for owner, loss in zip(line.owners, own, strict=True):
+            for owner, loss in zip(line.owners, unit_losses, strict=True):
                 self.diagnostics.add_loss(owner, loss)
-            self._add_units(line, passes, calls, found)
+            self._add_units(line, passes, calls, measured)
         return True
 
 

@@ -16,6 +16,7 @@ from torch import nn
 
 from privtrain.clipping.factors import Lookup, Outer
 
+#: Types that have an exact rule in Opacus and none of ours.
 _EXACT = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.GroupNorm)
 #: Opacus' own layers are known by name, so that a model without them does not pay for the import.
 _RECURRENT = ("opacus.layers.dp_rnn", "RNNLinear")
@@ -47,6 +48,7 @@ def advice(module: nn.Module) -> str:
 
 
 def _kind(module: nn.Module) -> tuple[str, str]:
+    """Return where a module's type is defined, and its name."""
     return type(module).__module__, type(module).__name__
 
 

@@ -1,9 +1,9 @@
 """The backward passes over one microbatch: one where memory allows, two where it does not.
 
-The first pass takes every unit's norm and keeps a layer's per-unit gradients only within a budget. If it dropped some,
-a second pass runs over the same graph, from the head's input if the head was kept and no further than to the layers it
-is needed for, and adds the clipped sum layer by layer (two passes: Li et al. 2021, arXiv 2110.05679; here within the
-layers and not through re-weighted losses).
+The first pass takes every unit's norm and keeps a layer's per-unit gradients only within a budget. A layer whose
+gradients it drops is *deferred*. If there are any, a second pass runs over the same graph, from the head's input if the
+head was kept and no further than to the layers it is needed for, and adds the clipped sum layer by layer (two passes:
+Li et al. 2021, arXiv 2110.05679; here within the layers and not through re-weighted losses).
 
 Why not the ordinary gradient of Σ_u factor_u · loss_u? Its backward pass would be rounded differently from the one
 whose norms were taken; autocast would round the sum over all rows to bf16, so that a unit's presence changed what the
@@ -36,9 +36,9 @@ class Passes:
     """All backward passes over one microbatch.
 
     Args:
-        names: the modules that own trainable tensors.
-        rules: theirs.
-        slots: theirs, by the tensors' names within the module.
+        names: the modules that own trainable tensors, with their names in the model.
+        rules: for each of them, how its rows' gradients follow from its input and output gradient (:mod:`.rules`).
+        slots: for each of them, the places of its tensors in the layout, by the tensors' names within the module.
         gradients: where the first pass collects.
         num_rows: rows of the microbatch, padding included.
         memory_budget: bytes that per-unit gradients may take when the first pass is over, besides those of layers that
@@ -74,14 +74,18 @@ class Passes:
         self._memory_budget = memory_budget
         self._device = device
         self._slots = slots
+        #: Modules that are called once, with tensors that no other module has: complete after this call.
+        self._alone: set[nn.Module] = set()
+        self._deferred: set[nn.Module] = set()
+        #: What the first pass saw in a deferred module, as sums by row: :meth:`_sums`.
+        self._seen: dict[nn.Module, torch.Tensor] = {}
+        #: Where a second pass over the same graph starts: a tensor, and the gradient for it.
+        self._start: tuple[torch.Tensor, torch.Tensor | None] | None = None
+        #: Or the forward pass, and the random state that it began with.
+        self._forward: tuple[Callable[[], torch.Tensor], RandomState] | None = None
         self._repeats_forward = repeats_forward
         self._starts_at_head = starts_at_head and not repeats_forward
         self._defers_refusals = defers_refusals
-        self._alone: set[nn.Module] = set()
-        self._deferred: set[nn.Module] = set()
-        self._seen: dict[nn.Module, torch.Tensor] = {}
-        self._start: tuple[torch.Tensor, torch.Tensor | None] | None = None
-        self._forward: tuple[Callable[[], torch.Tensor], RandomState] | None = None
 
     def first(self, calls: Calls, row_losses: Callable[[], torch.Tensor]) -> torch.Tensor:
         """Run the forward and the first backward pass; return [rows] losses without a graph.
@@ -104,7 +108,7 @@ class Passes:
             # The part of the graph behind it, logits included, is freed here and not run again.
             (gradient,) = torch.autograd.grad(start[0], neck)
             start = neck, gradient
-        calls.last = None
+        calls.last = None  # lets go of a part of the graph
         torch.autograd.backward(*start, retain_graph=bool(self._deferred) and before is None)
         if before is not None:
             self._forward = row_losses, before
@@ -123,7 +127,10 @@ class Passes:
         return frozenset(slot.name for module in self._deferred for slot in self._slots[module].values())
 
     def rehearse(self, calls: Calls) -> None:
-        """Run the second pass over every row and add nothing: where a model makes it fail, nothing is lost yet."""
+        """Run the second pass over every row without adding anything, to see whether it works on this model.
+
+        Where it does not, nothing of the microbatch was added to the sum yet.
+        """
         if not self.is_complete:
             everyone = torch.arange(self.gradients.num_rows, device=self._device)
             self.again(calls, lambda _slot, _gradient: None, everyone)
@@ -134,7 +141,11 @@ class Passes:
         Args:
             calls: of the block that captures them.
             add: called once for each tensor.
-            used_rows: places among the rows of units: those that ``add`` gives a weight; compared with the first pass.
+            used_rows: which rows ``add`` uses, by their places among the rows of units; what the layers see of these
+                rows must be what they saw in the first pass.
+
+        Raises:
+            GuaranteeLost: if it is not, or a deferred module does not come by once.
         """
         missing = set(self._seen)
         #: Looked at when all is added: a sum that is wrong by then is never released.
@@ -170,7 +181,7 @@ class Passes:
             raise GuaranteeLost(f"the second backward pass did not reach {names[:3]}; this is a bug, report it")
 
     def _refuse_differences(self, differs: Mapping[nn.Module, torch.Tensor]) -> None:
-        """Raise if a second pass saw other values than the first."""
+        """Raise if a second pass saw other values than the first: module → whether it did, still on the device."""
         if not differs:
             return
         for module, is_other in zip(differs, torch.stack(list(differs.values())).cpu().numpy(), strict=True):
@@ -182,28 +193,38 @@ class Passes:
                 )
 
     def _plan(self, calls: Calls) -> None:
-        """Choose what to defer: what comes first in a backward pass, so that the second one can stop early."""
-        owners: dict[str, int] = {}
+        """Choose what to defer: modules that come last in the forward pass, so that the second pass can stop early.
+
+        Modules are counted in the order of their first calls until the budget is spent; the others are deferred. What
+        is called twice or shares a tensor is kept, since its uses wait for each other in any case.
+        """
+        num_owners: dict[str, int] = {}
         for slots in self._slots.values():
             for slot in slots.values():
-                owners[slot.name] = owners.get(slot.name, 0) + 1
+                num_owners[slot.name] = num_owners.get(slot.name, 0) + 1
         num_bytes = 0
         for module, num_calls in calls.num_calls.items():
-            if num_calls > 1 or any(owners[slot.name] > 1 for slot in self._slots[module].values()):
+            if num_calls > 1 or any(num_owners[slot.name] > 1 for slot in self._slots[module].values()):
                 continue
             self._alone.add(module)
+            # Kept is a gradient for each row, or the factors that it is made of, whichever is less.
             dense = sum(slot.num_coordinates for slot in self._slots[module].values()) * self._num_rows
             num_bytes += _BYTES_OF_A_NUMBER * min(dense, calls.num_values[module])
             if num_bytes > self._memory_budget:
                 self._deferred.add(module)
 
     def _neck(self, calls: Calls, losses: torch.Tensor) -> torch.Tensor | None:
-        """Return the input of the head (last module), if it is kept and every path from the losses leads through it."""
+        """Return the head's input if a second pass may start from it, else ``None``.
+
+        The head is the module that was called last. It must be kept, and no path in the graph may lead from the losses
+        to another module around its input. Searched from the losses backwards, without going beyond that input.
+        """
         if calls.last is None:
             return None
         module, neck = calls.last
         if module in self._deferred or calls.num_calls[module] > 1 or neck.grad_fn is None:
             return None
+        # Every module has a leaf of its own in the graph: to reach another one's is a way around.
         others = {id(anchor) for other, anchor in calls.anchors.items() if other is not module}
         open_nodes, seen = [losses.grad_fn], {losses.grad_fn}
         while open_nodes:
@@ -227,17 +248,21 @@ class Passes:
             self.refusal = self.refusal or refusal
 
     def _tells_apart(self, activation: torch.Tensor, output_gradient: torch.Tensor) -> bool:
-        """Return whether both have a first dimension for rows."""
+        """Return whether a layer's input and output gradient both have a first dimension for the rows."""
         shapes = activation.shape[:1], output_gradient.shape[:1]
         return activation.dim() >= 2 and shapes == (torch.Size([self._num_rows]),) * 2
 
     def _gradients_of(
         self, module: nn.Module, activation: torch.Tensor, output_gradient: torch.Tensor
     ) -> dict[str, Gradient]:
+        """Apply the module's rule: name of a tensor within the module → its gradient of every row."""
         return self._rules[module](module, activation, output_gradient)
 
     def _sums(self, *values: torch.Tensor) -> torch.Tensor:
-        """Return [values, rows of units] sums: equal in two passes whose values are; others are hardly ever equal."""
+        """Return the sum of each value over each row, [values, rows of units]: what two passes are compared by.
+
+        Equal values have equal sums, and other values hardly ever.
+        """
         return finite(torch.stack([sums_by_row(value) for value in values])[:, self.gradients.rows])
 
     def _collect(self, module: nn.Module, activation: torch.Tensor, output_gradient: torch.Tensor) -> None:
@@ -247,7 +272,7 @@ class Passes:
                 f"module {self._names[module]!r} saw an input of shape {tuple(activation.shape)} for {self._num_rows} "
                 "rows; its tokens cannot be told apart by owner. Set performance.clipping_route: one_unit"
             )
-        if not self.gradients.num_rows:
+        if not self.gradients.num_rows:  # padding alone: nothing to collect, but a second pass has to find its modules
             if module in self._deferred:
                 self._seen[module] = self._sums(activation, output_gradient)
             return
@@ -278,5 +303,5 @@ def sums_by_row(value: torch.Tensor) -> torch.Tensor:
 
 
 def finite(sums: torch.Tensor) -> torch.Tensor:
-    """Return sums that compare equal to themselves."""
-    return sums.nan_to_num(nan=torch.inf)  # a row that is NaN in both passes is the same in both
+    """Return ``sums`` with infinity for NaN: a row that is NaN in both passes is the same in both."""
+    return sums.nan_to_num(nan=torch.inf)

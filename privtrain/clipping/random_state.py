@@ -11,7 +11,7 @@ import torch
 
 @dataclasses.dataclass(frozen=True)
 class RandomState:
-    """The state of torch's generators that a pass on ``device`` draws from."""
+    """The state of torch's generators that a pass on ``device`` draws from: the CPU's, and a CUDA device's own."""
 
     device: torch.device
     cpu: torch.Tensor  # uint8, as torch.get_rng_state gives it

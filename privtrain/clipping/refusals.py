@@ -15,6 +15,7 @@ from torch import nn
 from privtrain.clipping import opacus_rules
 from privtrain.errors import UnsupportedLayer
 
+#: Names of a model configuration's number of experts, by architecture.
 _NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 ONE_UNIT = "set performance.clipping_route: one_unit"
 
@@ -64,7 +65,8 @@ def refuse_batched_route(model: nn.Module) -> None:
                 f"told apart; {ONE_UNIT}"
             )
     for name, module in model.named_modules():
-        threshold = getattr(getattr(module, "state", None), "threshold", 0.0)  # bitsandbytes' Linear8bitLt
+        # bitsandbytes' 8-bit layers compute columns with a value above the threshold in another precision.
+        threshold = getattr(getattr(module, "state", None), "threshold", 0.0)
         if type(module).__name__.endswith("Linear8bitLt") and threshold > 0:
             raise UnsupportedLayer(
                 f"module {name!r} of type {type(module).__name__} takes outlier columns over all rows of a batch "
@@ -96,13 +98,17 @@ def refuse_rescaled_positions(model: nn.Module, width: int) -> None:
 
 
 def _rescaling(module: nn.Module) -> tuple[str, float]:
-    """Return rope type and original context of a module that rescales positions by the longest row; else no limit."""
+    """Return the module's type of rotary positions, and how many tokens a row may have before they are rescaled.
+
+    By transformers' attributes. Empty and infinite if the module rescales nothing by the longest row.
+    """
     kind = getattr(module, "rope_type", None)
-    kinds = list(kind.values()) if isinstance(kind, dict) else [kind]
+    kinds = list(kind.values()) if isinstance(kind, dict) else [kind]  # a type for each kind of layer, or one for all
     changing = [k for k in kinds if isinstance(k, str) and ("dynamic" in k or k == "longrope")]
     if not changing:
         return "", math.inf
     parameters = getattr(getattr(module, "config", None), "rope_parameters", None) or {}
+    # Settings may be nested by kind of layer too; the shortest context of any of them is the limit.
     parts = [parameters, *(part for part in parameters.values() if isinstance(part, dict))]
     originals = [part.get("original_max_position_embeddings") for part in parts if part]
     originals = [value for value in originals if value] or [getattr(module, "original_max_seq_len", math.inf)]
@@ -110,7 +116,7 @@ def _rescaling(module: nn.Module) -> tuple[str, float]:
 
 
 def has_experts(config: Any) -> bool:
-    """Return whether a router sorts tokens by expert."""
+    """Return whether a model of this configuration has several experts, among which a router sorts the tokens."""
     return any((getattr(config, key, None) or 0) > 1 for key in _NUM_EXPERTS)
 
 
@@ -134,6 +140,7 @@ def configs(model: nn.Module) -> Iterator[Any]:
 
 
 def _router(model: nn.Module) -> str:
+    """Return the name of the model's first router, for a message; the model's type if none is recognised."""
     for name, module in model.named_modules():
         if "router" in type(module).__name__.lower() or name.rpartition(".")[2] in ("router", "gate"):
             return name

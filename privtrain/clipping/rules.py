@@ -61,6 +61,7 @@ def rule_for(name: str, module: nn.Module) -> Rule:
     Raises:
         UnsupportedLayer: naming the module, if there is none.
     """
+    # A registered rule first, then those that are found by name, then Opacus' own.
     rule = _RULES.get(type(module))
     if rule is None and _looks_like_rms_norm(module) and _agrees_with_autograd(rms_norm, module):
         rule = rms_norm
@@ -83,7 +84,7 @@ def rule_for(name: str, module: nn.Module) -> Rule:
 
 
 def linear(module: nn.Module, activation: torch.Tensor, output_gradient: torch.Tensor) -> dict[str, Gradient]:
-    """Apply ∂W = Σ_t g_t x_tᵀ, ∂b = Σ_t g_t, from y = x Wᵀ + b."""
+    """Apply ∂W = Σ_t g_t x_tᵀ, ∂b = Σ_t g_t, from y = x Wᵀ + b: x and g are the input's and gradient's tokens t."""
     left, right = _by_token(output_gradient), _by_token(activation)
     gradients: dict[str, Gradient] = {"weight": Outer(left, right)}
     if module.bias is not None:
@@ -130,7 +131,8 @@ def layer_norm(module: nn.Module, activation: torch.Tensor, output_gradient: tor
 def rms_norm(module: nn.Module, activation: torch.Tensor, output_gradient: torch.Tensor) -> dict[str, Gradient]:
     """Apply ∂w = Σ_t g_t ∘ x_t / rms(x_t), from y = x / rms(x) ∘ (w + constant); Gemma's constant 1 changes nothing.
 
-    The sum runs over all dimensions but the first and the last: query and key norms see heads there too.
+    The small number under the root is called ``variance_epsilon`` or ``eps`` by architecture; None stands for the
+    dtype's own. The sum runs over all dimensions but the first and the last: query and key norms see heads there too.
     """
     values = activation.float()
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
@@ -151,11 +153,13 @@ def _sum_between(value: torch.Tensor, num_last: int) -> torch.Tensor:
 
 
 def _looks_like_rms_norm(module: nn.Module) -> bool:
+    """Return whether a module is called an RMS norm and has a weight and nothing else."""
     parameters = dict(module.named_parameters())
     return type(module).__name__.endswith("RMSNorm") and list(parameters) == ["weight"]
 
 
 def _is_scaled_embedding(module: nn.Module) -> bool:
+    """Return whether a module is one of transformers' embeddings that multiply what they look up, as Gemma's."""
     kind = type(module)
     return kind.__module__.startswith("transformers.") and kind.__name__.endswith("TextScaledWordEmbedding")
 
@@ -174,11 +178,13 @@ def _agrees_with_autograd(rule: Rule, module: nn.Module) -> bool:
     with torch.no_grad():
         by_rule = rule(module, inputs, gradient)
     tolerance = max(_PROBE_TOLERANCE, 4 * torch.finfo(weight.dtype).eps)
-    return all(
-        isinstance(value := by_rule[name], torch.Tensor)
-        and float((value.sum(0) - e.float()).norm()) <= tolerance * float(e.float().norm())
-        for name, e in zip(free, expected, strict=True)
-    )
+    for name, by_autograd in zip(free, expected, strict=True):
+        value, wanted = by_rule[name], by_autograd.float()
+        if not isinstance(value, torch.Tensor):
+            return False
+        if not float((value.sum(0) - wanted).norm()) <= tolerance * float(wanted.norm()):  # also where it is NaN
+            return False
+    return True
 
 
 register(nn.Linear, linear)

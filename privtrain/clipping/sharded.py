@@ -9,9 +9,9 @@ one process, whatever the number of ranks, and a rank holds its part of it, one 
 fits into the bucket waits there, and is added to, until the step is over.
 
 Where the factors of all layers are kept (route ``batched``), that follows the first pass. On the ``two_pass`` route
-nothing is kept but what layers share, and tensors come by in a second backward pass. A unit whose norm cannot be
-believed (tokens that cancel) is measured once more, multiplied out tensor by tensor; on the ``two_pass`` route that
-takes one more pass on every rank.
+nothing is kept but what layers share; the other tensors are *deferred* and come by in a second backward pass. A unit
+whose norm cannot be believed (tokens that cancel) is measured once more, multiplied out tensor by tensor; on the
+``two_pass`` route that takes one more pass on every rank.
 
 **All ranks run the same collectives in the same order.** Every rank has equally many microbatches, those without a unit
 too; what is deferred is a function of the model; whether another pass is needed is decided by all ranks together; and
@@ -85,6 +85,7 @@ class ShardedClipper(PerUnitClipper):
     ) -> None:
         shards.reshard()
         self._shards = shards
+        # This clipper is for the rank's own units. Joint units have another one; both add to one sum, in parts.
         self._joint = CooperativeClipper(model, shards, clipping_norm, row_losses, device, style, route)
         self._sum = shards.scattered(self._joint.total, once=reduce_once)
         layout = _whole_layout(shards)
@@ -169,6 +170,7 @@ class ShardedClipper(PerUnitClipper):
 
     @override
     def _refuse_reentrant(self) -> None:
+        """Raise if the model has re-entrant checkpointing and the route is for non-reentrant checkpointing alone."""
         if self.route == "two_pass":  # joint units are differentiated without naming tensors
             super()._refuse_reentrant()
 
@@ -191,7 +193,10 @@ class ShardedClipper(PerUnitClipper):
 
     @override
     def _refuse_hidden_uses(self, batch: Microbatch) -> None:
-        """Raise, once, unless hooks see every tensor: which have a gradient all the same, autograd cannot tell here."""
+        """Raise, on the first microbatch, unless hooks see every trainable tensor.
+
+        Autograd cannot tell here whether an unseen one has a gradient all the same, since ranks hold parts of it.
+        """
         if self._saw_every_use:
             return
         devices = [self._device] if self._device.type == "cuda" else []
@@ -207,7 +212,10 @@ class ShardedClipper(PerUnitClipper):
 
     @override
     def _fall_back(self, failure: Exception, batch: Microbatch) -> None:
-        """Go one unit at a time, if that was left open and every rank has the same microbatch, as in the self-test."""
+        """Go one unit at a time, if that was left open and every rank has the same microbatch, as in the self-test.
+
+        Then every rank fails alike and changes its route at the same place. Else ``failure`` is raised.
+        """
         reason = fallback.cause(failure, None, self.layout.parameters)
         may_change = self.route == "auto" and not self._is_settled
         self._go_one_unit(failure, reason, is_possible=may_change and self._is_everywhere(batch))
@@ -221,19 +229,23 @@ class ShardedClipper(PerUnitClipper):
     def _is_everywhere(self, batch: Microbatch) -> bool:
         """Return whether all ranks of the shard group have this microbatch.
 
-        Numbers with the sum and the sum of squares that equal ones would have are equal.
+        Each rank makes a number of its own. Numbers whose sum and sum of squares are those of equal ones are equal.
         """
         sha = hashlib.sha256(repr(batch.owners).encode())
         for value in (batch.input_ids, batch.target_mask, batch.row_weight, batch.owner):
             sha.update(value.cpu().numpy().tobytes())
-        number = int.from_bytes(sha.digest()[:3], "big")
+        number = int.from_bytes(sha.digest()[:3], "big")  # small enough that squares add up in int64
         sums = torch.tensor([number, number**2], dtype=torch.int64, device=self._device)
         self._shards.sum_over_group(sums)
         return sums.tolist() == [self._shards.size * number, self._shards.size * number**2]
 
     @override
     def _add_units(self, batch: Microbatch, passes: Passes, calls: Calls, measured: Measured) -> None:
-        """Contribute every unit of the microbatch; also without any, since the other ranks wait for it."""
+        """Clip and contribute every unit of the microbatch; also without any, since the other ranks wait for it.
+
+        Units ``apart``, whose tokens cancel, are measured once more before, multiplied out. Units that came out
+        ``longer`` than measured as they were added are measured so too, taken back, and contributed again.
+        """
         gradients, num_units = passes.gradients, len(batch.owners)
         apart = sorted(self._cancelled(measured.squares, measured.uncancelled)) if num_units else []
         squares = self._measured(passes, calls, measured.squares, apart)
@@ -250,12 +262,17 @@ class ShardedClipper(PerUnitClipper):
             factors = self._factors(squares, batch.owners)
             chosen = torch.zeros(num_units, dtype=torch.bool)
             chosen[longer] = True
-            self._contribute(passes, calls, [torch.where(chosen, -weights, 0.0), self._on_grid(factors, chosen)])
+            taken_back = torch.where(chosen, -weights, 0.0)
+            self._contribute(passes, calls, [taken_back, self._on_grid(factors, chosen)])
         if num_units:
             self._count(squares, factors, everyone, batch.owners)
 
     def _measured(self, passes: Passes, calls: Calls, squares: torch.Tensor, units: Sequence[int]) -> torch.Tensor:
-        """Return ``squares`` with those of some units' tensors multiplied out, one at a time; all ranks call it."""
+        """Return ``squares`` ([slots, units]) with some ``units`` measured anew, multiplied out tensor by tensor.
+
+        All ranks call it, since deferred tensors take another pass, which ranks run together.
+        """
+        # Without a pass every rank decides for itself.
         is_needed = bool(units) if passes.is_complete else self._any_rank(bool(units))
         if not is_needed:
             return squares
@@ -275,7 +292,7 @@ class ShardedClipper(PerUnitClipper):
                 squares[number[slot.name], unit] = float(squared_norms(tensor[None])[0])
 
         if not passes.is_complete:
-            used = torch.zeros(gradients.num_units, dtype=torch.bool)
+            used = torch.zeros(gradients.num_units, dtype=torch.bool)  # empty ``units`` are for the other ranks' sake
             used[list(units)] = True
             passes.again(calls, measure, gradients.rows_of(used))
         return squares
@@ -293,6 +310,7 @@ class ShardedClipper(PerUnitClipper):
             number = {slot.name: i for i, slot in enumerate(self.layout.slots)}
 
             def add(slot: Slot, gradient: Gradient) -> None:
+                """Contribute a deferred slot when the pass brings it back; every rank contributes, units or not."""
                 with self._sum.contribution(slot.name) as out:
                     for by_slot in weights if gradients.num_units else ():
                         gradients.add_now(slot.name, out, gradient, by_slot[number[slot.name]])
@@ -302,7 +320,10 @@ class ShardedClipper(PerUnitClipper):
 
 
 def _whole_layout(shards: GradientShards) -> Layout:
-    """Return the layout of the whole tensors, of which a rank holds parts; its parameters are the model's own."""
+    """Return the layout of the whole tensors, of which this rank holds parts.
+
+    Its ``parameters`` are the model's own tensors, whatever a rank holds of them.
+    """
     shapes = {slot.name: slot.whole_shape for slot in shards.layout.slots}
     # Slots are laid out by the whole shapes, on "meta", which takes no memory; hooks need the weights themselves.
     layout = Layout({name: nn.Parameter(torch.empty(shape, device="meta")) for name, shape in shapes.items()})
@@ -311,19 +332,26 @@ def _whole_layout(shards: GradientShards) -> Layout:
 
 
 def _stand_in(module: nn.Module, slot_of: dict[int, Slot], device: torch.device) -> nn.Module:
-    """Return the module as one rank alone would have it, with other values: what a rule is chosen by.
+    """Return a copy of a module in which tensors have their whole shapes, to choose the module's rule by.
 
-    Vectors have numbers, since rules of norm layers are tried; larger tensors have a shape alone.
+    Vectors are ones, since rules of norm layers are tried on them. Larger tensors have a shape and no memory ("meta").
+
+    Args:
+        module: its tensors may be in parts.
+        slot_of: id of each trainable tensor → its slot, of the whole layout.
+        device: where vectors are made.
     """
     twin = copy.copy(module)
     whole: dict[str, nn.Parameter | None] = {}
     for name, parameter in module._parameters.items():
         if parameter is not None:
             slot = slot_of.get(id(parameter))
+            # Of a frozen tensor DeepSpeed's stage 3 keeps the whole shape under this name.
             shape = tuple(getattr(parameter, "ds_shape", parameter.shape)) if slot is None else slot.whole_shape
             place = device if len(shape) == 1 else torch.device("meta")
             parameter = nn.Parameter(torch.ones(shape, dtype=parameter.dtype, device=place), requires_grad=False)
         whole[name] = parameter
+    # Without the module's hooks, which would gather weights.
     hooks = {name: type(value)() for name, value in vars(module).items() if name.startswith("_") and "_hooks" in name}
     vars(twin).update(hooks, _parameters=whole)
     return twin

@@ -21,19 +21,21 @@ AUTOMATIC_GAMMA = 0.01
 #: Width of the band around the clipping norm in which :func:`within` steps down, relative to it.
 _BAND = 0.02
 
-#: Under ``batch``, which bounds no unit: the norm that still bounds a unit, since integers may not
-#: overflow. The first is far above any gradient that still trains, the second above any that the self-test plants.
+#: Style ``batch`` bounds the mean of a step and no unit. So that integers cannot overflow, a unit is bounded all the
+#: same, by the larger of two norms: the first, far above any gradient that still trains, and the second in clipping
+#: norms, above any that the self-test plants.
 _BATCH_BOUND, _BATCH_CLIPPING_NORMS = 2.0**13, 2.0**14
 
 
 def groups(style: str, layout: Layout) -> list[int]:
-    """Return the group of each slot: one norm is taken over each group.
+    """Return the number of the group that each slot (trainable tensor) is in: one norm is taken over each group.
 
     ``per_layer`` puts the tensors of a module (weight and bias) in a group; the other styles have one group.
     """
     if style != "per_layer":
         return [0] * len(layout.slots)
     modules = [slot.name.rpartition(".")[0] for slot in layout.slots]
+    # Numbered in the order of their first slots.
     numbers = {name: i for i, name in enumerate(dict.fromkeys(modules))}
     return [numbers[name] for name in modules]
 
@@ -94,7 +96,9 @@ def within(norms: torch.Tensor, clipping_norm: float) -> torch.Tensor:
 
 
 def summed(squares: torch.Tensor) -> torch.Tensor:
-    """Return [1, units] sums over slots, added one after another: the order of torch depends on a column's place.
+    """Return [1, units] sums over slots, added one after another.
+
+    The order in which torch adds up a column depends on the column's place, so a unit's sum would depend on the others.
 
     Args:
         squares: [slots, units] on the CPU.
@@ -103,7 +107,7 @@ def summed(squares: torch.Tensor) -> torch.Tensor:
 
 
 def group_norms(squares: torch.Tensor, group_of_slot: Sequence[int]) -> torch.Tensor:
-    """Return [groups, units] norms from [slots, units] squared norms."""
+    """Return [groups, units] norms from [slots, units] squared norms; ``group_of_slot`` is that of :func:`groups`."""
     index = torch.tensor(group_of_slot, device=squares.device)
     sums = torch.zeros(max(group_of_slot) + 1, squares.shape[1], dtype=squares.dtype, device=squares.device)
     return sums.index_add_(0, index, squares).sqrt()
