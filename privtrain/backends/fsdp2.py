@@ -77,8 +77,8 @@ class Fsdp2Backend(SharedNoise, ShardedBackend):
         self.kind = "fsdp2" if num_replicas == 1 else f"fsdp2 ({num_replicas} replicas)"
         self._num_replicas = num_replicas
         size = self.world_size // num_replicas
-        # Ranks that follow one another are a replica: its shard group. Ranks in the same place of every replica hold the
-        # same part: their replicate group.
+        # Ranks that follow one another are a replica: its shard group. Ranks in the same place of every replica hold
+        # the same part: their replicate group.
         self._replica = self.rank // size
         self._shard_group: Any = dist.group.WORLD
         self._replicate_group: Any = None
@@ -91,7 +91,7 @@ class Fsdp2Backend(SharedNoise, ShardedBackend):
         # FSDP knows of its own replica alone: adding up replicas is ours, once a logical step. The mesh has no names,
         # since PEFT takes a named one for tensor parallelism and makes adapters of the size of a part.
         self._mesh = DeviceMesh.from_group(self._shard_group, device.type)
-        #: Where gradients are in parts: the model's trainable tensors, and this rank's parts of them, which are stepped.
+        #: Where gradients are in parts: the model's trainable tensors, and this rank's parts, which are stepped.
         self._weights: dict[str, torch.nn.Parameter] = {}
         self._layout = Layout({})
 
@@ -143,7 +143,7 @@ class Fsdp2Backend(SharedNoise, ShardedBackend):
 
     @override
     def reduce_total(self, total: torch.Tensor) -> torch.Tensor:
-        """Return this rank's part of the SUM over all ranks: each replica has added up its own shard group's already."""
+        """Return this rank's part of the SUM over all ranks; each replica has added up its shard group's already."""
         if self._shards is not None and self._num_replicas > 1:
             assert total.dtype == torch.int64
             dist.all_reduce(total, op=dist.ReduceOp.SUM, group=self._replicate_group)

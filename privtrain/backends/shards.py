@@ -92,7 +92,7 @@ class ArrivingShards(GradientShards):
         return -(-rows // self.size) * math.prod(others)
 
     def _arrived(self, slot: Slot, tensor: torch.Tensor) -> None:
-        """Take the gradient that autograd left on a hooked tensor, or raise outside of a block of :meth:`collecting`."""
+        """Take the gradient that autograd left on a hooked tensor; outside of :meth:`collecting`, raise."""
         gradient, tensor.grad = tensor.grad, None
         if self._sink is None:
             raise GuaranteeLost(
@@ -181,8 +181,8 @@ class ScatteredSum:
 
     A rank holds its part, one whole tensor and a bucket of whole tensors that wait to be sent. What is contributed to a
     waiting tensor is added to it in the bucket. So a model that fits into the bucket is sent once a step; a larger one
-    once a microbatch, or once a step with ``once``, where the memory is spent. Integers are added, so no order changes a
-    bit. All ranks of the group contribute to the same slots in the same order, so they send the same tensors at the
+    once a microbatch, or once a step with ``once``, where the memory is spent. Integers are added, so no order changes
+    a bit. All ranks of the group contribute to the same slots in the same order, so they send the same tensors at the
     same place.
 
     Args:

@@ -100,7 +100,7 @@ class ZeroBackend(ShardedBackend):
         self.settings = settings
         self.kind = f"zero{settings.stage}" + ("-offload" if settings.offload_optimizer else "")
         self._optimizer_device = torch.device("cpu") if settings.offload_optimizer else device
-        #: Where gradients are in parts: the model's trainable tensors, and this rank's parts of them, which are stepped.
+        #: Where gradients are in parts: the model's trainable tensors, and this rank's parts, which are stepped.
         self._weights: dict[str, torch.nn.Parameter] = {}
         self._layout = Layout({})
         #: DeepSpeed's, at stage 3.
