@@ -94,7 +94,7 @@ class TiltedAccountant(NormalFormAccountant):
     def epsilon_bounds(self, composed: Composition, delta: float) -> Bounds:
         """Return ends by closed form for one step, else by tilting; if far apart, the upper one capped by Renyi's."""
         if composed.num_steps == 1:
-            return _both(closed_form.epsilon_bounds(composed.phases[0][0], delta))
+            return _for_both_directions(closed_form.epsilon_bounds(composed.phases[0][0], delta))
         try:
             ends = _worst_epsilon(composed, delta, self.tolerance)
         except ArithmeticError as error:
@@ -103,15 +103,15 @@ class TiltedAccountant(NormalFormAccountant):
             # The branch c_t of the theorem; where rare large losses or the size of epsilon defeat the lattice it can be
             # better.
             ends = dataclasses.replace(ends, upper=min(ends.upper, renyi_epsilon(composed, delta)))
-        return _both(ends)
+        return _for_both_directions(ends)
 
     @override
     def delta_bounds(self, composed: Composition, epsilon: float) -> Bounds:
         """Return ends by closed form for one step, else by tilting."""
         if composed.num_steps == 1:
-            return _both(closed_form.delta_bounds(composed.phases[0][0], epsilon))
+            return _for_both_directions(closed_form.delta_bounds(composed.phases[0][0], epsilon))
         try:
-            return _both(_worst_delta(composed, epsilon, self.tolerance))
+            return _for_both_directions(_worst_delta(composed, epsilon, self.tolerance))
         except ArithmeticError as error:
             raise _beyond_float64("delta", f"epsilon={epsilon:g}") from error
 
@@ -121,7 +121,7 @@ def _beyond_float64(quantity: str, given: str) -> ValueError:
     return ValueError(f"tilted's {quantity} at {given} leaves float64's range; use 'tilted-edgeworth' or 'rdp'")
 
 
-def _both(ends: Bounds) -> Bounds:
+def _for_both_directions(ends: Bounds) -> Bounds:
     """Return the bounds of the worse direction, which hold for both."""
     return dataclasses.replace(ends, direction=Direction.BOTH)
 
@@ -325,7 +325,10 @@ def _smoothed(
 def _window(
     composed: Composition, law: saddle.DirectedLoss, start: saddle.Saddle, log_delta: float, length: int, add: bool
 ) -> Window:
-    """Return bounds on delta on a window of ``length`` lattice points around a saddle."""
+    """Return bounds on delta on a window of ``length`` lattice points around a saddle.
+
+    The window's width is that of :func:`_shape`, or more where a step would have too many cells.
+    """
     width, tilt = _shape(law, start, log_delta)
     z_low, z_high = saddle.truncation(composed, log_delta - MARGIN)
     ranges: list[tuple[float, float]] = []  # by step, the least and the largest loss that is followed
@@ -338,6 +341,7 @@ def _window(
     # Where cells wider than asked for make the window wider, the tilt must leave the lower end its jumps.
     jumps = min(largest_jump(composed.num_steps, spacing), _BELOW * length)
     tilt = min(tilt, LARGEST_LOG_WEIGHT / (spacing * jumps))
+    # Lower ends are wanted from a little below the epsilon looked for, which the window's start is well below.
     reliable_from = start.epsilon - min(2 / tilt, _BELOW * width / 2)
     with np.errstate(over="ignore", invalid="raise"):  # an infinite value may be negligible, NaN is an error
         for (step, count), (low, high) in zip(composed.phases, ranges, strict=True):

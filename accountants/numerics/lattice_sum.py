@@ -63,21 +63,7 @@ def compose(phases: list[LatticePhase], tilt: float, length: int, low: float, re
         reliable_from: the epsilon from which on the lower end must hold; the values are scaled to be moderate there.
     """
     spacing = phases[0].spacing
-    # At each frequency: the transform of S, a bound on its size with all errors, and the sum of the relative errors.
-    log_transform = np.zeros(length // 2 + 1, dtype=np.complex128)
-    log_envelope = np.zeros(length // 2 + 1)
-    relative_error = np.zeros(length // 2 + 1)
-    log_moment = 0.0
-    error = 8 * UNIT * (math.log2(length) + 2)  # of a value of a step's transform, whose magnitude is at most 1
-    for phase in phases:
-        values, log_single = phase.transform(tilt, length)
-        magnitude = np.abs(values)
-        log_transform += phase.count * np.log(np.where(magnitude > 0, values, 1e-300))
-        log_envelope += phase.count * np.log(np.minimum(magnitude + error, 1 + error))
-        relative_error += phase.count * (error / (magnitude + error) + 4 * UNIT)
-        log_moment += phase.count * log_single
-    probability = np.fft.irfft(np.exp(log_transform), length)
-    roundoff = 2 / length * float(np.exp(log_envelope) @ (relative_error + error))  # of every probability
+    probability, roundoff, log_moment = _tilted_law(phases, tilt, length)
 
     origin = math.fsum(phase.count * phase.law.origin for phase in phases)
     start = math.ceil((low - origin) / spacing)
@@ -91,8 +77,10 @@ def compose(phases: list[LatticePhase], tilt: float, length: int, low: float, re
     top, window = float(points[-1]), length * spacing
     log_prefactor = log_moment - tilt * reliable_from
     log_peak = tilt * math.log(tilt) - (1 + tilt) * math.log1p(tilt)  # of e^(-tx) (1 - e^-x) over x
+    # The probability that S lies above the window.
     added = _exp(_log_above(phases, tilt, log_moment, top, window) + log_moment - tilt * top)
-    # Of a multiple of delta, which may exceed 1: no cap but float64's.
+    # What was folded into the window, from above and from below, adds to delta at most so much. As a multiple of delta
+    # it may exceed 1: no cap but float64's.
     log_folded = _log_above(phases, tilt, log_moment, reliable_from + window, window) + log_peak + log_prefactor
     folded = math.exp(log_folded) if log_folded <= 0 else math.inf
     folded += math.exp(-tilt * window) / -math.expm1(-tilt * window)
@@ -108,6 +96,29 @@ def compose(phases: list[LatticePhase], tilt: float, length: int, low: float, re
         reliable_from=reliable_from,
         num_steps=num_steps,
     )
+
+
+def _tilted_law(phases: list[LatticePhase], tilt: float, length: int) -> tuple[Array, float, float]:
+    """Return the tilted law of S modulo the window, a bound on the round-off of each value, and log M(t).
+
+    The law is [length] probabilities, of which number r is that of the losses ``origin + spacing * (r + j * length)``
+    for all integers j.
+    """
+    # At each frequency: the transform of S, a bound on its size with all errors, and the sum of the relative errors.
+    log_transform = np.zeros(length // 2 + 1, dtype=np.complex128)
+    log_envelope = np.zeros(length // 2 + 1)
+    relative_error = np.zeros(length // 2 + 1)
+    log_moment = 0.0
+    error = 8 * UNIT * (math.log2(length) + 2)  # of a value of a step's transform, whose magnitude is at most 1
+    for phase in phases:
+        values, log_single = phase.transform(tilt, length)
+        magnitude = np.abs(values)
+        log_transform += phase.count * np.log(np.where(magnitude > 0, values, 1e-300))
+        log_envelope += phase.count * np.log(np.minimum(magnitude + error, 1 + error))
+        relative_error += phase.count * (error / (magnitude + error) + 4 * UNIT)
+        log_moment += phase.count * log_single
+    roundoff = 2 / length * float(np.exp(log_envelope) @ (relative_error + error))
+    return np.fft.irfft(np.exp(log_transform), length), roundoff, log_moment
 
 
 def _hockey_sticks(probability: Array, points: Array, tilt: float, centre: float) -> Array:

@@ -261,7 +261,8 @@ class SmoothedSum:
         prob, ratio = np.diff(special.ndtr(grid - m / 2)), np.diff(special.ndtr(grid + m / 2))
         ends = np.exp(-m * grid)
         steps = ends[:-1] - ends[1:]
-        # A smaller share gives more weight to the larger value: the side on which round-off must fall.
+        # On a stretch delta' lies below its chord in e^-U: the share of U's probability that counts at the chord's left
+        # end keeps the mean of e^-U. A smaller share gives more weight to the larger value, as round-off must.
         share = np.clip((ratio - ends[1:] * prob - 16 * UNIT * (1 + ends[:-1])) / steps, 0.0, prob)
         chords = values[1:] * (prob - share) + values[:-1] * share
         outside, best = 2 * float(special.ndtr(m / 2 - grid[-1])), 0.0
@@ -380,44 +381,60 @@ def smoothed_sum(
     low, high = saddle.truncation(composed, log_mass)
     steps = [(StepTransform(step, low, high, add=add), count) for step, count in composed.phases]
     y = spacing * np.arange(num)
-    # At each frequency: the transform of S, a bound on its size with all errors, and the sum of the relative errors.
-    log_transform, log_envelope = np.zeros(num, dtype=np.complex128), np.zeros(num)
-    relative_error, log_moment = np.zeros(num), 0.0
-    for step, count in steps:
-        weight, log_total = step.tilted(tilt)
-        values = step.values(weight, spacing, num)
-        # The bound grows with the frequency: a block's last one serves the block.
-        coarse = step.errors(weight, log_total, tilt, y[np.minimum(np.arange(_BLOCK, num + _BLOCK, _BLOCK), num) - 1])
-        error = np.repeat(coarse, _BLOCK)[:num]
-        magnitude = np.abs(values)
-        log_transform += count * np.log(np.where(magnitude > 0, values, 1e-300))
-        log_envelope += count * np.log(np.minimum(magnitude + error, 1 + error))
-        relative_error += count * (error / (magnitude + error) + 4 * UNIT)
-        log_moment += count * log_total
+    law = _tilted_law(steps, tilt, y)
     # The other factors of a term of A, in point 2; terms at y and -y are conjugate, so all but the first count twice.
     s = tilt + 1j * y
     log_kernel = np.log(np.where(y > 0, 2.0, 1.0) / window) - np.log(s) - np.log1p(s) - m * m * y * y / 2
     turn = y * (m * m / 2 * (1 + 2 * tilt) - centre)
-    terms = np.exp(log_transform + log_kernel + 1j * turn)
-    rounding = 8 * UNIT * (8 + np.abs(log_transform) + np.abs(turn))
+    terms = np.exp(law.log_transform + log_kernel + 1j * turn)
+    rounding = 8 * UNIT * (8 + np.abs(law.log_transform) + np.abs(turn))
     with np.errstate(over="ignore"):
-        error = float(np.exp(log_envelope + log_kernel.real) @ (relative_error + rounding)) + _tail(float(y[-1]), m)
-    error += 8 * UNIT * (composed.num_steps + abs(log_moment) + abs(tilt * centre)) * float(np.sum(np.abs(terms)))
+        sizes = np.exp(law.log_envelope + log_kernel.real)
+        error = float(sizes @ (law.relative_error + rounding)) + _tail(float(y[-1]), m)
+    error += 8 * UNIT * (composed.num_steps + abs(law.log_moment) + abs(tilt * centre)) * float(np.sum(np.abs(terms)))
     if not math.isfinite(error):
         return None
-    below = math.exp(-tilt * window) / -math.expm1(-tilt * window)
+    below = math.exp(-tilt * window) / -math.expm1(-tilt * window)  # the terms j < 0 of point 2
     return SmoothedSum(
         tilt=tilt,
         spacing=spacing,
         terms=terms,
         error=error,
         centre=centre,
-        log_scale=log_moment + tilt * (1 + tilt) * m * m / 2 - tilt * centre,
+        log_scale=law.log_moment + tilt * (1 + tilt) * m * m / 2 - tilt * centre,
         deviation=m,
         reach=math.sqrt(2 * (MARGIN - log_delta)) + 2 * m + 1,
         added=2 * math.exp(log_mass),
         removed=below + _folded(steps, tilt, window, centre, m),
     )
+
+
+class _TiltedLaw(NamedTuple):
+    """The Fourier transform of the sum S under its tilted law."""
+
+    log_transform: ComplexArray  # at each frequency
+    log_envelope: Array  # log of a bound on its size, all errors included
+    relative_error: Array  # the sum of all steps' relative errors
+    log_moment: float  # log M(t), the log of the law's normaliser
+
+
+def _tilted_law(steps: list[tuple[StepTransform, int]], tilt: float, frequencies: Array) -> _TiltedLaw:
+    """Return the transform of a sum of steps, each so often, at equally spaced frequencies from 0 on."""
+    num, spacing = len(frequencies), float(frequencies[1])
+    log_transform, log_envelope = np.zeros(num, dtype=np.complex128), np.zeros(num)
+    relative_error, log_moment = np.zeros(num), 0.0
+    # The bound on errors grows with the frequency: the one at a block's last frequency serves the block.
+    last_of_blocks = frequencies[np.minimum(np.arange(_BLOCK, num + _BLOCK, _BLOCK), num) - 1]
+    for step, count in steps:
+        weight, log_total = step.tilted(tilt)
+        values = step.values(weight, spacing, num)
+        error = np.repeat(step.errors(weight, log_total, tilt, last_of_blocks), _BLOCK)[:num]
+        magnitude = np.abs(values)
+        log_transform += count * np.log(np.where(magnitude > 0, values, 1e-300))
+        log_envelope += count * np.log(np.minimum(magnitude + error, 1 + error))
+        relative_error += count * (error / (magnitude + error) + 4 * UNIT)
+        log_moment += count * log_total
+    return _TiltedLaw(log_transform, log_envelope, relative_error, log_moment)
 
 
 def _tail(frequency: float, m: float) -> float:

@@ -60,7 +60,7 @@ class ArrivingShards(GradientShards):
         self._device = device
         self._group = group
         self._sink: Sink | None = None
-        # Called whenever a backward pass has left a whole gradient on the tensor.
+        # Called whenever a backward pass has left its gradient on the tensor.
         for slot in layout.slots:
             hooked[slot.name].register_post_accumulate_grad_hook(functools.partial(self._arrived, slot))
 
@@ -225,6 +225,7 @@ class ScatteredSum:
         """
         number = self._number[name]
         slot = self._layout.slots[number]
+        # A running hash of the numbers so far, which :meth:`check_order` compares over ranks.
         self._order = (self._order * len(self._number) + number + 1) % _ORDERS
         if number not in self._pending:
             length = self._size * self._part_size(slot)
@@ -233,7 +234,7 @@ class ScatteredSum:
             self._pending[number] = torch.zeros(length, dtype=torch.int64, device=self._total.device)
             self._num_pending += length
         yield self._pending[number][: slot.num_whole_coordinates].view(slot.whole_shape)
-        if self._num_pending > self._most_pending:
+        if self._num_pending > self._most_pending:  # a tensor larger than the bucket is sent at once
             self.flush()
 
     def reset(self) -> None:

@@ -199,7 +199,11 @@ class UnitGradients:
         return torch.stack(squares), torch.stack(uncancelled), torch.stack(doubts) if doubts else no_doubts
 
     def settle(self, doubts: np.ndarray) -> None:
-        """Measure in float64 what :meth:`squares_and_doubts` called doubtful."""
+        """Measure in float64 the norms that are in doubt.
+
+        Args:
+            doubts: [tensors, units] bool on the CPU, the third result of :meth:`squares_and_doubts`.
+        """
         names, self._doubtful = list(self._doubtful), {}
         for name, units in zip(names, doubts, strict=True):
             for unit in np.flatnonzero(units).tolist():
