@@ -318,7 +318,10 @@ class _Judge:
         return certified_upper(answer, self._relation)
 
     def guide(self, value: float) -> float:
-        """Return an epsilon near the one of :meth:`spent`, quickly."""
+        """Return an epsilon near the one of :meth:`spent`, quickly.
+
+        Where the guide has no analysis of the event, the accountant takes its place from then on.
+        """
         event = poisson_counterpart(self._make_event(value))
         try:
             return self._guide.epsilon(event, self._delta, self._relation).upper

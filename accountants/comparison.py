@@ -40,7 +40,7 @@ def compare(
     names: Sequence[str],
     relation: dp_accounting.NeighboringRelation = dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE,
 ) -> list[Row]:
-    """Ask every named accountant for epsilon at ``delta``."""
+    """Ask every named accountant for epsilon at ``delta``, and time it; a ``ValueError`` is its refusal."""
     rows: list[Row] = []
     for name in names:
         accountant = get_accountant(name)

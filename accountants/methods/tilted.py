@@ -295,13 +295,14 @@ def _delta_attempts(
 
 
 def _shape(law: saddle.DirectedLoss, start: saddle.Saddle, log_delta: float) -> tuple[float, float]:
-    """Return a window's length in units of loss, and the tilt for it: of a few tilts the one with the least length."""
+    """Return a window's length in units of loss, and the tilt for it.
+
+    Of a few tilts, from the saddle point's down, the one whose window is shortest: any positive tilt is valid.
+    """
     spread = math.sqrt(law.cumulants(start.tilt)[2])
-    largest = max(start.tilt, 1.5 / spread)
-    return min(
-        (_window_length(law, largest * factor, start.epsilon, log_delta), largest * factor)
-        for factor in (0.35, 0.5, 0.75, 1.0)
-    )
+    largest = max(start.tilt, 1.5 / spread)  # tilts far below one over the spread need long windows
+    tilts = [largest * factor for factor in (0.35, 0.5, 0.75, 1.0)]
+    return min((_window_length(law, tilt, start.epsilon, log_delta), tilt) for tilt in tilts)
 
 
 def _smoothed(

@@ -115,11 +115,12 @@ class Strategy:
     def noise_kept(self, workload: Workload) -> float:
         """Return how much of the steps' noise stays in the trained weights, relative to independent noise.
 
-        That has in its steps the root mean square that this strategy's noise has in them. In (0, 1] for strategies made
+        The independent noise compared with is as large in the steps, in root mean square. In (0, 1] for strategies made
         to cancel noise; 1 for independent noise.
         """
-        squares = np.cumsum(self.inverse_column(workload.num_steps) ** 2)  # of a step's noise, per unit of σ²
-        return self.error(workload) / (INDEPENDENT.error(workload) * math.sqrt(float(squares.mean())))
+        variances = np.cumsum(self.inverse_column(workload.num_steps) ** 2)  # of each step's noise, per unit of σ²
+        noise_of_steps = math.sqrt(float(variances.mean()))
+        return self.error(workload) / (INDEPENDENT.error(workload) * noise_of_steps)
 
 
 INDEPENDENT = Strategy((1.0,))
@@ -268,12 +269,15 @@ def _loss(free: np.ndarray, form: np.ndarray) -> tuple[float, np.ndarray]:
     coefficients = np.concatenate([[1.0], free])
     inverse = _inverse_column(coefficients, len(form))
     along = form @ inverse
-    square, norm_square = float(inverse @ along), float(coefficients @ coefficients)
-    # d(C⁻¹) = -C⁻¹ dC C⁻¹, and all are Toeplitz.
-    twice = signal.fftconvolve(inverse, inverse)[: len(form)]
-    slope = [-2 * float(along[k:] @ twice[: len(form) - k]) / square for k in range(1, len(coefficients))]
-    value = math.log(square) + math.log(norm_square) if 0 < square < math.inf else math.inf
-    return value, np.array(slope) + 2 * free / norm_square
+    error_square, norm_square = float(inverse @ along), float(coefficients @ coefficients)
+    # d(C⁻¹) = -C⁻¹ dC C⁻¹, and all are Toeplitz: a change of coefficient k moves C⁻¹'s column by minus that of C⁻¹C⁻¹,
+    # k places down.
+    inverse_twice = signal.fftconvolve(inverse, inverse)[: len(form)]
+    slope_of_error = [
+        -2 * float(along[k:] @ inverse_twice[: len(form) - k]) / error_square for k in range(1, len(coefficients))
+    ]
+    value = math.log(error_square) + math.log(norm_square) if 0 < error_square < math.inf else math.inf
+    return value, np.array(slope_of_error) + 2 * free / norm_square
 
 
 def _polished(point: np.ndarray, form: np.ndarray) -> np.ndarray:

@@ -451,10 +451,10 @@ class PrivacyPlan:
 
     @classmethod
     def from_body(cls, body: Any) -> PrivacyPlan:
-        """Return the plan that :meth:`body` describes; nothing is calibrated or accounted for.
+        """Return the plan of which :meth:`body` gave ``body``; nothing is calibrated or accounted for.
 
         Raises:
-            ValueError: if it describes none.
+            ValueError: if ``body`` describes no plan, or describes one in another form than :meth:`body` does.
         """
         try:
             values = dict(body)
