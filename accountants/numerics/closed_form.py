@@ -101,6 +101,7 @@ def _log_sum_at(step: MixtureStep, z: float, add: bool, side: int) -> float:
         # Add is at most P(N < z), remove at most P(N > z - mu) of the largest mu.
         return -_FARTHEST if side > 0 else -math.inf
     square = np.minimum(x * x, _FARTHEST**2)
+    # `size` is of the exponents that enter log_first, whose round-off is relative to them.
     if add:
         near, far = log_mills(-here), log_mills(-x)
         log_first = shifts * (z - shifts / 2) + special.log_ndtr(z) if z > 0 else -square / 2 - LOG_ROOT_TWO_PI + near

@@ -178,12 +178,11 @@ def _outer_squares(outer: Outer, grams: GramCache) -> tuple[torch.Tensor, torch.
     # In fp32, where torch sums in pairs: what that rounds is part of the first term of E.
     square, bias = product.sum(dim=(1, 2)).double(), product.abs_().sum(dim=(1, 2)).double()
     scatter = _quadratic(left, norms_right) + _quadratic(right, norms_left)
-    return (
-        square,
-        (norms_left.double() * norms_right).sum(dim=1),
-        2.0**-24 * ((2 * _BIAS + _SUMMING) * bias + _SCATTER * scatter),
-        (norms_left.square().sum(dim=1) > _SMALLEST_TRACE) & (norms_right.square().sum(dim=1) > _SMALLEST_TRACE),
-    )
+    error = 2.0**-24 * ((2 * _BIAS + _SUMMING) * bias + _SCATTER * scatter)
+    length = (norms_left.double() * norms_right).sum(dim=1)
+    traces = norms_left.square().sum(dim=1), norms_right.square().sum(dim=1)
+    can_be_believed = (traces[0] > _SMALLEST_TRACE) & (traces[1] > _SMALLEST_TRACE)
+    return square, length, error, can_be_believed
 
 
 def _quadratic(gram: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
