@@ -355,7 +355,7 @@ def calibrate(
         case Quantity.PROBABILITY:
             value = calibration.calibrate_probability(make_event, relation=relation, **target)
         case _:
-            # A mixture has an outcome for every number of records: more than 1024 of them would take too long.
+            # The search ends at 1024 records: a user's mixture has an outcome for every number of them.
             largest = 1024 if field == "records" else calibration.LARGEST_COUNT
             value = calibration.calibrate_count(
                 make_event, name=solve_for.value, relation=relation, largest=largest, **target

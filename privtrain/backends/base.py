@@ -34,8 +34,8 @@ class Placement:
         stepped: the tensors, or parts of them, that this rank steps; the optimizer holds these.
         share: index of the share of a step's units that this rank works on.
         num_shares: shares into which a step's units are divided.
-        shards: set where gradients are in parts. Ranks of a shard group then also work together, on units that are too
-            large for one rank (:class:`~privtrain.clipping.sharded.ShardedClipper`).
+        shards: set where gradients are in parts. Ranks of a shard group then also work together, on units that no rank
+            can clip by itself (:class:`~privtrain.clipping.sharded.ShardedClipper`).
         equal_passes: whether every rank must run equally many forward passes, because weights are gathered in them.
     """
 
