@@ -147,7 +147,7 @@ def run(words: list[str]) -> str:
 
 
 @pytest.fixture
-def tour(tree, tmp_path, monkeypatch):
+def tour(tree, tmp_path, monkeypatch, no_self_test):
     """A tiny run that anybody's data could have given, a registry, and a place to write to."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PRIVTRAIN_REGISTRY", str(tmp_path / "registry.db"))
