@@ -281,7 +281,8 @@ def _fault(item: Any, place: strict_yaml.Path) -> Fault:
     path = ".".join(location)
     if item["type"] == "extra_forbidden":
         near = difflib.get_close_matches(location[-1], sorted(_keys_beside(location[:-1])), n=1)
-        hint = f"; did you mean {'.'.join([*location[:-1], near[0]])}?" if near else ""
+        meant = [".".join([*location[:-1], near[0]])] if near else _homes(location[-1], Config)
+        hint = f"; did you mean {' or '.join(meant[:3])}?" if meant else ""
         return Fault(path, f"unknown key{hint}")
     if item["type"] == "missing" and isinstance(place[-1], int):
         return Fault(path, "the list is too short: this item, counted from 0, is required")
@@ -317,6 +318,17 @@ def _is_number(text: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def _homes(name: str, section: type[pydantic.BaseModel], above: str = "") -> list[str]:
+    """Return the dotted keys with this last name, in the section and those below it."""
+    homes = []
+    for key, field in section.model_fields.items():
+        path = f"{above}{key}"
+        homes += [path] if key == name else []
+        for below in _models(field.annotation):
+            homes += _homes(name, below, f"{path}.")
+    return list(dict.fromkeys(homes))
 
 
 def _keys_beside(location: Sequence[str]) -> set[str]:

@@ -11,7 +11,7 @@ import pydantic
 from pydantic import Field
 from typing_extensions import override
 
-from privtrain.config.section import Section
+from privtrain.config.section import Section, written_out
 
 
 class RunSection(Section):
@@ -19,6 +19,8 @@ class RunSection(Section):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Name of the run and of its directory.")
     output_dir: pathlib.Path = Field(default=pathlib.Path("runs"), description="Parent of the run directory.")
+
+    _written_out = pydantic.field_validator("output_dir")(written_out)
 
     @property
     def directory(self) -> pathlib.Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pathlib
 from collections.abc import Iterator
 from typing import Self
 
@@ -30,3 +31,14 @@ class Section(pydantic.BaseModel):
         if problems := list(self.conflicts()):
             raise ConflictError(problems)
         return self
+
+
+def written_out(path: pathlib.Path | None) -> pathlib.Path | None:
+    """Return the path of a directory that will be made, unless it would be made under the name of ``~`` or a variable.
+
+    Raises:
+        ValueError: if it holds one: no shell has read a configuration.
+    """
+    if path is not None and (str(path).startswith("~") or "$" in str(path)):
+        raise ValueError(f"given {str(path)!r}; write the directory out: ~ and variables are not read here")
+    return path

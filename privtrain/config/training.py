@@ -6,9 +6,10 @@ import math
 import pathlib
 from typing import Annotated, Literal
 
+import pydantic
 from pydantic import Field
 
-from privtrain.config.section import Section
+from privtrain.config.section import Section, written_out
 
 
 class TrainingSection(Section):
@@ -118,3 +119,5 @@ class PerformanceSection(Section):
     heartbeat_timeout_seconds: int = Field(
         default=60, ge=2, description="A rank silent for longer is lost, and the job ends."
     )
+
+    _written_out = pydantic.field_validator("index_dir")(written_out)

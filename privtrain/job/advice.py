@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from privtrain.config import Config
+from privtrain.config.model import LoraSection, PromptSection
 from privtrain.data.corpus import Corpus
 from privtrain.privacy import noise_law
 from privtrain.privacy.plan import PrivacyPlan
@@ -49,6 +50,11 @@ def warnings(config: Config, plan: PrivacyPlan, num_units: float, num_users: flo
             f"training.num_warmup_steps={config.training.num_warmup_steps} exceeds num_steps={plan.num_steps}: "
             "training.learning_rate is never reached"
         )
+    method = config.training.method
+    if method != "lora" and config.lora != LoraSection():
+        messages.append(f"the keys under lora are not read: training.method is {method}")
+    if not config.training.has_virtual_tokens and config.prompt != PromptSection():
+        messages.append(f"the keys under prompt are not read: training.method is {method}")
     return messages
 
 

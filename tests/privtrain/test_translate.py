@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import yaml
 
+from privtrain import cli
 from privtrain.commands.stacks import axolotl, llamafactory, rules, trl
 from privtrain.commands.stacks.translate import check_translation, translate, write_translation
 from privtrain.config import load_config
@@ -96,3 +97,41 @@ def test_mutant_key_without_a_rule_is_lost(monkeypatch):
     monkeypatch.setattr(rules, "refused", lambda reason: rules.Outcome(reason=reason))
     found = translate(stack, yaml.safe_load(text))  # pyright: ignore[reportArgumentType]
     assert "learning_rte" not in found.refused
+
+
+@pytest.mark.parametrize(
+    ("stack", "key", "value"),
+    [
+        ("trl", "learning_rate", "fast"),
+        ("trl", "learning_rate", True),
+        ("trl", "max_steps", True),
+        ("trl", "max_steps", 10.5),
+        ("trl", "lora_target_modules", 5),
+        ("trl", "bf16", [True]),
+        ("axolotl", "datasets", ["a.jsonl"]),
+        ("axolotl", "datasets", 5),
+        ("axolotl", "val_set_size", "10%"),
+        ("axolotl", "special_tokens", 7),
+        ("axolotl", "lora_alpha", {"a": 1}),
+        ("llamafactory", "quantization_bit", [4]),
+        ("llamafactory", "lora_rank", "many"),
+        ("llamafactory", "ddp_timeout", "long"),
+    ],
+)
+def test_a_value_of_another_form_is_refused_by_its_key(tmp_path, monkeypatch, capsys, stack, key, value):
+    path = tmp_path / "theirs.yml"
+    path.write_text(yaml.safe_dump({key: value}))
+    monkeypatch.setattr("sys.argv", ["privtrain", "from", stack, str(path), "--output", str(tmp_path / "mine.yaml")])
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    assert left.value.code == 2
+    assert key.partition("_")[0] in capsys.readouterr().err
+    assert not (tmp_path / "mine.yaml").exists()
+
+
+def test_keys_that_are_no_names_are_refused(tmp_path):
+    path = tmp_path / "theirs.yml"
+    path.write_text("1: x\ntrue: y\n")
+    with pytest.raises(ConfigError) as refused:
+        write_translation("trl", path, tmp_path / "mine.yaml")
+    assert [fault.path for fault in refused.value.faults] == ["1", "True"]

@@ -359,3 +359,39 @@ def test_places_that_cannot_be_written_are_one_line(tmp_path, users_file, tiny_l
 
 def _ours() -> None:
     raise OSError("ours")
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "meant"),
+    [
+        ("training", "target_epsilon", "privacy.target_epsilon"),
+        ("data", "num_steps", "privacy.num_steps"),
+        ("model", "rank", "lora.rank"),
+        ("lora", "alpho", "lora.alpha"),
+    ],
+)
+def test_a_key_in_the_wrong_section_is_shown_its_own(tree, section, key, meant):
+    tree.setdefault(section, {})[key] = 1
+    with pytest.raises(ConfigError) as refused:
+        validate(tree)
+    (fault,) = refused.value.faults
+    assert fault.path == f"{section}.{key}"
+    assert meant in fault.problem
+
+
+@pytest.mark.parametrize("name", ["~/runs", "$HOME/runs", "/data/${USER}"])
+def test_directories_that_no_shell_has_read_are_refused(tree, name):
+    """They would be made here under the name of a tilde or a variable."""
+    tree["run"]["output_dir"] = tree["performance"]["index_dir"] = name
+    with pytest.raises(ConfigError) as refused:
+        validate(tree)
+    assert {fault.path for fault in refused.value.faults} == {"run.output_dir", "performance.index_dir"}
+
+
+@pytest.mark.parametrize(("method", "num"), [("lora", 1), ("full", 2), ("prefix_tuning", 1)])
+def test_keys_of_another_method_are_said_to_be_unread(tree, method, num):
+    tree["training"]["method"] = method
+    tree["prompt"] = {"num_virtual_tokens": 3}
+    config = validate(tree)
+    found = warnings(config, PrivacyPlan.build(config.privacy, config.training), 24, 24)
+    assert sum("are not read: training.method is" in text for text in found) == num

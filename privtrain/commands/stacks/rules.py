@@ -9,6 +9,7 @@ that is lost in silence would train another model than was asked for.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -58,6 +59,30 @@ def only(*allowed: Any, otherwise: str) -> Rule:
     return lambda value, _: Outcome(reason="as here") if value in allowed else refused(f"given {value!r}; {otherwise}")
 
 
+def number(value: Any) -> float:
+    """Return a number, also from a text; ``true`` is none.
+
+    Raises:
+        ValueError: if it is no finite number.
+    """
+    result = math.nan if isinstance(value, bool) else float(value)
+    if not math.isfinite(result):
+        raise ValueError("no finite number")
+    return result
+
+
+def whole(value: Any) -> int:
+    """Return a whole number, also from a text.
+
+    Raises:
+        ValueError: if it is none.
+    """
+    result = number(value)
+    if not result.is_integer():
+        raise ValueError("no whole number")
+    return int(result)
+
+
 def optimizer(value: Any, _: Mapping[str, Any]) -> Outcome:
     """Accept AdamW by any of its names: its state is fp32 here."""
     name = str(value).lower()
@@ -91,7 +116,8 @@ def fp16(value: Any, _: Mapping[str, Any]) -> Outcome:
 
 def steps(value: Any, _: Mapping[str, Any]) -> Outcome:
     """Translate a number of optimizer steps; -1 means none is given."""
-    return Outcome({"privacy.num_steps": int(value)}) if int(value) > 0 else Outcome(reason="not set")
+    num_steps = whole(value)
+    return Outcome({"privacy.num_steps": num_steps}) if num_steps > 0 else Outcome(reason="not set")
 
 
 def target_modules(value: Any, _: Mapping[str, Any]) -> Outcome:
@@ -110,7 +136,10 @@ def names_list(key: str) -> Rule:
 
 
 def _names(value: Any) -> list[str]:
-    return [name.strip() for name in value.split(",")] if isinstance(value, str) else list(value)
+    names = value.split(",") if isinstance(value, str) else value
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError("no list of names")
+    return [name.strip() for name in names]
 
 
 def switch(key: str, setting: str) -> Rule:
@@ -120,9 +149,10 @@ def switch(key: str, setting: str) -> Rule:
 
 def share_held_out(value: Any, _: Mapping[str, Any]) -> Outcome:
     """Translate a share of rows kept for evaluation: here of users, since rows of one user are no independent test."""
-    if not 0 <= float(value) < 1:  # Hugging Face reads such a value as a number of rows
+    share = number(value)
+    if not 0 <= share < 1:  # Hugging Face reads such a value as a number of rows
         return Outcome(reason="a number of rows; here a share of the users is held out (data.held_out_fraction)")
-    return Outcome({"data.held_out_fraction": float(value)}, "of users, not of rows")
+    return Outcome({"data.held_out_fraction": share}, "of users, not of rows")
 
 
 # Outcomes that the tables of several stacks share.
@@ -143,13 +173,13 @@ NOTHING = left_out("has no effect on training here")
 #: Arguments of the Hugging Face trainer, on which all three stacks build. The undotted targets (warmup_ratio, beta1,
 #: beta2) are put together to keys of ours when all outcomes are there: see ``_settle`` of :mod:`.translate`.
 TRAINING_ARGUMENTS: dict[str, Rule] = {
-    "learning_rate": to("training.learning_rate", change=float),
+    "learning_rate": to("training.learning_rate", change=number),
     "lr_scheduler_type": schedule,
     "warmup_steps": to("training.num_warmup_steps"),
-    "warmup_ratio": to("warmup_ratio", change=float),
-    "weight_decay": to("training.weight_decay", change=float),
-    "adam_beta1": to("beta1", change=float),
-    "adam_beta2": to("beta2", change=float),
+    "warmup_ratio": to("warmup_ratio", change=number),
+    "weight_decay": to("training.weight_decay", change=number),
+    "adam_beta1": to("beta1", change=number),
+    "adam_beta2": to("beta2", change=number),
     "adam_epsilon": only(1e-8, otherwise="AdamW's epsilon is 1e-8 here"),
     "optim": optimizer,
     "max_grad_norm": GRADIENT_NORM,
@@ -184,7 +214,7 @@ TRAINING_ARGUMENTS: dict[str, Rule] = {
     "do_eval": EVALUATION,
     "do_predict": EVALUATION,
     "deepspeed": LAUNCH,
-    "ddp_timeout": to("performance.collective_timeout_seconds", change=lambda value: min(int(value), 86400)),
+    "ddp_timeout": to("performance.collective_timeout_seconds", change=lambda value: min(whole(value), 86400)),
     "push_to_hub": HUB,
     "report_to": LOGGING,
     "torch_empty_cache_steps": NOTHING,

@@ -85,7 +85,7 @@ def translate(
     outcomes = {key: _outcome(module.RULES, key, value, asked) for key, value in asked.items()}
     for key, value in module.defaults(asked).items():
         if asked.get(key) is None:
-            outcome = module.RULES[key](value, asked)
+            outcome = _outcome(module.RULES, key, value, asked)
             outcomes[f"{key} (default of {_TITLES[stack]}: {value})"] = outcome
     report_to = str(asked.get("report_to") or "")
     values: dict[str, Any] = {"run.name": name, "tracking.wandb": "wandb" in report_to}
@@ -139,8 +139,10 @@ def write_translation(
     if problem := why_unwritable(output.absolute().parent):
         raise ConfigError([Fault("--output", problem)])
     document = read_tree(path)
-    if document.faults:
-        raise ConfigError([Fault(fault.key, fault.problem, fault.line) for fault in document.faults], str(path))
+    faults = [Fault(fault.key, fault.problem, fault.line) for fault in document.faults]
+    faults += [Fault(str(key), "a key is a name") for key in document.value if not isinstance(key, str)]
+    if faults:
+        raise ConfigError(faults, str(path))
     translation = translate(
         stack, document.value, name=path.stem, num_users=num_users, user_column=user_column, without=without
     )
@@ -190,7 +192,10 @@ def _outcome(table: Mapping[str, Rule], key: str, value: Any, asked: Mapping[str
     if rule is None:
         near = difflib.get_close_matches(key, sorted(table), n=1)
         return rules.refused(f"is not known here{f'; is it {near[0]}?' if near else ''}")
-    return rule(value, asked)
+    try:
+        return rule(value, asked)
+    except (TypeError, ValueError, AttributeError, LookupError, OverflowError):  # of another form than the rule reads
+        return rules.refused(f"given {value!r}, which is no value of this key")
 
 
 def _plan(values: dict[str, Any], num_users: int | None) -> dict[str, str]:
