@@ -79,9 +79,11 @@ _TEXT_NAMES = [
     "transcript",
 ]
 _LABEL_NAMES = ("label", "labels", "class", "category", "target", "intent", "sentiment", "topic")
-_CHAT_NAMES = ("messages", "conversation", "conversations", "dialogue", "chat", "turns")
+_CHAT_NAMES = ("messages", "conversation", "conversations", "dialogue", "chat", "turns", "chosen")
 _PROMPTS = ("prompt", "instruction", "question", "input", "query")
-_COMPLETIONS = ("completion", "response", "output", "answer")
+_COMPLETIONS = ("completion", "response", "output", "answer", "chosen")
+#: Columns that other stacks put into a prompt, or compare answers by; here nothing reads them.
+_UNREAD = ("system", "history", "tools", "functions", "documents", "context", "images", "image", "videos", "rejected")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,6 +230,13 @@ def guess_columns(file: pathlib.Path, user_column: str | None = None) -> Guess:
         problem = f"no text, conversation or prompt among the columns {', '.join(columns)}"
         raise ConfigError([Fault("data.format", problem)])
     keys, notes = learned.tree, learned.notes
+    if unread := [
+        name for name in columns if name.lower() in _UNREAD and name not in keys.values() and any(values[name])
+    ]:
+        notes["format"] = (
+            f"{notes.get('format', 'texts')}; {', '.join(unread)}: not read, though the column says so. Put into the "
+            "records what the model is to be told"
+        )
     num_ids = len({str(value) for value in values[user]})
     notes["user_column"] = "as you said" if user_column else f"{num_ids} ids in the first {len(rows)} rows"
     return Guess({"user_column": user, **keys}, notes)
@@ -255,7 +264,8 @@ def _guess_format(values: dict[str, list[Any]]) -> Guess | None:
     Raises:
         ConfigError: if a column is named like what is looked for, but its values are in a form that is not read.
     """
-    others = {name: column for name, column in values.items() if name.lower() not in (*_PROMPTS, *_COMPLETIONS)}
+    pair = {*_PROMPTS, *_COMPLETIONS} - {*_CHAT_NAMES}
+    others = {name: column for name, column in values.items() if name.lower() not in pair}
     chat = _first(others, _CHAT_NAMES, _is_conversation)
     if chat is not None:
         return Guess({"format": "chat", "messages_column": chat}, {"format": f"{chat} holds lists of turns"})

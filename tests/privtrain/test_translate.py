@@ -131,7 +131,7 @@ def test_a_value_of_another_form_is_refused_by_its_key(tmp_path, monkeypatch, ca
 
 def test_keys_that_are_no_names_are_refused(tmp_path):
     path = tmp_path / "theirs.yml"
-    path.write_text("1: x\ntrue: y\n")
+    path.write_text("3: x\ntrue: y\n")
     with pytest.raises(ConfigError) as refused:
         write_translation("trl", path, tmp_path / "mine.yaml")
-    assert [fault.path for fault in refused.value.faults] == ["1", "True"]
+    assert {fault.path for fault in refused.value.faults} == {"3", "True"}

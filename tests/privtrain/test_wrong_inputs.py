@@ -395,3 +395,29 @@ def test_keys_of_another_method_are_said_to_be_unread(tree, method, num):
     config = validate(tree)
     found = warnings(config, PrivacyPlan.build(config.privacy, config.training), 24, 24)
     assert sum("are not read: training.method is" in text for text in found) == num
+
+
+TURNS = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
+
+
+@pytest.mark.parametrize(
+    ("columns", "keys", "unread"),
+    [
+        (
+            {"messages": [TURNS] * 2, "tools": ["[]", "[{}]"], "images": [None, []]},
+            {"messages_column": "messages"},
+            "tools",
+        ),
+        (
+            {"prompt": ["p", "q"], "chosen": ["a", "b"], "rejected": ["c", "d"]},
+            {"prompt_column": "prompt", "completion_column": "chosen"},
+            "rejected",
+        ),
+        ({"chosen": [TURNS] * 2, "rejected": [TURNS] * 2}, {"messages_column": "chosen"}, "rejected"),
+        ({"text": ["a", "b"], "context": ["c", "d"]}, {"text_column": "text"}, "context"),
+    ],
+)
+def test_init_names_columns_that_other_stacks_would_read(tmp_path, columns, keys, unread):
+    guess = guess_columns(write_rows(tmp_path / "rows.jsonl", user=["u", "v"], **columns))
+    assert keys.items() <= guess.tree.items()
+    assert f"; {unread}: not read" in guess.notes["format"]

@@ -85,7 +85,7 @@ def translate(
     outcomes = {key: _outcome(module.RULES, key, value, asked) for key, value in asked.items()}
     for key, value in module.defaults(asked).items():
         if asked.get(key) is None:
-            outcome = _outcome(module.RULES, key, value, asked)
+            outcome = _ruled(module.RULES[key], value, asked)
             outcomes[f"{key} (default of {_TITLES[stack]}: {value})"] = outcome
     report_to = str(asked.get("report_to") or "")
     values: dict[str, Any] = {"run.name": name, "tracking.wandb": "wandb" in report_to}
@@ -192,9 +192,14 @@ def _outcome(table: Mapping[str, Rule], key: str, value: Any, asked: Mapping[str
     if rule is None:
         near = difflib.get_close_matches(key, sorted(table), n=1)
         return rules.refused(f"is not known here{f'; is it {near[0]}?' if near else ''}")
+    return _ruled(rule, value, asked)
+
+
+def _ruled(rule: Rule, value: Any, asked: Mapping[str, Any]) -> Outcome:
+    """Apply a rule; a value of another form than it reads is refused."""
     try:
         return rule(value, asked)
-    except (TypeError, ValueError, AttributeError, LookupError, OverflowError):  # of another form than the rule reads
+    except (TypeError, ValueError, AttributeError, LookupError, OverflowError):
         return rules.refused(f"given {value!r}, which is no value of this key")
 
 
