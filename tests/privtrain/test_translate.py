@@ -110,6 +110,7 @@ def test_mutant_key_without_a_rule_is_lost(monkeypatch):
         ("trl", "bf16", [True]),
         ("axolotl", "datasets", ["a.jsonl"]),
         ("axolotl", "datasets", 5),
+        ("axolotl", "datasets", [{"type": "completion"}]),
         ("axolotl", "val_set_size", "10%"),
         ("axolotl", "special_tokens", 7),
         ("axolotl", "lora_alpha", {"a": 1}),
@@ -135,3 +136,10 @@ def test_keys_that_are_no_names_are_refused(tmp_path):
     with pytest.raises(ConfigError) as refused:
         write_translation("trl", path, tmp_path / "mine.yaml")
     assert {fault.path for fault in refused.value.faults} == {"3", "True"}
+
+
+def test_files_of_a_data_set_without_a_path_are_its_source():
+    """Not the data set of the hub that is called None."""
+    entry = {"data_files": ["a.jsonl"], "type": "completion"}
+    found = translate("axolotl", {"base_model": "m", "datasets": [entry]})
+    assert found.tree["data"]["source"] == {"kind": "files", "paths": ["a.jsonl"]}

@@ -79,9 +79,11 @@ def _dataset(entry: Mapping[str, Any]) -> Outcome:
             f"datasets: type {kind!r} has no counterpart; write prompt and completion, or a list of turns, into "
             "columns (data.format: prompt_completion or chat)"
         )
-    path = str(entry.get("path"))  # a file, a name on the hub, or a kind of files beside data_files
+    path = str(entry.get("path") or "")  # a file, a name on the hub, or a kind of files beside data_files
     files = entry.get("data_files")
-    if path in _FILE_KINDS and files:
+    if not path and not files:
+        return refused("datasets: an entry has no path")
+    if (not path or path in _FILE_KINDS) and files:
         paths = [files] if isinstance(files, str) else list(files)
     elif path.endswith(_SUFFIXES) or path.startswith((".", "/")):
         paths = [path]
