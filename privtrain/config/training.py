@@ -68,7 +68,7 @@ class PerformanceSection(Section):
 
     microbatch_size: int = Field(default=8, ge=1, description="Rows in one forward pass on one rank.")
     packing: Literal["auto", "lines", "rows"] = Field(
-        default="rows",
+        default="auto",
         description="How records share a forward pass. rows: one record a row, padded to one of four widths. lines: "
         "one line of at most microbatch_tokens that holds whole units, records apart in attention and positions. auto: "
         "lines where the self-test finds that a unit adds the same bits wherever it stands in a line, else rows.",

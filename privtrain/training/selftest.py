@@ -141,21 +141,37 @@ def _check_probes(trainer: Trainer, probe: Probe, units: list[list[Record]], pre
         state = probe.check_traces()
     probe.check_coins()
     with _without_dropout(trainer.model):
-        probe.check_rows()
+        probe.check_rows(every_width=trainer.line_packer is None)
         probe.check_causality()
         clipper = _check_clipping(trainer, units, precision, trainer.clipper.route)
-        route = probe.independent_route(clipper.route)
-        if route != clipper.route:
-            clipper = _check_clipping(trainer, units, precision, route)
-        _check_exact_sum(clipper, trainer, units)
-        lines, why_rows = LineProbe(trainer, probe.vocabulary_size, precision, clipper.route), ""
-        if trainer.line_packer is not None:
-            why_rows = lines.why_rows()
+    _choose_packing(trainer, LineProbe(trainer, probe.vocabulary_size, precision, clipper.route))
+    with _without_dropout(trainer.model):
+        if not trainer.packs_lines:
+            clipper = _check_rows(trainer, probe, units, precision, clipper)
+        # Lines hold no rows of two units, so whether rows of a batch are rounded alike is of no concern there.
+        _check_exact_sum(clipper, trainer, units, 1 if trainer.packs_lines else max(_TOGETHER_SIZES))
         probe.check_unchanged(state)
-    if trainer.line_packer is not None:  # with dropout as in training: random numbers are what is looked for
-        trainer.why_rows = why_rows or lines.shared_coins()
-        trainer.packs_lines = not trainer.why_rows
     return clipper
+
+
+def _choose_packing(trainer: Trainer, probe: LineProbe) -> None:
+    """Pack units into lines where the configuration allows it and the probe proves that they are exact."""
+    if trainer.line_packer is None:
+        return
+    with _without_dropout(trainer.model):
+        why_rows = probe.why_rows()
+    trainer.why_rows = why_rows or probe.shared_coins()
+    trainer.packs_lines = not trainer.why_rows
+
+
+def _check_rows(
+    trainer: Trainer, probe: Probe, units: list[list[Record]], precision: str, clipper: PerUnitClipper
+) -> PerUnitClipper:
+    """Demand that units are independent in the job's own rows; return a clipper of the route on which they are."""
+    if trainer.line_packer is not None:
+        probe.check_rows()
+    route = probe.independent_route(clipper.route)
+    return clipper if route == clipper.route else _check_clipping(trainer, units, precision, route)
 
 
 def _move(layout: Layout, backend: Backend) -> None:
@@ -290,7 +306,9 @@ def _check_clipping(trainer: Trainer, units: list[list[Record]], precision: str,
     return clipper
 
 
-def _check_exact_sum(clipper: PerUnitClipper, trainer: Trainer, units: list[list[Record]]) -> None:
+def _check_exact_sum(
+    clipper: PerUnitClipper, trainer: Trainer, units: list[list[Record]], microbatch_size: int
+) -> None:
     """Check that two units together add, as integers, exactly what each adds alone.
 
     A sum in fp32 would round most coordinates. Each rounding is small, but with chosen values 10⁵ of them add up to
@@ -300,10 +318,11 @@ def _check_exact_sum(clipper: PerUnitClipper, trainer: Trainer, units: list[list
         clipper: of :func:`_check_clipping`, on a route where no unit changes another's bits.
         trainer: whose reduction is tested.
         units: the planted units, of which the huge one and the small one are used.
+        microbatch_size: rows; 1 where rows of a batch may be rounded by their place.
     """
-    size, backend = max(_TOGETHER_SIZES), trainer.backend
+    backend = trainer.backend
     huge, small, both = (
-        _reduced_total(clipper, trainer.placement, present, size, backend).clone()
+        _reduced_total(clipper, trainer.placement, present, microbatch_size, backend).clone()
         for present in (units[:1], units[1:2], units[:2])
     )
     fault = ""
