@@ -184,6 +184,8 @@ class LineClipper(PerUnitClipper):
             raise GuaranteeLost("a unit's records are not contiguous across lines; this is a bug, report it")
         if self.route == "one_unit":
             raise UnsupportedLayer("lines need a rule for every layer; this is a bug, report it")
+        if not line.owners:
+            return  # of a rank with fewer units than others; no rank waits for another within a line
         longest = max((stop - first for first, stop in line.records), default=0)
         if longest > self._longest:
             refusals.refuse_rescaled_positions(self._model, longest)

@@ -198,6 +198,21 @@ def differs_among_mates(name: str, method: str, precision: str, num_packings: in
     return False
 
 
+@pytest.mark.parametrize("units", [[], [[np.array([5])]], [[np.array([5])], [np.array([6])] * 2]])
+def test_lines_without_anything_to_predict_add_nothing(units):
+    """Of a rank without units in a step, too: where queries and values alone are trained, its line uses none of them."""
+    model, _ = build("llama", "lora")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora" in name and ("q_proj" in name or "v_proj" in name))
+    clipper = make(model, Layout.of(model))
+    clipper.reset()
+    lines = list(_SHORT.pack(units, _SHORT.num_batches(units) + 1))
+    assert not lines[-1].owners
+    for line in lines:
+        clipper.accumulate(line)
+    assert not clipper.finish().any()
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", _PACKED)
 def test_units_add_the_same_bits_in_any_company(name, precision):
