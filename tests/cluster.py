@@ -195,7 +195,8 @@ def _rank(
     os.environ.update(environment)
     sys.argv = arguments
     if "TESTS_LEAVE_OUT_SELF_TEST" in os.environ:  # the fixture no_self_test
-        importlib.import_module("privtrain.job.train")._self_test = lambda *_: None
+        stand_in = importlib.import_module("tests.unproven").pack_as_proven
+        importlib.import_module("privtrain.job.train")._self_test = stand_in
     if before is not None:
         before(rank)
     importlib.import_module(f"{arguments[0]}.cli").main()
