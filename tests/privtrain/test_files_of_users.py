@@ -48,7 +48,7 @@ def encoder_with(folder, template: str) -> Encoder:
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("d.jsonl", gzip.compress(b'{"user": "u", "text": "x"}\n'), "gunzip"),
+        ("d.jsonl", gzip.compress(b'{"user": "u", "text": "x"}\n', mtime=0), "gunzip"),
         ("d.csv", b"PK\x03\x04\x14\x00", "save it as CSV"),
         ("d.parquet", POINTER, "git lfs pull"),
         ("d.jsonl", POINTER, "git lfs pull"),
