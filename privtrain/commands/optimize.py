@@ -234,7 +234,7 @@ def _choice(
         return None
     root = math.sqrt(num_trained)
     relative_noise = plan.noise_of_run(training) * root
-    point = noise_law.Point(num_steps, relative_noise, records, config.lora.rank)
+    point = noise_law.Point(num_steps, relative_noise, records, config.lora.rank, plan.noise_kept(training))
     return Choice(
         num_steps=num_steps,
         batch=batch,

@@ -13,11 +13,12 @@ of a user in a step.
 
 **Gain**, what training takes off the loss, relative to other plans of the same model and data:
 
-    gain ~ 1 / (1 + (T₀ / T)^a + (N / (N₀ r^h k^b))^p)
+    gain ~ 1 / (1 + (T₀ / T)^a + (N / (N₀ κ^w r^h k^b))^p)
 
-Few steps and much noise add up: noise harms little where steps are what is missing. A larger rank has more weights and
-so more noise, of which more goes where it does no harm; k records make a user's gradient steadier. The batch counts
-through N alone: 8, 64 and 256 users at the same T and N gained the same.
+Few steps and much noise add up: noise harms little where steps are what is missing. Noise that correlation takes out of
+the weights in the end was in them on the way, where gradients are taken: so the same N is worse with a small κ. A
+larger rank has more weights and so more noise, of which more goes where it does no harm; k records make a user's
+gradient steadier. The batch counts through N alone: 8, 64 and 256 users at the same T and N gained the same.
 
 **Learning rate** of AdamW (decaying to zero), at which that gain is had: the weights may move the less, the longer and
 the noisier the run is. It hardly depends on the noise of one step, by whose norm AdamW divides; noise that cancels
@@ -122,10 +123,10 @@ class NoiseLaw:
 
     Attributes:
         half_steps, step_power: T₀ and a.
-        half_noise, noise_power, record_power, rank_power: N₀, p, b and h.
+        half_noise, noise_power, record_power, rank_power, kept_power: N₀, p, b, h and w.
         rate_scale, rate_step_power, rate_rank_power, rate_half_noise, rate_noise_power, rate_kept_power: c, t, g, N₁, u
             and v.
-        num_runs, least_steps, most_steps, least_kept: what it was fitted to; less of κ counts as the least.
+        num_runs, least_steps, most_steps, least_kept: what it was fitted to; a rate takes less of κ as the least.
     """
 
     half_steps: float
@@ -134,6 +135,7 @@ class NoiseLaw:
     noise_power: float
     record_power: float
     rank_power: float
+    kept_power: float
     rate_scale: float
     rate_step_power: float
     rate_rank_power: float
@@ -147,11 +149,11 @@ class NoiseLaw:
 
     def gain(self, point: Point) -> float:
         """Return the predicted gain, in a unit that only ratios have a meaning in."""
-        return float(_gain(_of([point]), *dataclasses.astuple(self)[:6])[0])
+        return float(_gain(_of([point]), *dataclasses.astuple(self)[:7])[0])
 
     def learning_rate(self, point: Point) -> float:
         """Return the learning rate at which AdamW gains most."""
-        scale, *others = dataclasses.astuple(self)[6:12]
+        scale, *others = dataclasses.astuple(self)[7:13]
         point = dataclasses.replace(point, noise_kept=max(point.noise_kept, self.least_kept))
         return scale * float(np.exp(_log_rate(_of([point]), 0.0, *others)[0]))
 
@@ -206,15 +208,15 @@ def fit(rows: Sequence[Measured]) -> NoiseLaw:
         ValueError: if there are fewer settings than parameters.
     """
     best = best_of(rows)
-    if len(best) < 14:
-        raise ValueError(f"{len(best)} settings; the law has 13 parameters. Run: python -m tests.bench.noise_law")
+    if len(best) < 15:
+        raise ValueError(f"{len(best)} settings; the law has 14 parameters. Run: python -m tests.bench.noise_law")
     points = _of([b.point for b in best])
     drops, rates = np.array([b.drop for b in best]), np.log([b.learning_rate for b in best])
     most = drops.max()
     gains = optimize.least_squares(
-        lambda p: np.exp(p[6]) * _gain(points, *np.exp(p[:4]), *p[4:6]) - drops / most,
-        [*np.log([30.0, 0.7, 0.5, 1.0]), 0.2, 0.4, np.log(1.5)],
-        bounds=([*np.log([0.5, 0.2, 0.02, 0.3]), 0.0, 0.0, 0.0], [*np.log([3000, 3, 50, 4]), 1.0, 1.5, 3.0]),
+        lambda p: np.exp(p[7]) * _gain(points, *np.exp(p[:4]), *p[4:7]) - drops / most,
+        [*np.log([30.0, 0.7, 0.5, 1.0]), 0.2, 0.4, 0.1, np.log(1.5)],
+        bounds=([*np.log([0.5, 0.2, 0.02, 0.3]), 0.0, 0.0, 0.0, 0.0], [*np.log([3000, 3, 50, 4]), 1.0, 1.5, 1.0, 3.0]),
     ).x
     # A learning rate that is off where nothing can be gained says nothing.
     weights = np.sqrt(np.clip(drops / most, 0.05, 1))
@@ -224,7 +226,7 @@ def fit(rows: Sequence[Measured]) -> NoiseLaw:
         bounds=([-12, -0.5, -1, 0.02, 0.2, -1.0], [4, 1.5, 1, 50, 3, 3.0]),
     ).x
     names = [field.name for field in dataclasses.fields(NoiseLaw)]
-    values = [*np.exp(gains[:4]), *gains[4:6], np.exp(speed[0]), *speed[1:]]
+    values = [*np.exp(gains[:4]), *gains[4:7], np.exp(speed[0]), *speed[1:]]
     steps, least_kept = [row.num_steps for row in rows], min(row.noise_kept for row in rows)
     fitted_values = dict(zip(names, map(float, values), strict=False))
     return NoiseLaw(
@@ -244,13 +246,14 @@ def _gain(
     noise_power: float,
     record_power: float,
     rank_power: float,
+    kept_power: float,
 ) -> np.ndarray:
     """Return the share of the gain: without noise half at ``half_steps``, after many steps half at a noise.
 
-    Records and rank raise that noise.
+    Records and rank raise that noise; correlation lowers it.
     """
-    steps, noise, records, rank, _ = points
-    half = half_noise * rank**rank_power * records**record_power
+    steps, noise, records, rank, kept = points
+    half = half_noise * rank**rank_power * records**record_power * kept**kept_power
     return 1 / (1 + (half_steps / steps) ** step_power + (noise / half) ** noise_power)
 
 
