@@ -215,7 +215,8 @@ def test_self_test_finds_noise_without_or_with_wrong_history(tiny_llama, monkeyp
     with pytest.raises(SelfTestFailed, match="different noise"):
         self_test(make_trainer(ForgetsHistory(cpu), tiny_llama, cell))
     taken_back = NoiseHistory._taken_back
-    monkeypatch.setattr(NoiseHistory, "_taken_back", lambda self, last: taken_back(self, -last))
+    # Far too much: the sign alone would now and then look right on so few coordinates.
+    monkeypatch.setattr(NoiseHistory, "_taken_back", lambda self, last: taken_back(self, -8 * last))
     with pytest.raises(SelfTestFailed, match="does not take back that of the first"):
         self_test(make_trainer(LocalBackend(cpu), tiny_llama, cell))
 

@@ -201,7 +201,7 @@ def differs_among_mates(name: str, method: str, precision: str, num_packings: in
 @pytest.mark.parametrize("units", [[], [[np.array([5])]], [[np.array([5])], [np.array([6])] * 2]])
 def test_lines_without_anything_to_predict_add_nothing(units):
     """Of a rank without units in a step, too: where queries and values alone are trained, it uses none of them."""
-    model, _ = build("llama", "lora")
+    model = copy.deepcopy(build("llama", "lora")[0])
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora" in name and ("q_proj" in name or "v_proj" in name))
     clipper = make(model, Layout.of(model))

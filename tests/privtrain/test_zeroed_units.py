@@ -90,6 +90,7 @@ def test_the_ledger_names_the_units_that_counted_as_zero(tree, tmp_path, monkeyp
 def poison_rank(token: int, rank: int) -> None:
     _TOKEN[0] = token
     privtrain.models.losses.row_losses = poisoned_row_losses
+    privtrain.models.losses.token_losses = poisoned_token_losses
 
 
 @pytest.mark.dist
