@@ -108,7 +108,8 @@ def squared_norms(values: torch.Tensor) -> torch.Tensor:
     flat = values.flatten(1)
     pieces = flat.split(_CPU_PIECE if flat.device.type == "cpu" else _LARGEST_BLOCK, dim=1)
     squares = [torch.linalg.vector_norm(piece, dim=1, dtype=torch.float64).square() for piece in pieces]
-    return squares[0] if len(squares) == 1 else torch.stack(squares).sum(dim=0)
+    # Pieces of a row lie together: the order in which torch adds up a column depends on the column's place.
+    return squares[0] if len(squares) == 1 else torch.stack(squares, dim=1).sum(dim=1)
 
 
 def grouped_squared_norms(group: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,8 @@ line is compared with rows of one unit, and with itself:
   is not a number nothing, and units together add what each adds alone, as integers;
 * in shared lines of the job's own size, a unit adds the same bits alone and at many places between units of huge
   activations that add gradients of their own, and these add the same with it and without;
+* it also adds the same after the longest line of the job as before (what such a line leaves in the model is looked at
+  after this probe, by :meth:`.probes.Probe.check_unchanged`);
 * no random number is shared by the tokens of a line.
 
 *Loud* units enter the model with huge activations (:func:`.hooks.loud_tokens`), so that whatever of them reaches
@@ -44,6 +46,9 @@ _OTHER_GRADIENT = {"fp32": 1e-3, "bf16": 5e-2}
 _PLANTED_LENGTHS, _PLANTED_TOKENS = (7, 12), 61
 #: Gradient norms of the first two planted units, in clipping norms; the third unit's loss is NaN.
 _SIZES = (1e4, 0.5)
+#: Tokens of two units and of their line, by which a dimension of tokens is told from the model's own. Two choices,
+#: since a dimension of the model may have such a size too.
+_COIN_SHAPES = (((5, 11), 23), ((7, 13), 29))
 #: Full lines in which units are moved about, for each size of slots.
 _NUM_CROWDS = 4
 
@@ -98,7 +103,8 @@ class LineProbe:
         if not isinstance(clipper, LineClipper):
             return "gradients are sharded"
         clipper.refuse_lines()
-        return self._other_losses() or self._other_sums(clipper) or self._other_bits(clipper)
+        checks = self._other_sums, self._other_bits, self._other_bits_later
+        return self._other_losses() or next((fault for check in checks if (fault := check(clipper))), "")
 
     # What is computed.
 
@@ -222,19 +228,40 @@ class LineProbe:
         for first, stop in (line.units[i] for i in loud):
             is_loud[first:stop], weight[:, first:stop] = True, hooks.LOUD_WEIGHT
         line = dataclasses.replace(line, token_weight=weight)
+        num_split = clipper.num_split
         with hooks.loud_tokens(self.trainer.model, is_loud):
             total, expected = self._sum(clipper, [line]), self._sum(clipper, [line.only(loud)])
+        if clipper.num_split > num_split:  # then units ran one by one, and nothing of loud ones could reach the others
+            raise UnsupportedLayer("units of huge activations are not finite in a line, so that it proves nothing")
         for kind, own in enumerate(bits):
             expected += kinds.count(kind) * own
         return total, expected
 
+    def _other_bits_later(self, clipper: LineClipper) -> str:
+        """Return in words that a unit adds other bits after the longest line than before it; empty if it does not.
+
+        That line is filled by one loud unit.
+        """
+        packer = self._packer
+        short, longest = (packer.arranged([self._unit([n], n)]).to(self._device) for n in (5, packer.num_tokens))
+        before = self._sum(clipper, [short])
+        longest = dataclasses.replace(longest, token_weight=longest.token_weight * hooks.LOUD_WEIGHT)
+        is_loud = torch.ones(longest.num_tokens, dtype=torch.bool, device=self._device)
+        with hooks.loud_tokens(self.trainer.model, is_loud):
+            self._sum(clipper, [longest])
+        is_same = torch.equal(self._sum(clipper, [short]), before)
+        return "" if is_same else "units add other bits after the longest line than before it"
+
     def _probed_units(self, size: int) -> list[list[Record]]:
-        """Return two units that need a slot of ``size`` tokens, to be tried at many places: of one record, of two."""
+        """Return units that need a slot of ``size`` tokens, to be tried at many places.
+
+        One of a single record, one of two records, and one that fills the slot, so that its copies fill a line.
+        """
         packer = self._packer
         fewest = next((tokens for tokens in range(1, size) if packer.slot(tokens) == size), size)  # for such a slot
         one_record = [fewest + min(4, size - fewest)]
         two_records = [max(1, size * 3 // 5), max(1, size // 5)]
-        return [self._unit(lengths, 50 + i) for i, lengths in enumerate((one_record, two_records))]
+        return [self._unit(lengths, 50 + i) for i, lengths in enumerate((one_record, two_records, [size]))]
 
     def _crowds(
         self, size: int, num_slots: int, probed: Sequence[list[Record]]
@@ -242,12 +269,17 @@ class LineProbe:
         """Yield (units, kinds) of full lines of ``num_slots`` slots of ``size`` tokens.
 
         ``kinds`` says of each unit which of ``probed`` it is, or -1 for a loud one. First copies of each probed unit
-        fill a line. Then probed units stand at every other slot, and loud units of random lengths between them.
+        fill a line, from its beginning and up to its end. Then the first two probed units stand at every other slot,
+        and loud units of random lengths between them.
         """
         packer = self._packer
         for kind, unit in enumerate(probed):
             num_units = min(num_slots, packer.shared_length(size) // packer.cost(unit))
-            yield [list(unit) for _ in range(num_units)], [kind] * num_units
+            copies, kinds = [list(unit) for _ in range(num_units)], [kind] * num_units
+            yield copies, kinds
+            room = packer.shared_length(size) - num_units * packer.cost(unit)
+            if 0 < room <= size and num_units < num_slots:
+                yield [self._unit([room], 69), *copies], [-1, *kinds]
         rng = np.random.default_rng(size)
         for turn in range(_NUM_CROWDS):
             units: list[list[Record]] = []
@@ -255,7 +287,7 @@ class LineProbe:
             room = packer.shared_length(size)
             for i in range(num_slots):
                 # Even turns have probed units at even slots, odd turns at odd ones.
-                kind = (i // 2) % len(probed) if i % 2 == turn % 2 else -1
+                kind = (i // 2) % 2 if i % 2 == turn % 2 else -1
                 tokens = int(rng.integers(1, size + 1))
                 unit = self._unit([tokens], 70 + i) if kind < 0 else list(probed[kind])
                 if packer.cost(unit) <= room:
@@ -278,7 +310,10 @@ class LineProbe:
 
         All such numbers are set to 0, then to 1: losses that differ depend on one.
         """
-        lengths, line_tokens = (5, 11), 23  # sizes by which a dimension of tokens is told from the model's own
+        return next((fault for shape in _COIN_SHAPES if (fault := self._coins_in(*shape))), "")
+
+    def _coins_in(self, lengths: tuple[int, ...], line_tokens: int) -> str:
+        """Do the work of :meth:`_coins` for a line of ``line_tokens`` tokens with a unit for each of ``lengths``."""
         packer = LinePacker(line_tokens, line_tokens, len(lengths), max(lengths), self._packer.pad_id)
         line = packer.arranged([[self._record(n, n)] for n in lengths]).to(self._device)
         trainer, sizes = self.trainer, (line_tokens, *lengths, 1 + sum(lengths))

@@ -154,18 +154,22 @@ class Probe:
         self._refuse_traces([f"what {self._named(name)} returns for the same row"] if name else [])
         return built
 
-    def check_unchanged(self, state: dict[str, object]) -> None:
+    def check_unchanged(self, state: dict[str, object], way_out: str = "") -> None:
         """Demand that the model's state is still the one of :meth:`check_traces`.
+
+        Args:
+            state: of :meth:`check_traces`.
+            way_out: what else a user may do, for the message.
 
         Raises:
             SelfTestFailed: naming the module and what it kept.
         """
-        self._refuse_traces(traces.changes(state, self._state()))
+        self._refuse_traces(traces.changes(state, self._state()), way_out)
 
     def _state(self) -> dict[str, object]:
         return traces.snapshot(self.trainer.model, self.trainer.backend.local_tensors(self.trainer.model))
 
-    def _refuse_traces(self, kept: Sequence[str]) -> None:
+    def _refuse_traces(self, kept: Sequence[str], way_out: str = "") -> None:
         """Raise, on every rank, if any rank has places in the model that a pass changed."""
         fault = ""
         if kept:
@@ -173,7 +177,7 @@ class Probe:
                 f"a pass over the model changes {kept[0]}: what one unit's rows leave there changes the gradients of "
                 f"the others, which clipping does not bound. Switch that off {_IN_CONFIG} (for positions that are "
                 "rescaled by length: data.max_length within the original context), or replace the module by one that "
-                "keeps nothing"
+                f"keeps nothing{way_out}"
             )
         self._agree(fault)
 

@@ -150,7 +150,8 @@ def _check_probes(trainer: Trainer, probe: Probe, units: list[list[Record]], pre
             clipper = _check_rows(trainer, probe, units, precision, clipper)
         # Lines hold no rows of two units, so whether rows of a batch are rounded alike is of no concern there.
         _check_exact_sum(clipper, trainer, units, 1 if trainer.packs_lines else max(_TOGETHER_SIZES))
-        probe.check_unchanged(state)
+        # Lines may be longer than any row that was tried before.
+        probe.check_unchanged(state, "" if trainer.line_packer is None else "; or set performance.packing: rows")
     return clipper
 
 

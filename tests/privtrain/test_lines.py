@@ -18,7 +18,7 @@ from privtrain.clipping.lines import LineClipper
 from privtrain.data.lines import Line, LinePacker, default_num_tokens
 from privtrain.data.microbatch import Packer
 from privtrain.data.records import Record
-from privtrain.errors import UnsupportedLayer
+from privtrain.errors import SelfTestFailed, UnsupportedLayer
 from privtrain.models import losses
 from privtrain.models.losses import row_losses, token_losses
 from privtrain.privacy.layout import Layout
@@ -378,6 +378,9 @@ def _plant(fault: str, patch: pytest.MonkeyPatch) -> None:
     elif fault == "bits by place":
         place = lambda line: 1 + 1e-6 * torch.arange(line.num_tokens) / line.num_tokens  # noqa: E731
         patch.setattr(losses, "token_losses", lambda model, line, head: right(model, line, head) * place(line))
+    elif fault == "bits at the end":
+        end = lambda line: 1 + 1e-6 * (torch.arange(line.num_tokens) >= line.num_tokens - 8)  # noqa: E731
+        patch.setattr(losses, "token_losses", lambda model, line, head: right(model, line, head) * end(line))
     elif fault == "bits by mates":
         mates = lambda line: 1 + 1e-6 * len(line.units)  # noqa: E731
         patch.setattr(losses, "token_losses", lambda model, line, head: right(model, line, head) * mates(line))
@@ -411,6 +414,7 @@ def _halved(gradient):
         "positions of the line",
         "window of attention forgotten",
         "bits by place",
+        "bits at the end",
         "bits by mates",
         "bounds of units",
         "another unit's tokens behind",
@@ -424,21 +428,60 @@ def test_planted_faults_of_lines_send_records_to_rows(fault, monkeypatch):
     assert trainer.why_rows
 
 
-def test_random_numbers_shared_by_a_line_send_records_to_rows():
+@pytest.mark.parametrize("num_heads", [1, 5, 13])
+def test_random_numbers_shared_by_a_line_send_records_to_rows(num_heads):
     class Coin(torch.nn.Module):
         def __init__(self, layer):
             super().__init__()
             self.layer = layer
 
         def forward(self, x, **kwargs):
-            keep = torch.rand(x.shape[0], 1, 1) < 0.9 if self.training else 1.0  # one for each row, as stochastic depth
-            return self.layer(x * keep, **kwargs)
+            # One for each row, as stochastic depth, or several of a number that the probe's line may have as a size.
+            keep = (torch.rand(x.shape[0], num_heads, 1) < 0.9).float().mean(dim=1, keepdim=True)
+            return self.layer(x * keep if self.training else x, **kwargs)
 
     torch.manual_seed(0)
     model = hf.AutoModelForCausalLM.from_config(CAUSAL["llama"]())
     model.model.layers[1].mlp = Coin(model.model.layers[1].mlp)
     probe = line_probe.LineProbe(packed_trainer(model), 200, "fp32", "auto")
     assert "random numbers" in probe.shared_coins()
+
+
+@pytest.mark.parametrize("is_hidden", [False, True])
+def test_what_only_the_longest_line_leaves_is_found(is_hidden):
+    hidden = torch.zeros(())
+
+    class Grown(torch.nn.Module):
+        def __init__(self, layer):
+            super().__init__()
+            self.layer, self.scale = layer, 1.0
+
+        def forward(self, x, **kwargs):
+            if x.shape[1] > 200:  # of the lines that the probe shares, none is so long
+                (hidden.fill_(1) if is_hidden else setattr(self, "scale", 1.001))
+            return self.layer(x * (self.scale + 1e-3 * float(hidden)), **kwargs)
+
+    torch.manual_seed(0)
+    model = hf.AutoModelForCausalLM.from_config(CAUSAL["llama"]())
+    model.model.layers[1].mlp = Grown(model.model.layers[1].mlp)
+    trainer = trainer_of(model)
+    trainer.line_packer = LinePacker(256, 128, 8, trainer.packer.max_length, 0)
+    trainer.clipper = trainer.new_clipper(trainer.row_losses, "auto")
+    if is_hidden:
+        run_self_test(trainer, vocabulary_size=200, precision="fp32")
+        assert "longest line" in trainer.why_rows
+    else:
+        with pytest.raises(SelfTestFailed, match=r"scale.*performance\.packing: rows"):
+            run_self_test(trainer, vocabulary_size=200, precision="fp32")
+
+
+def test_a_probe_whose_loud_units_are_not_finite_proves_nothing():
+    torch.manual_seed(0)
+    model = hf.AutoModelForCausalLM.from_config(CAUSAL["llama"]())
+    overflow = lambda x: torch.where(x.abs() > 100, torch.inf, x)  # noqa: E731 - no ordinary activation is so large
+    model.model.layers[0].register_forward_pre_hook(lambda _module, inputs: (overflow(inputs[0]), *inputs[1:]))
+    probe = line_probe.LineProbe(packed_trainer(model), 200, "fp32", "auto")
+    assert "not finite" in probe.why_rows()
 
 
 def packed_trainer(model):
