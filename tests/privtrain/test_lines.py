@@ -379,7 +379,7 @@ def _plant(fault: str, patch: pytest.MonkeyPatch) -> None:
         place = lambda line: 1 + 1e-6 * torch.arange(line.num_tokens) / line.num_tokens  # noqa: E731
         patch.setattr(losses, "token_losses", lambda model, line, head: right(model, line, head) * place(line))
     elif fault == "bits at the end":
-        end = lambda line: 1 + 1e-6 * (torch.arange(line.num_tokens) >= line.num_tokens - 8)  # noqa: E731
+        end = lambda line: 1 + 1e-6 * (torch.arange(line.num_tokens) >= line.num_tokens - 4)  # noqa: E731
         patch.setattr(losses, "token_losses", lambda model, line, head: right(model, line, head) * end(line))
     elif fault == "bits by mates":
         mates = lambda line: 1 + 1e-6 * len(line.units)  # noqa: E731

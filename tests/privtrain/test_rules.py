@@ -167,6 +167,12 @@ def test_norms_of_large_tensors_are_not_lost_in_fp32(size):
     assert torch.allclose(squared_norms(value).sqrt(), exact, rtol=5e-7, atol=0)
 
 
+def test_a_large_gradients_norm_does_not_depend_on_its_row():
+    # 24 rows are more than torch adds up at once, and not a multiple: of a column, other rows take another order.
+    value = torch.rand(5 * 8192, generator=torch.Generator().manual_seed(0)).expand(24, -1)
+    assert len(set(squared_norms(value).tolist())) == 1
+
+
 @pytest.mark.parametrize("style", ["flat", "per_layer"])
 def test_a_unit_whose_tokens_cancel_is_multiplied_out(style, monkeypatch):
     model, layout = build("qwen2", "full")
