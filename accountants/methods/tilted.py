@@ -131,11 +131,13 @@ def _worst_epsilon(composed: Composition, delta: float, tolerance: float) -> Bou
 
     Refines whichever direction has the larger upper end, until its own ends agree or no attempt is left.
     """
-    searches = [_EpsilonSearch(composed, delta, add, tolerance) for add in (False, True)]
-    searches[0].refine()
-    # Remove is worse as a rule. Then one attempt at add shows it, without its lower end.
-    if searches[1].upper > searches[0].upper:
-        searches[1].refine(worse_than=searches[0].upper)
+    remove, add = (_EpsilonSearch(composed, delta, is_add, tolerance) for is_add in (False, True))
+    # Remove first, since its epsilon is the larger one as a rule. Then one attempt at add is enough: it puts add's
+    # upper end below remove's, and add's lower end is not asked for. If it does not, the loop goes on with add.
+    remove.refine()
+    if add.upper > remove.upper:
+        add.refine(worse_than=remove.upper)
+    searches = (remove, add)
     while True:
         worst = max(searches, key=lambda search: search.upper)
         known = math.isfinite(worst.upper) and worst.upper - worst.lower <= tolerance * max(worst.upper, 1e-12)
@@ -150,6 +152,16 @@ class _EpsilonSearch:
 
     Attempts become finer: smoothed sums first, then lattice windows of growing length. Every attempt's ends are
     certified, so the best of all that were made count.
+
+    Args:
+        composed: all steps.
+        delta: the target.
+        add: the direction: add, or else remove.
+        tolerance: as of the accountant.
+
+    Attributes:
+        lower: the certified lower end so far; 0 before the first attempt.
+        upper: the certified upper end so far.
     """
 
     def __init__(self, composed: Composition, delta: float, add: bool, tolerance: float) -> None:
@@ -161,11 +173,14 @@ class _EpsilonSearch:
         self._attempts = self._make_attempts()
 
     def refine(self, worse_than: float = 0.0) -> bool:
-        """Tighten the ends by the next attempt; return whether there was one left.
+        """Tighten the ends by the next attempt.
 
         Args:
             worse_than: the other direction's upper end. The lower end is computed only if the upper one is larger: the
                 other direction decides the answer otherwise.
+
+        Returns:
+            Whether an attempt was made; false, with the ends as they were, if none was left.
         """
         attempt = _next(self._attempts, math.isfinite(self.upper))
         if attempt is None:

@@ -1,8 +1,9 @@
 """Which documents are scored, in which order, and what is known of each before any model sees it.
 
-The manifest is the sealed split: it lists who is held in (trained on) and held out, and which records of whom the
-attacker holds. Two kinds of documents are drawn by the same rule on both sides: the attacker's fresh documents, which
-nobody trained on, and some of the records that training could use. Only users who have fresh documents are scored.
+A *coin* is a secret random choice before training, such as whether a user is held in (trained on) or held out. The
+manifest is the sealed split, which the coins decided: it lists who is held in, and which records of whom the attacker
+holds. Two kinds of documents are drawn by the same rule on both sides: the attacker's fresh documents, which nobody
+trained on, and some of the records that training could use. Only users who have fresh documents are scored.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from privtrain.run.sealing import read_sealed_file
 PSEUDONYM_PURPOSE = "attack pseudonym"
 
 SPANS_PATH = pathlib.Path("secret/spans.json")
-"""Labelled spans that were sealed before training, where the data had them."""
+"""Labelled spans (:func:`read_spans`) that were sealed before training, where the data had them."""
 
 SPANS_SCHEMA = "privtrain/spans/1"
 
@@ -105,18 +106,27 @@ def read_used(run: RunDirectory) -> dict[str, Any]:
 
 
 def read_spans(run: RunDirectory, manifest: Mapping[str, Any]) -> dict[str, dict[str, list[list[int]]]] | None:
-    """Return the spans that `attacks prepare` sealed: user to record to [start, end] pairs; None if it sealed none.
+    """Return the spans that ``attacks prepare --spans COLUMN`` sealed: sensitive text, as the data's owner marked it.
+
+    Args:
+        run: the attacked run.
+        manifest: its sealed split.
+
+    Returns:
+        User → record's index, as text → [start, end) pairs in characters of the record; None if no spans were sealed.
 
     Raises:
         DamagedFile: if they are not as they were sealed.
-        AttackInputError: if they belong to other coins.
+        AttackInputError: if they were sealed with another split.
     """
     path = run.root / SPANS_PATH
     if not os.path.lexists(path):
         return None
     sealed = read_sealed_file(run, path, schema=SPANS_SCHEMA, remedy="restore it, or name --spans COLUMN")
     if sealed["manifest_sha256"] != manifest["sha256"]:
-        raise AttackInputError(f"{path} belongs to other coins than this run's; restore it, or name --spans COLUMN")
+        raise AttackInputError(
+            f"{path} was sealed with another split than this run's; restore it, or name --spans COLUMN"
+        )
     return sealed["spans"]
 
 

@@ -100,8 +100,9 @@ class ZeroBackend(ShardedBackend):
         self.settings = settings
         self.kind = f"zero{settings.stage}" + ("-offload" if settings.offload_optimizer else "")
         self._optimizer_device = torch.device("cpu") if settings.offload_optimizer else device
-        #: Where gradients are in parts: the model's trainable tensors, and this rank's parts, which are stepped.
-        self._weights: dict[str, torch.nn.Parameter] = {}
+        #: Where gradients are in parts: the model's trainable tensors, and this rank's part of each, which is stepped.
+        #: Both empty where a :class:`.SplitStep` does the step: at stage 1, and of LoRA at any stage.
+        self._weights_in_parts: dict[str, torch.nn.Parameter] = {}
         self._layout = Layout({})
         #: DeepSpeed's, at stage 3.
         self._engine: Any = None
@@ -145,7 +146,7 @@ class ZeroBackend(ShardedBackend):
         """Split the step as stage 1 does if gradients stay whole; else step this rank's part of each tensor."""
         trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         is_sharded = any(_is_partitioned(p) for p in trainable.values())
-        self._split, self._shards, self._weights, self._layout = None, None, {}, Layout({})
+        self._split, self._shards, self._weights_in_parts, self._layout = None, None, {}, Layout({})
         if self.settings.stage == 1 or not (is_sharded or _trains_everything(model)):
             self._split = SplitStep(model, self._optimizer_device, equal_passes=self.settings.stage == 3)
             return self._split.placement
@@ -156,22 +157,27 @@ class ZeroBackend(ShardedBackend):
             stepped[name] = torch.nn.Parameter(self._mine(parameter, first, count).to(self._optimizer_device))
             parts[name] = (first, _shape(parameter))
         self._layout = Layout(stepped, parts)
-        self._weights = trainable
+        self._weights_in_parts = trainable
         self._shards = ReducedShards(trainable, self._layout, None, self.device, repeats_backward=not is_sharded)
         return Placement(self._layout, self._layout, self.rank, self.world_size, self._shards, equal_passes=True)
 
     @override
     def publish(self) -> None:
-        """Put stepped values into the model, where they are not the model's own memory.
+        """Put what the ranks have stepped into the model of every rank.
 
-        At stage 3 a tensor of the model is this rank's part. At stage 2 it is whole, and filled from all ranks' parts.
+        * Stage 1, and LoRA at any stage: the super class gathers all parts. ``_weights_in_parts`` and ``_layout`` are
+          empty then, and nothing else is done.
+        * Stage 2, all weights trained: the model's tensors are whole on every rank; each is filled from all parts.
+        * Stage 3, all weights trained: of each tensor the model holds this rank's part alone, which is filled.
+
+        This rank's part is copied only where its optimizer keeps it elsewhere (``offload_optimizer``).
         """
         super().publish()
-        if self._engine is not None and self._weights:
+        if self._engine is not None and self._weights_in_parts:
             # DeepSpeed keeps a layer whose backward it did not see, such as the embedding, with its old values.
             self._engine.optimizer.partition_all_parameters()
         for slot in self._layout.slots:
-            weight, mine = self._weights[slot.name], self._layout.parameters[slot.name].detach()
+            weight, mine = self._weights_in_parts[slot.name], self._layout.parameters[slot.name].detach()
             local = self._mine(weight, slot.first, slot.num_coordinates)
             if local.data_ptr() != mine.data_ptr():  # else the optimizer has stepped the model's own memory
                 local.copy_(mine)
@@ -186,7 +192,7 @@ class ZeroBackend(ShardedBackend):
     @override
     def parameters_agree(self, model: torch.nn.Module) -> bool:
         """Return true for parts of stage 3, which have no second copy; else compare."""
-        has_parts = bool(self._weights) and self.settings.stage == 3
+        has_parts = bool(self._weights_in_parts) and self.settings.stage == 3
         return has_parts or super().parameters_agree(model)
 
     def _mine(self, weight: torch.nn.Parameter, first: int, count: int) -> torch.Tensor:

@@ -1,5 +1,8 @@
 """Attention within each record of a line, by the model's own attention function, one record after another.
 
+A *line* (:mod:`privtrain.data.lines`) is one long row of tokens: records of several units, one after another, with
+padding only behind the last. A record must not see the others.
+
 Registered in transformers' public ``AttentionInterface`` under a name of its own, and switched on only within
 :func:`within_records`. Each record's queries, keys and values are copied out of the line and go through the function
 that the model would call for that record in a row of its own (``sdpa`` or its module's eager one), in shapes that the
@@ -14,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -33,16 +36,34 @@ _MOST_ALIGNED_BYTES = 512
 _SUPPORTED = ("sdpa", "eager")
 
 
+class _Piece(NamedTuple):
+    """Neighbouring tokens of a line: one record, or padding.
+
+    Attributes:
+        first: the first token.
+        stop: one past the last token.
+        is_record: false for padding.
+    """
+
+    first: int
+    stop: int
+    is_record: bool
+
+
 class _Spans:
-    """The line that attention runs in: set for the block of :func:`within_records`, on whatever thread it runs.
+    """How the present line is divided into records, and the attention masks of these.
+
+    One is set for the block of :func:`within_records`, for all threads: a backward pass may run on another one.
 
     Args:
         line: the line.
         implementation: the model's own attention, ``"sdpa"`` or ``"eager"``.
 
     Attributes:
+        num_tokens: of the line.
+        implementation: as given.
         num_calls: how often attention was called.
-        pieces: records and padding of the line, of :func:`_pieces`.
+        pieces: records and padding of the line, in order.
         sizes: their numbers of tokens.
     """
 
@@ -52,7 +73,7 @@ class _Spans:
         self.num_calls = 0
         self._masks: dict[tuple[object, ...], torch.Tensor | None] = {}
         self.pieces = _pieces(line.records, line.num_tokens)
-        self.sizes = [stop - first for first, stop, _ in self.pieces]
+        self.sizes = [piece.stop - piece.first for piece in self.pieces]
 
     def mask(self, num_tokens: int, window: int | None, query: torch.Tensor) -> torch.Tensor | None:
         """Return the mask that the model's own function would get for a record of ``num_tokens`` in a row of its own.
@@ -124,13 +145,13 @@ def _attend(
     parts = []
     sides = (side.split(spans.sizes, dim=2) for side in (query, key, value))
     is_aligned = _aligned_everywhere(query, key, value)
-    for (first, stop, is_record), *slices in zip(spans.pieces, *sides, strict=True):
-        if is_record:
+    for piece, num_tokens, *slices in zip(spans.pieces, spans.sizes, *sides, strict=True):
+        if piece.is_record:
             of_record = slices if is_aligned else (_Own.apply(side) for side in slices)
-            output, _ = attend(module, *of_record, spans.mask(stop - first, window, query), **options)
+            output, _ = attend(module, *of_record, spans.mask(num_tokens, window, query), **options)
             parts.append(output if is_aligned else _Own.apply(output))
         else:
-            parts.append(value.new_zeros(1, stop - first, query.shape[1], value.shape[-1]))
+            parts.append(value.new_zeros(1, num_tokens, query.shape[1], value.shape[-1]))
     return torch.cat(parts, dim=1), None
 
 
@@ -158,16 +179,16 @@ def _function(module: nn.Module, implementation: str) -> Callable[..., tuple[tor
     return eager
 
 
-def _pieces(records: Sequence[Span], num_tokens: int) -> list[tuple[int, int, bool]]:
-    """Return (first token, one past the last, whether a record) of each record of a line and of the padding between."""
+def _pieces(records: Sequence[Span], num_tokens: int) -> list[_Piece]:
+    """Return the records of a line and the padding between and behind them: together all of its tokens, in order."""
     pieces, place = [], 0
     for first, stop in records:
         if first > place:
-            pieces.append((place, first, False))
-        pieces.append((first, stop, True))
+            pieces.append(_Piece(place, first, is_record=False))
+        pieces.append(_Piece(first, stop, is_record=True))
         place = stop
     if place < num_tokens:
-        pieces.append((place, num_tokens, False))
+        pieces.append(_Piece(place, num_tokens, is_record=False))
     return pieces
 
 

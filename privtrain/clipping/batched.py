@@ -81,7 +81,8 @@ class UnitGradients:
         self._groups: list[tuple[list[str], torch.Tensor]] = []
         #: Squared norms, and what they could be without cancellation, [units] each.
         self._measured: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-        #: Units whose norm of a tensor needs float64 Gram matrices, [units]: looked at once for all tensors.
+        #: By the tensor's name, if its norms come from fp32 Gram matrices: whether each unit's is too inexact and must
+        #: be taken in float64, [units]. Looked at once for all tensors.
         self._doubtful: dict[str, torch.Tensor] = {}
         self._zero = torch.zeros(self._num_units, dtype=torch.float64, device=device)
         #: Squared norms of the products that were added, of the tensors whose norms were taken from factors.
@@ -175,13 +176,15 @@ class UnitGradients:
     def squares(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return [slots, units] squared norms in float64, and what they could be if no contributions cancelled.
 
-        Waits for the device, to see which norms are doubtful, and measures these in float64.
+        A square from fp32 Gram matrices is *doubtful* where rounding may exceed 2e-5 of it, because tokens cancel or
+        leave fp32's range (:func:`.factors.squared_norms_of`). Waits for the device, to see which ones are doubtful,
+        and measures these anew in float64.
         """
         squares, uncancelled, doubts = self.squares_and_doubts()
         if not len(doubts):
             return squares, uncancelled
         self.settle(doubts.cpu().numpy())
-        return self.squares()
+        return self.squares()  # no deeper than this: settling leaves no tensor in doubt
 
     def squares_and_doubts(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return :meth:`squares` as fp32 gives them, and which are doubtful, for :meth:`settle`.

@@ -165,13 +165,18 @@ def _is_scaled_embedding(module: nn.Module) -> bool:
 
 
 def _agrees_with_autograd(rule: Rule, module: nn.Module) -> bool:
-    """Return whether ``rule`` gives what autograd gives on random rows of the layer itself."""
+    """Return whether ``rule`` gives what autograd gives on random rows of the layer itself.
+
+    For a layer that was found by its name: it may only be called like one with a known rule, and compute another thing.
+    """
     weight = next(module.parameters())
     generator = torch.Generator().manual_seed(0)
     inputs, gradient = (torch.randn(2, 3, weight.shape[-1], generator=generator).to(weight) for _ in range(2))
     with torch.enable_grad():
         free = {name: p.detach().clone().requires_grad_(True) for name, p in module.named_parameters()}
         output = torch.func.functional_call(module, free, (inputs,))
+        # An RMS norm rescales the features of each token, so its output has the shape of its input. A layer whose
+        # output has another one, or is a tuple, is no such norm.
         if not isinstance(output, torch.Tensor) or output.shape != inputs.shape:
             return False
         expected = torch.autograd.grad(output, list(free.values()), gradient)

@@ -11,7 +11,7 @@ import pydantic
 from pydantic import Field
 from typing_extensions import override
 
-from privtrain.config.section import Section, written_out
+from privtrain.config.section import Section, without_shell_names
 
 
 class RunSection(Section):
@@ -20,7 +20,7 @@ class RunSection(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Name of the run and of its directory.")
     output_dir: pathlib.Path = Field(default=pathlib.Path("runs"), description="Parent of the run directory.")
 
-    _written_out = pydantic.field_validator("output_dir")(written_out)
+    _without_shell_names = pydantic.field_validator("output_dir")(without_shell_names)
 
     @property
     def directory(self) -> pathlib.Path:

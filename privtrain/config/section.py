@@ -33,11 +33,11 @@ class Section(pydantic.BaseModel):
         return self
 
 
-def written_out(path: pathlib.Path | None) -> pathlib.Path | None:
-    """Return the path of a directory that will be made, unless it would be made under the name of ``~`` or a variable.
+def without_shell_names(path: pathlib.Path | None) -> pathlib.Path | None:
+    """Return the path unchanged; refuse one with ``~`` or a variable, which no shell has expanded in a configuration.
 
     Raises:
-        ValueError: if it holds one: no shell has read a configuration.
+        ValueError: if it begins with ``~`` or holds ``$``: a directory of that very name would be made.
     """
     if path is not None and (str(path).startswith("~") or "$" in str(path)):
         raise ValueError(f"given {str(path)!r}; write the directory out: ~ and variables are not read here")

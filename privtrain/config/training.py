@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import pydantic
 from pydantic import Field
 
-from privtrain.config.section import Section, written_out
+from privtrain.config.section import Section, without_shell_names
 
 
 class TrainingSection(Section):
@@ -120,4 +120,4 @@ class PerformanceSection(Section):
         default=60, ge=2, description="A rank silent for longer is lost, and the job ends."
     )
 
-    _written_out = pydantic.field_validator("index_dir")(written_out)
+    _without_shell_names = pydantic.field_validator("index_dir")(without_shell_names)

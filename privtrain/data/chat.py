@@ -44,11 +44,16 @@ _PROBE: Messages = [
 
 
 def rendered(tokenizer: PreTrainedTokenizerBase, messages: Messages, *, add_generation_prompt: bool = False) -> Any:
-    """Return a conversation by the tokenizer's chat template, the same whatever day it is."""
-    template: Any = tokenizer.chat_template
+    """Return a conversation by the tokenizer's chat template, the same whatever day it is.
+
+    Of several templates by name it is the one that transformers chooses, ``"default"``.
+
+    Raises:
+        ValueError: if the tokenizer has no template, or several of which none is the default.
+    """
     return tokenizer.apply_chat_template(
         messages,
-        chat_template=undated(template) if isinstance(template, str) else None,
+        chat_template=undated(tokenizer.get_chat_template()),
         tokenize=False,
         add_generation_prompt=add_generation_prompt,
     )

@@ -68,9 +68,9 @@ class Encoder:
         self._data = data
         self._max_length = data.max_length
         self.tokenizer = tokenizer
-        # A tokenizer remembers how it last cut a text, and save_pretrained writes that. The released tokenizer must not
-        # tell of a record, so a copy does the cutting.
-        self._cutting = copy.deepcopy(tokenizer) if data.is_classification else tokenizer
+        # The copy that cuts texts: a tokenizer remembers how it last cut one, and save_pretrained writes that. The
+        # released tokenizer must not tell of a record. Other formats cut token ids, without the tokenizer's help.
+        self._cutting_tokenizer = copy.deepcopy(tokenizer) if data.is_classification else tokenizer
         # Stored records → for each, its encoded form and whether it was cut.
         self._encode: Callable[[Sequence[str]], Iterable[tuple[Record, bool]]] = {
             "text": self._texts,
@@ -182,10 +182,13 @@ class Encoder:
             limit = self._max_length - 1  # the label takes one place
             text, *pair = (_without_marks(text, self.tokenizer) for text in item["texts"])
             second = pair[0] if pair else None
-            encoded: Any = self._cutting(text, second, verbose=False)
+            # Not self.tokenizer, which is released and would remember the cut: see __init__.
+            encoded: Any = self._cutting_tokenizer(text, second, verbose=False)
             is_cut = len(encoded["input_ids"]) > limit
             if is_cut:
-                encoded = self._cutting(text, second, truncation="longest_first", max_length=limit, verbose=False)
+                encoded = self._cutting_tokenizer(
+                    text, second, truncation="longest_first", max_length=limit, verbose=False
+                )
             # Nothing is left of a text of marks alone, if the tokenizer adds none.
             ids = encoded["input_ids"] or [marks(self.tokenizer)[0]]
             tokens = np.asarray([*ids, item["label"]], dtype=np.int64)

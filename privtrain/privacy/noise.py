@@ -82,7 +82,10 @@ def noised(
         ValueError: if ``stddev`` is no standard deviation.
     """
     released = torch.empty(len(total), dtype=torch.float64, device=total.device)
-    slot = Slot(name, (len(total),), 0, first, (first + len(total),))
+    # Digits of noise are keyed by name and coordinate. How long the whole tensor is does not count: here it ends with
+    # the part.
+    end = first + len(total)
+    slot = Slot(name=name, shape=(len(total),), start=0, first=first, whole_shape=(end,))
     _release(total, [slot], released, exponent=exponent, stddev=stddev, noise=noise)
     return released
 

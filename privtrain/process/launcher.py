@@ -57,7 +57,11 @@ def launch(command: Sequence[str]) -> int:
                 process.send_signal(received[0])
 
         def note(number: int, _: object) -> None:
-            """Note a signal; the first one is passed on a little later."""
+            """Note a signal; pass the first one on later, if no rank has had one by then.
+
+            Not at once: a scheduler often signals every process of a job, so the launcher may have had the signal
+            already, and torch's kills its ranks at a second one.
+            """
             received.append(number)
             if len(received) == 1:
                 timer = threading.Timer(_PASS_ON_AFTER_SECONDS, pass_on)

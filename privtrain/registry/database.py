@@ -3,6 +3,9 @@
 SQLite, for one machine: a file in rollback-journal mode (write-ahead logging fails on network file systems), written in
 ``BEGIN IMMEDIATE`` transactions. PostgreSQL, for many: any URL that SQLAlchemy takes. A password in the URL is used and
 never shown. The key behind the pseudonyms lies in a file outside the database (see :func:`key_path`).
+
+Beside the key lies the *seen file* (:mod:`.seen`): how many changes of the registry this machine saw. A database that
+shows fewer is an older copy, such as a restored backup, and is refused.
 """
 
 from __future__ import annotations
@@ -62,7 +65,10 @@ def default_url() -> str:
 
 
 def seen_path(url: sa.URL) -> pathlib.Path:
-    """Return where this machine keeps how far it saw the registry: beside the key, unless that was named."""
+    """Return the seen file: beside the key, or in the data directory where ``PRIVTRAIN_REGISTRY_KEY`` names the key.
+
+    The latter holds the numbers of several registries, and so does the one beside PostgreSQL's default key.
+    """
     if KEY_VARIABLE in os.environ:
         return _data_directory() / "registries.seen"
     path = key_path(url)
@@ -87,6 +93,10 @@ class Database:
         url: SQLAlchemy URL, or the path of a SQLite file.
         retry_seconds: how long an unreachable server is waited for.
         read_only: refuse every write, at the database.
+
+    Attributes:
+        url: the parsed URL, password included.
+        seen: this machine's seen file, which an older copy of the database is found by.
     """
 
     def __init__(self, url: str, *, retry_seconds: float = 60.0, read_only: bool = False) -> None:
@@ -101,8 +111,10 @@ class Database:
             event.listen(self._engine, "begin", _begin_sqlite)
         self._key: SecretKey | None = None
         self._is_key_checked = False
-        is_of_one = self._file is not None and KEY_VARIABLE not in os.environ
-        self.seen = SeenFile(seen_path(self.url), self.shown, is_of_one=is_of_one)
+        # A SQLite file with its key beside it has a seen file of its own there. Registries on PostgreSQL share the one
+        # beside their common default key, and all whose key the environment names share another: see seen_path.
+        is_for_one_registry = self._file is not None and KEY_VARIABLE not in os.environ
+        self.seen = SeenFile(seen_path(self.url), self.shown, is_for_one_registry=is_for_one_registry)
 
     @property
     def shown(self) -> str:
@@ -119,7 +131,7 @@ class Database:
         """
         self.check_form()
         known = self.seen.known()
-        extent = self.read(extent_of)  # how far the registry has come, see .seen
+        extent = self.read(extent_of)  # how many changes the database holds now, see .seen
         self.seen.check(known, extent)
         if not self._read_only:
             self.seen.note(extent)

@@ -1,9 +1,9 @@
 """How far this machine has seen a registry, so that an older copy of it is refused.
 
 A database that was restored from a backup has forgotten what was reserved since, and of two copies each lets the last
-of a budget be spent. So every machine keeps in a file, beside the key and outside the database, how many changes it
-saw: numbers that only grow. A registry that shows fewer is older than it was. Nothing is reserved or settled in it
-until a person has said how to go on (``privtrain registry restored``).
+of a budget be spent. So every machine keeps in a file, the *seen file*, beside the key and outside the database, how
+many changes it saw: numbers that only grow. A registry that shows fewer is older than it was. Nothing is reserved or
+settled in it until a person has said how to go on (``privtrain registry restored``).
 
 Not seen: a machine that never used the newer one, and a copy of the directory with key and this file.
 """
@@ -67,14 +67,14 @@ class SeenFile:
     Args:
         path: the file.
         shown: the registry's name in messages.
-        is_of_one: whether the file is for one registry alone. Then a registry with an id that the file lacks is not a
-            new one: it is a copy from before it had an id, or was made again.
+        is_for_one_registry: whether the file is for one registry alone. Then a registry with an id that the file lacks
+            is not a new one: it is a copy from before it had an id, or was made again.
     """
 
-    def __init__(self, path: pathlib.Path, shown: str, *, is_of_one: bool = False) -> None:
+    def __init__(self, path: pathlib.Path, shown: str, *, is_for_one_registry: bool = False) -> None:
         self.path = path
         self._shown = shown
-        self._is_of_one = is_of_one
+        self._is_for_one_registry = is_for_one_registry
 
     def known(self) -> dict[str, dict[str, int]]:
         """Return id of a registry → name of a number → the largest that this machine saw; empty without a file.
@@ -102,7 +102,7 @@ class SeenFile:
             known: what the file holds, of :meth:`known`.
             extent: what the registry shows now.
         """
-        if self._is_of_one and known and extent.uid not in known:
+        if self._is_for_one_registry and known and extent.uid not in known:
             # The file's one registry has got another id: no number of it can be compared.
             return "the changes noted under its earlier id"
         seen = known.get(extent.uid, {})
@@ -145,7 +145,7 @@ class SeenFile:
                 known = self.known()
                 before = {} if lowers else known.get(extent.uid, {})
                 counts = {name: max(before.get(name, 0), count) for name, count in extent.counts.items()}
-                others = {} if lowers and self._is_of_one else known
+                others = {} if lowers and self._is_for_one_registry else known
                 write_json(self.path, {**others, extent.uid: counts}, mode=0o600)
         except OSError as error:
             raise PrivtrainError(

@@ -2,7 +2,8 @@
 
 The axis ``plan``:
 
-* ``old``: as people wrote plans by hand; ``rate``: the same at the learning rate of the noise law.
+* ``old``: as people wrote plans by hand; ``rate``: the same at the learning rate of the *noise law*
+  (:mod:`privtrain.privacy.noise_law`), which says what learning rate suits a plan.
 * ``optimised``, ``banded``: what ``plan --optimize`` chooses for as many records, without and with correlated noise.
 * ``none``: the plan of ``optimised`` without noise, at the law's learning rate for none.
 * ``opacus``, ``opacus-example``: Opacus's own engine, optimizer and accountant with the plan of ``old``, on one record
@@ -57,30 +58,34 @@ NAMES = {
     "opacus-example": "Opacus, plan by hand, records, group privacy",
 }
 
-#: Whose cost of noise is won back.
+#: Plans whose cost of noise is to be won back → what a claim calls them.
 _COSTS = {"old": "the plan by hand", "rate": "the plan by hand at the law's learning rate"}
 
 _LOSS, _PERPLEXITY = "eval/held_out_loss", "eval/held_out_perplexity"
 
 
 def settle(values: Mapping[str, str], tree: Mapping[str, Any], settings: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the keys that a plan changes in the plan by hand, at equal ε and equally many records.
+    """Return the configuration keys in which a cell's plan differs from the plan by hand; ε and compute are the same.
 
-    ``settings.populations`` holds public constants, by the value of the axis ``corpus``: ``num_users`` that are held
-    in, and ``num_trained`` weights.
+    Args:
+        values: of the cell's axes.
+        tree: the cell's configuration with the plan by hand.
+        settings: of the recipe. ``populations`` holds public constants, by the value of the axis ``corpus``:
+            ``num_users`` that are held in, and ``num_trained`` weights.
     """
     plan = values["plan"]
     if plan == "old" or plan.startswith("opacus"):
         return {}
     population = settings["populations"][values["corpus"]]
+    # Without the seed, so that one recommendation serves all seeds.
     seedless = {**tree, "privacy": {key: value for key, value in tree["privacy"].items() if key != "insecure_seed"}}
     given = json.dumps(seedless, sort_keys=True)
     found = recommended(given, population["num_users"], population["num_trained"], plan == "banded")
     if plan == "rate":
         return {"training.learning_rate": found["rate_now"]}
     if plan == "none":
-        quiet = {"privacy.noise_multiplier": 0.0, "privacy.target_epsilon": None}
-        return {**found["overrides"], **quiet, "training.learning_rate": found["rate_without_noise"]}
+        noiseless = {"privacy.noise_multiplier": 0.0, "privacy.target_epsilon": None}
+        return {**found["overrides"], **noiseless, "training.learning_rate": found["rate_without_noise"]}
     return found["overrides"]
 
 
@@ -110,16 +115,18 @@ def recommended(tree: str, num_users: int, num_trained: int, can_be_banded: bool
 
 
 def _optimized(config: Config, num_users: int, num_trained: int, can_be_banded: bool) -> dict[str, Any]:
-    if not can_be_banded:  # a kept sum rules bands out
+    """Do the work of :func:`recommended`, without keeping the answer."""
+    if not can_be_banded:
+        # The configuration refuses correlated noise beside kept noised sums, so this takes it out of the choice.
         config = config.model_copy(update={"audit": config.audit.model_copy(update={"keep_noised_sums": True})})
     found = optimize.optimize(config, num_users, num_trained, optimize.record_draws_of(config.privacy))
     assert found.now is not None, "the recipe's plan can meet its ε"
     best = found.best
-    quiet = noise_law.Point(best.num_steps, 0.0, best.records_per_unit, config.lora.rank)
+    noiseless = noise_law.Point(best.num_steps, 0.0, best.records_per_unit, config.lora.rank)
     return {
         "overrides": best.overrides(config),
         "rate_now": found.now.learning_rate,
-        "rate_without_noise": float(f"{noise_law.fitted().learning_rate(quiet):.2g}"),
+        "rate_without_noise": float(f"{noise_law.fitted().learning_rate(noiseless):.2g}"),
     }
 
 
@@ -170,24 +177,28 @@ class _View:
         return {result.cell.seed: result for result in self.results.where(**self.cell(plan, epsilon))}
 
     def closed(self, plan: str, epsilon: str, of: str) -> Estimate | None:
-        """Return the share that a plan closes of the gap between another and training without noise, seed by seed.
+        """Return the share of a gap in held-out loss that a plan closes, seed by seed.
+
+        The gap is between another plan, or the model before training, and training without noise.
 
         Args:
-            plan: which.
-            epsilon: of all three.
+            plan: the plan that closes.
+            epsilon: value of the axis, for both plans and for ``none``.
             of: the other plan, or ``base``: the model before training.
 
         Returns:
-            1 where the plan is as good as training without noise; ``None`` if no seed has all three.
+            1 where the plan is as good as training without noise, 0 where it is no better than ``of``; ``None`` if no
+            seed has all cells complete.
         """
         sides = [self.by_seed(name, epsilon) for name in (plan, plan if of == "base" else of, "none")]
         triples = [[side[seed] for side in sides] for seed in sides[0] if all(seed in side for side in sides)]
         if not triples:
             return None
         shares = []
-        for one, other, quiet in triples:
+        for one, other, noiseless in triples:
             before = other.first(_LOSS) if of == "base" else other.metric(_LOSS)
-            shares.append((before - one.metric(_LOSS)) / (before - quiet.metric(_LOSS)))
+            shares.append((before - one.metric(_LOSS)) / (before - noiseless.metric(_LOSS)))
+        # Whether the runs of each seed have the same split; unknown where a statement commits to none.
         splits = [{result.split_commitment for result in triple} for triple in triples]
         is_known = all(None not in split for split in splits)
         return Estimate(tuple(shares), all(len(split) == 1 for split in splits) if is_known else None)
@@ -216,10 +227,11 @@ class _View:
 
     def _bars(self, epsilon: float) -> list[tuple[str, float]]:
         """Return the plans whose cost of noise is to be won back at an ε, and which share of it."""
-        return [*([("old", 0.3), ("rate", 0.3)] if epsilon >= 4 else []), *([("old", 0.5)] if epsilon >= 8 else [])]
+        bars = [("old", 0.3), ("rate", 0.3)] if epsilon >= 4 else []
+        return [*bars, ("old", 0.5)] if epsilon >= 8 else bars
 
     def table(self) -> Table:
-        """Return every plan with its perplexity and what it closes."""
+        """Return a table with a row for each plan and ε: settings, perplexity, and the shares of two gaps it closes."""
         rows = []
         for epsilon in self.results.values_of("epsilon"):
             for plan in self.results.values_of("plan"):
@@ -238,7 +250,7 @@ class _View:
         return Table(f"Plans of equal ε and compute on {self.corpus}", columns, rows, note)
 
     def _settings(self, plan: str, epsilon: str) -> str:
-        """Return what a plan is, from the configuration of its first cell and the noise that it had."""
+        """Return a plan's settings in words, from the configuration of its first cell and the noise that it had."""
         result = next(iter(self.by_seed(plan, epsilon).values()))
         section, rate = result.cell.tree["privacy"], result.cell.tree["training"]["learning_rate"]
         records = 1 if section["unit"] == "example" else section["records_per_user"]

@@ -62,7 +62,7 @@ def tpr(target_fpr: float) -> Callable[[CellResult], float]:
     """Return the measure of the true positive rate over users at a false positive rate of at most ``target_fpr``."""
 
     def measure(result: CellResult) -> float:
-        """Return that rate of a cell."""
+        """Return a cell's true positive rate at ``target_fpr``."""
         facts = result.json("report/attacks.json")
         rows = facts["results"][facts["headline"]]["tpr_at_fpr"]
         return next(row["tpr"] for row in rows if row["target_fpr"] == target_fpr)

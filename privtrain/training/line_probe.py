@@ -15,8 +15,9 @@ line is compared with rows of one unit, and with itself:
 * no random number is shared by the tokens of a line.
 
 *Loud* units enter the model with huge activations (:func:`.hooks.loud_tokens`), so that whatever of them reaches
-another unit is seen. Every rank looks for itself and reduces nothing, so that what one rank finds keeps nobody waiting;
-then all agree.
+another unit is seen. A *coin* is a random number that the model draws in a pass, as dropout does.
+
+Every rank looks for itself and reduces nothing, so that what one rank finds keeps nobody waiting; then all agree.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ _NUM_CROWDS = 4
 
 @dataclasses.dataclass(frozen=True)
 class LineProbe:
-    """The probe of one trainer.
+    """Tries lines on the model and the clipper of one trainer.
 
     Attributes:
         trainer: about to train; its adapter has been moved off its starting point.
@@ -95,7 +96,7 @@ class LineProbe:
         return ""
 
     def _fault(self) -> str:
-        """Return the first reason why records need rows, or nothing."""
+        """Return in words the first reason why records need rows; empty if none is found."""
         trainer = self.trainer
         if not trainer.objective.takes_lines:
             return "a classifier reads a record in a row of its own"
@@ -106,7 +107,7 @@ class LineProbe:
         checks = self._other_sums, self._other_bits, self._other_bits_later
         return self._other_losses() or next((fault for check in checks if (fault := check(clipper))), "")
 
-    # What is computed.
+    # Losses and clipped sums, up to rounding.
 
     def _other_losses(self) -> str:
         """Return in words how far losses in a line are from those in rows, if by more than rounding; else empty.
@@ -181,11 +182,11 @@ class LineProbe:
                 return f"adds {change:.3g} of {size:.3g} to {slot.name!r} that it does not add in rows"
         return ""
 
-    # Its bits.
+    # The bits of a sum.
 
     def _other_bits(self, clipper: LineClipper) -> str:
         """Return in words where a unit in a shared line of the job's size adds other bits than alone; else empty."""
-        for size, num_slots in self._packer.slots():  # of one slot is a line that is not shared
+        for size, num_slots in self._packer.slots():  # a line of one slot is not shared
             fault = self._other_bits_in(clipper, size, num_slots) if num_slots > 1 else ""
             if fault:
                 return fault

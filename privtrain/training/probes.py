@@ -379,14 +379,17 @@ class Probe:
     def check_causality(self) -> None:
         """Demand that what is predicted at a token depends on the tokens up to it alone, and never on the padding.
 
+        Tried in the narrowest and in the widest row that the job may have.
+
         Raises:
             SelfTestFailed: naming the model's class.
         """
         widths = self._widths()
-        faults = [fault for width in sorted({widths[0], widths[-1]}) if (fault := self._looks_behind(width))]
+        narrowest, widest = widths[0], widths[-1]
+        faults = [fault for width in sorted({narrowest, widest}) if (fault := self._looks_ahead(width))]
         self._agree(faults[0] if faults else "")
 
-    def _looks_behind(self, width: int) -> str:
+    def _looks_ahead(self, width: int) -> str:
         """Return, in words, what comes later than some token of a record and yet changes its logits; empty if nothing.
 
         Three changes are made to a record in a row of ``width`` tokens, one at a time: other ids in its padding; more

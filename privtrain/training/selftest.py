@@ -557,11 +557,15 @@ def _difference(
     norm = math.hypot(*_norms(total, layout, backend))
     differences = _norms(total - expected, layout, backend)
     sizes = _norms(expected, layout, backend)
-    if trainer.plan.clipping_style != "batch" and norm > num_units * clipping_norm * (1 + SLACK):
+    # "not <=" rather than ">", here and below, so that NaN is a fault.
+    # Style "batch" bounds no unit: Trainer.release scales the step's whole sum, which is not done here.
+    if trainer.plan.clipping_style != "batch" and not norm <= num_units * clipping_norm * (1 + SLACK):
         return f"{num_units} planted unit(s) moved the sum by {norm:.6g}, above clipping_norm={clipping_norm} each"
+    # What each tensor's norm would be, were all equal and clipping_norm that of all together. An error is measured
+    # against it too, so that a tensor of almost no gradient may be off by rounding.
+    equal_share = clipping_norm / math.sqrt(len(layout.slots))
     for slot, difference, size in zip(layout.slots, differences, sizes, strict=True):
-        # "not <=" rather than ">", so that NaN is a fault.
-        if not difference <= _TOLERANCE[precision] * (size + clipping_norm / math.sqrt(len(layout.slots))):
+        if not difference <= _TOLERANCE[precision] * (size + equal_share):
             return (
                 f"tensor {slot.name!r}: the clipped and reduced gradient is off by {difference:.3g} of {size:.3g} in "
                 f"precision {precision}; a layer is not covered, used in a way its rule does not know "

@@ -131,13 +131,15 @@ class Trainer:
         self._units = units
         self._key = key
         self._committed = committed or {}
-        self._first_step, self._past = first_step, past
+        self._first_step = first_step
+        self._past = past
         self._history: NoiseHistory | None = None  # of correlated noise
         self._previous = ""  # commitment of the step before
         self.autocast = autocast
         self.packer = packer
         self.line_packer = line_packer
-        self.packs_lines, self.why_rows = False, ""
+        self.packs_lines = False
+        self.why_rows = ""
         self._share: Sequence[DrawnUnit] = ()  # units of the step that this rank clips
         self.objective = objective or CausalLM()
         if plan.records_per_user is not None:
@@ -207,8 +209,14 @@ class Trainer:
 
     def begin_generation(self, key: SecretKey, generation: int, first_step: int) -> None:
         """Draw samples and noise from another secret from ``first_step`` on; nothing of the old one is replayed."""
-        self._key, self.generation, self._committed = key, generation, {}
-        self._first_step, self._past, self._history, self._previous = first_step, (), None, ""
+        self._key = key
+        self.generation = generation
+        self._first_step = first_step
+        self._committed = {}  # nothing is replayed: a sum of the new secret's sample is another one
+        # Correlated noise begins anew: a step of the new secret takes back nothing of the old one's noise.
+        self._past = ()  # no step of this generation is behind it
+        self._history = None  # the next step makes an empty one, see _recall
+        self._previous = ""  # and its noise is bound to no step before it
         self.sampler = UnitSampler(
             self.plan.scheme, self.plan.records_per_unit, key, self._units.num_records, first_step
         )
@@ -338,7 +346,15 @@ class Trainer:
         total *= styles.batch_factor(norm, self.plan.clipping_norm)
 
     def new_clipper(self, losses: RowLosses, route: str) -> PerUnitClipper:
-        """Return a clipper of the kind that the placement of the trainable tensors needs.
+        """Return a clipper of one of three kinds.
+
+        * Where gradients are in parts over the ranks: a :class:`~privtrain.clipping.ShardedClipper`.
+        * Where there is a ``line_packer``: a :class:`~privtrain.clipping.lines.LineClipper`, whatever ``packs_lines``
+          says: the self-test tries it on lines before it sets that. It takes microbatches of rows as well.
+        * Else a :class:`~privtrain.clipping.PerUnitClipper`, for rows alone.
+
+        Where a forward pass gathers weights from all ranks, every rank must run as many passes as any other
+        (``equal_passes``), and asks through ``any_rank`` whether another one needs a further pass.
 
         Args:
             losses: gives the [rows] losses of a microbatch; the self-test passes others than :meth:`row_losses`.

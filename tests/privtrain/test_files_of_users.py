@@ -14,6 +14,7 @@ from privtrain.commands.corpus.conditions import Condition
 from privtrain.config import validate
 from privtrain.config.data import DataSection
 from privtrain.config.model import ModelSection
+from privtrain.data.chat import rendered
 from privtrain.data.corpus import check_source, load_corpus
 from privtrain.data.encode import Encoder
 from privtrain.errors import ConfigError
@@ -115,6 +116,20 @@ def test_a_template_with_todays_date_is_the_same_on_any_day(tmp_path, marks):
     assert record.num_targets
     context = Condition(messages=tuple(TALK[:1])).context(section("x.jsonl", format="chat"), encoder.tokenizer)
     assert text.startswith(str(encoder.tokenizer.decode(context)))
+
+
+def test_named_templates_with_todays_date_are_the_same_on_any_day(tmp_path):
+    """Also before an encoder has put the default in their place: a prompt may be rendered by itself."""
+    tokenizer = save_tokenizer(tmp_path / "t")
+    tokenizer.chat_template = {"tool_use": "tools" + ENDED, "default": "{{ strftime_now('%d %b %Y') }}" + ENDED}
+    text = rendered(tokenizer, TALK)
+    assert text == "26 Jul 2024[user]q</s>[assistant]a</s>"
+    context = Condition(messages=tuple(TALK[:1])).context(section("x.jsonl", format="chat"), tokenizer)
+    assert text.startswith(str(tokenizer.decode(context)))
+    for without, words in (({"tool_use": ENDED}, "no default specified"), (None, "chat_template is not set")):
+        tokenizer.chat_template = without
+        with pytest.raises(ValueError, match=words):
+            rendered(tokenizer, TALK)
 
 
 def test_a_turn_that_lacks_what_a_template_reads_is_named(tmp_path):

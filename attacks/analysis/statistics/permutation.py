@@ -58,7 +58,8 @@ def auroc_p_value(held_in: FloatArray, held_out: FloatArray, owners: Owners | No
     if owners is not None:
         return _cluster_normal(held_in, held_out, owners) if is_large else _permuted(held_in, held_out, owners)
     has_ties = np.unique(np.concatenate([held_in, held_out])).size < held_in.size + held_out.size
-    # scipy's exact law takes the square of the pairs.
+    # The cost of scipy's exact law grows with the square of the number of pairs: it has a probability for each number
+    # of pairs that are in order, and computes each from all those before it.
     if not is_large and (has_ties or held_in.size * held_out.size > _MAX_PAIRS):
         return _permuted(held_in, held_out, None)
     method = "asymptotic" if is_large else "exact"
