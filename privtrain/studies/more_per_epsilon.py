@@ -65,7 +65,9 @@ _LOSS, _PERPLEXITY = "eval/held_out_loss", "eval/held_out_perplexity"
 
 
 def settle(values: Mapping[str, str], tree: Mapping[str, Any], settings: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the configuration keys in which a cell's plan differs from the plan by hand; ε and compute are the same.
+    """Return the configuration keys in which a cell's plan differs from the plan by hand.
+
+    As many records pass through the model, at the same ε; ``none`` has no ε.
 
     Args:
         values: of the cell's axes.
