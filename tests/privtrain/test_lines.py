@@ -358,7 +358,7 @@ def test_models_that_cannot_be_packed_keep_rows(kind):
 
 
 def _leaky(records, num_tokens):
-    return [(0, num_tokens, True)]
+    return [attention._Piece(0, num_tokens, is_record=True)]
 
 
 def _unreset(line):
