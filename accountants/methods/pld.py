@@ -62,7 +62,13 @@ class PldAccountant(Accountant):
 
     @override
     def bounds(self, question: Question) -> Bounds:
-        """Return the library's upper bound on epsilon or delta; for a delta below 1e-11, which is round-off, 1e-11."""
+        """Return the library's upper bound on epsilon or delta; for a delta below 1e-11, which is round-off, 1e-11.
+
+        The library bounds its round-off nowhere, so the value is held against the certified interval of ``tilted``.
+
+        Raises:
+            ValueError: if the value lies below that interval by more than round-off.
+        """
         event, relation, argument = question.event, question.relation, question.argument
         if question.quantity == "epsilon":
             value = float(self._compose(event, relation, argument, None).get_epsilon(argument))

@@ -161,7 +161,12 @@ class StepTransform:
 
     @functools.cached_property
     def _ellipses(self) -> dict[int, _Ellipse]:
-        """The ellipses of point 4 that lie where the loss is analytic, by place in ``_ELLIPSES``; for every tilt."""
+        """The ellipses of point 4 that lie where the loss is analytic, by place in ``_ELLIPSES``; for every tilt.
+
+        With h half a panel, an ellipse of parameter r reaches h (r + 1/r) / 2 along the real line and
+        v = h (r - 1/r) / 2 above it. On it the density is at most exp((v^2 - x^2) / 2) / sqrt(2 pi), x being its point
+        nearest to 0.
+        """
         ellipses: dict[int, _Ellipse] = {}
         for row, parameter in enumerate(_ELLIPSES):
             reach = self._half * (parameter + 1 / parameter) / 2
@@ -171,7 +176,8 @@ class StepTransform:
             cosine = math.cos(height * self._step.shifts[-1])
             left, right = self._centres - reach, self._centres + reach
             nearest = np.maximum(np.maximum(left, -right), 0.0)
-            # The loss increases, and so does its slope, which a chord to the right therefore bounds.
+            # The loss increases, and so does its slope: the slope at the right end, the largest, is bounded by a chord
+            # from there to the right. The 1e-9 below is for the chord's round-off.
             at_left, at_right, beyond = np.split(self._step.loss(np.concatenate([left, right, right + 0.01])), 3)
             ellipses[row] = _Ellipse(
                 at_left=at_left,

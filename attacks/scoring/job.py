@@ -197,7 +197,8 @@ def prepare_job(
 
     Args:
         run: whose model is asked.
-        attacked: whose documents are scored; the same run, unless ``run`` is a shadow of it.
+        attacked: whose documents are scored; the same run, unless ``run`` is its shadow: trained for comparison, on the
+            same data under another split.
         config: of ``run``.
         options: what is scored.
         signals_path: the file to write.
@@ -220,6 +221,7 @@ def prepare_job(
     natural = evidence.read_corpus(attacked_config)
     corpus = plant(natural, canaries_of(manifest))
     variants = Variants.parse(options.variants)
+    # Controls: the same records after another user's first tokens.
     documents = planning.plan_documents(
         manifest, corpus, options.num_training_records, with_controls=variants.control_prefix
     )
@@ -260,6 +262,7 @@ def prepare_job(
         model=config.model,
         digests=digests,
         manifest=manifest,
+        # POOL owns the references that canaries of a kind share; nobody trained on them.
         sides={**sides_of(own, manifest), POOL: HELD_OUT},
         corpus=corpus,
         extras=extras,

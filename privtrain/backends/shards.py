@@ -120,7 +120,8 @@ class ArrivingShards(GradientShards):
 class ReducedShards(ArrivingShards):
     """:class:`ArrivingShards` of whole gradients, which are reduced here; parts as of :func:`equal_part`.
 
-    ``repeats_backward`` as in :class:`~privtrain.clipping.cooperative.GradientShards`.
+    ``repeats_backward``: whether one graph allows several backward passes. Not under DeepSpeed's stage 3, which gathers
+    weights for one backward pass only.
     """
 
     def __init__(

@@ -272,6 +272,8 @@ def _private_schedule(job: Job, num_ranks: int) -> _Schedule:
         num_rows = min(job.microbatch_size, math.ceil(job.records_per_unit / num_ranks))
         num_passes = job.num_units * math.ceil(job.records_per_unit / (num_ranks * num_rows))
         return _Schedule(num_passes, num_rows, job.num_units, rounds=2 if job.is_two_pass else 1)
+    # Each rank works on its own units. Every pass gathers weights for forward and each backward, and reduce-scatters
+    # int64 contributions, unless those of all passes are sent once at the end of the step.
     gathers = 3 if job.is_two_pass else 2
     return dataclasses.replace(plain, num_gathers=gathers, reduced_bytes=0 if job.sends_once else INT64_BYTES)
 

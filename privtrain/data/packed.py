@@ -103,6 +103,8 @@ class OrderedMapping(Mapping[str, V]):
 
 
 class _Items(ItemsView[str, V]):
+    """Items in stored order; the inherited iteration would look up every key."""
+
     _mapping: OrderedMapping[V]
 
     @override
@@ -111,6 +113,8 @@ class _Items(ItemsView[str, V]):
 
 
 class _Values(ValuesView[V]):
+    """Values in stored order; the inherited iteration would look up every key."""
+
     _mapping: OrderedMapping[V]
 
     @override

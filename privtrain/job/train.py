@@ -373,7 +373,9 @@ def _self_test(trainer: Trainer, network: Network, backend: Backend, performance
 def _loop(inputs: Inputs, trainer: Trainer, network: Network, session: Session, stop: StopRequest) -> Session:
     """Take the steps that are left; return the session that took the last of them.
 
-    Where a replayed step gives another sum than before, a new generation begins, and with it another session.
+    A step that an earlier start had begun is *replayed*: its sum must be the committed one. If it is not, nothing of it
+    is released, and a new *generation* (a stretch of training under one secret) begins with the same step; its secret
+    and where it continues are another *session*.
     """
     performance, backend = inputs.config.performance, trainer.backend
     continuation = session.continuation
@@ -388,7 +390,7 @@ def _loop(inputs: Inputs, trainer: Trainer, network: Network, session: Session, 
         while step < continuation.end_step:
             try:
                 trainer.train_step(step)
-            except ReplayDiverged:
+            except ReplayDiverged:  # raised before noise is drawn: this step is taken again, under a fresh secret
                 session = _begin_generation(inputs, trainer, session, step)
                 continuation = session.continuation
                 continue

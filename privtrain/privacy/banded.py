@@ -108,8 +108,9 @@ class Strategy:
         A is the workload's matrix, T its number of steps. Multiply by σ, which is the noise multiplier times
         ``column_norm`` times the clipping norm.
         """
+        # C⁻¹ is Toeplitz, so its first column d is all of it, and |A C⁻¹|²_F / T = dᵀ Q d with Q the workload's form.
         form = workload.form
-        inverse = self.inverse_column(len(form))  # C⁻¹ is Toeplitz, so its first column is all of it
+        inverse = self.inverse_column(len(form))
         return math.sqrt(float(inverse @ form @ inverse))
 
     def noise_kept(self, workload: Workload) -> float:

@@ -279,6 +279,7 @@ class Trainer:
         """
         total = self.backend.reduce_total(clipper.finish())
         totals = auxiliary_sums.reduced(self.plan, clipper.diagnostics, self.backend)
+        # Noise is bound to (keyed by) the sums themselves: two different sums never get the same noise.
         bound = self.bound_sum(clipper, total, totals, key, step, previous)
         if not all_equal(self.backend.gather_digests(bytes.fromhex(bound.commitment))):
             raise GuaranteeLost(f"ranks hold different sums of step {step} after the reduction; nothing is released")
@@ -292,7 +293,7 @@ class Trainer:
             stddev=self._stddev(clipper),
             history=history,
         )
-        if self.plan.clipping_style == "batch":
+        if self.plan.clipping_style == "batch":  # a baseline that bounds no unit, for runs without noise only
             self._clip_batch(vector)
         return Released(vector, auxiliary_sums.release(self.plan, totals, bound.noise), bound.commitment)
 

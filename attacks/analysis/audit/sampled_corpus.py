@@ -230,13 +230,13 @@ def _coins(
     return sources
 
 
-def _write(run: RunDirectory, relation: str, findings: Sequence[Finding]) -> pathlib.Path:
-    """Write the findings to ``secret/corpora/<first 16 digits of relation>.audit.json`` and return that path.
+def _write(run: RunDirectory, corpus_digest: str, findings: Sequence[Finding]) -> pathlib.Path:
+    """Write the findings to ``secret/corpora/<first 16 digits of corpus_digest>.audit.json`` and return that path.
 
-    ``relation`` is the corpus's own identifier, which its description holds.
+    ``corpus_digest`` is what the corpus's description calls ``relation``: the digest of the rest of its content.
     """
     make_private_directory(run.secret / "corpora")
-    path = run.secret / "corpora" / f"{relation[:16]}.audit.json"
+    path = run.secret / "corpora" / f"{corpus_digest[:16]}.audit.json"
     body = [
         {
             "coins": finding.name,
@@ -254,7 +254,7 @@ def _write(run: RunDirectory, relation: str, findings: Sequence[Finding]) -> pat
         }
         for finding in findings
     ]
-    write_json(path, {"schema": SCHEMA, "corpus": relation, "findings": body}, mode=0o600)
+    write_json(path, {"schema": SCHEMA, "corpus": corpus_digest, "findings": body}, mode=0o600)
     return path
 
 

@@ -63,7 +63,7 @@ def is_possible(inverse: InverseCurve, num_coins: int, num_guesses: int, num_cor
     says how much probability must lie there at least. If all of it adds up to more than 1, the tail is impossible.
 
     Args:
-        inverse: of the trade-off curve; concave, and the same in both directions of the relation.
+        inverse: of the trade-off curve: the module's g, concave, and the same in both directions of the relation.
         num_coins: m.
         num_guesses: c', fixed before the scores were seen.
         num_correct: c.
@@ -74,6 +74,8 @@ def is_possible(inverse: InverseCurve, num_coins: int, num_guesses: int, num_cor
     right = tail * num_correct / num_coins
     wrong = tail * (num_guesses - num_correct) / num_coins
     for count in range(num_correct - 1, -1, -1):
+        # ``right`` is the left side of the inequality for c = count + 1; ``wrong`` is the argument of g on its right
+        # side, still without the probability of exactly ``count``.
         forced = inverse(right)
         if forced <= wrong:
             # Nothing is forced here, and with the same two sums nothing will be further down.

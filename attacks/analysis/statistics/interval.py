@@ -31,6 +31,10 @@ class Interval:
 
         Bootstrap and DeLong give zero width once the two sides are separated: 3 + 3 users would "prove" an AUROC of 1.
 
+        Args:
+            ceiling: the interval of as many users at perfect separation (:func:`perfect_separation`). Its upper end is
+                1; mirrored at 1/2 it is the widest claim in the other direction.
+
         Returns:
             An interval with ``lower <= ceiling.lower`` and ``upper >= 1 - ceiling.lower``.
         """
