@@ -118,7 +118,7 @@ def test_a_template_with_todays_date_is_the_same_on_any_day(tmp_path, marks):
     assert text.startswith(str(encoder.tokenizer.decode(context)))
 
 
-def test_named_templates_with_todays_date_are_the_same_on_any_day(tmp_path):
+def test_named_templates_with_todays_date_never_change(tmp_path):
     """Also before an encoder has put the default in their place: a prompt may be rendered by itself."""
     tokenizer = save_tokenizer(tmp_path / "t")
     tokenizer.chat_template = {"tool_use": "tools" + ENDED, "default": "{{ strftime_now('%d %b %Y') }}" + ENDED}
