@@ -16,7 +16,7 @@ import accountants
 from privtrain.config import Config
 from privtrain.config.privacy import MAX_UNITS, PrivacySection
 from privtrain.errors import ConfigError, Fault
-from privtrain.job.advice import MOST_TRAINED, recommended_learning_rate
+from privtrain.job.advice import MOST_TRAINED, law_point, learning_rate_at
 from privtrain.privacy import noise_law
 from privtrain.privacy.plan import PrivacyPlan, fast_accountant
 
@@ -232,9 +232,7 @@ def _choice(
         return None
     if not plan.has_room:
         return None
-    root = math.sqrt(num_trained)
-    relative_noise = plan.noise_of_run(training) * root
-    point = noise_law.Point(num_steps, relative_noise, records, config.lora.rank, plan.noise_kept(training))
+    point = law_point(config, plan, num_trained)
     return Choice(
         num_steps=num_steps,
         batch=batch,
@@ -242,9 +240,9 @@ def _choice(
         num_bands=num_bands,
         sampling_prob=update["sampling_prob"],
         noise_multiplier=plan.noise_multiplier,
-        relative_noise=relative_noise,
+        relative_noise=point.relative_noise,
         predicted_gain=noise_law.fitted().gain(point),
-        learning_rate=float(f"{rate_scale * recommended_learning_rate(config, plan, num_trained):.2g}"),
+        learning_rate=float(f"{rate_scale * learning_rate_at(point, training):.2g}"),
     )
 
 

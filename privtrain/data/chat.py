@@ -11,6 +11,7 @@ from __future__ import annotations
 import bisect
 import collections
 import datetime
+import functools
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -59,6 +60,7 @@ def rendered(tokenizer: PreTrainedTokenizerBase, messages: Messages, *, add_gene
     )
 
 
+@functools.lru_cache(maxsize=8)
 def undated(template: str) -> str:
     """Return a chat template that writes one fixed day where it would write today's."""
     return _DATE.sub(lambda found: repr(_TODAY.strftime(found[2])), template)

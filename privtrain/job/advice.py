@@ -6,6 +6,7 @@ import math
 
 from privtrain.config import Config
 from privtrain.config.model import LoraSection, PromptSection
+from privtrain.config.training import TrainingSection
 from privtrain.data.corpus import Corpus
 from privtrain.privacy import noise_law
 from privtrain.privacy.plan import PrivacyPlan
@@ -69,14 +70,23 @@ def recommended_learning_rate(config: Config, plan: PrivacyPlan, num_trained: in
         plan: the run's.
         num_trained: trained weights of the model.
     """
-    training, num_steps = config.training, plan.num_steps
-    point = noise_law.Point(
-        num_steps=num_steps,
-        relative_noise=plan.noise_of_run(training) * math.sqrt(num_trained),
+    return learning_rate_at(law_point(config, plan, num_trained), config.training)
+
+
+def law_point(config: Config, plan: PrivacyPlan, num_trained: int) -> noise_law.Point:
+    """Return a plan as :mod:`privtrain.privacy.noise_law` sees it; arguments as for the recommended rate."""
+    return noise_law.Point(
+        num_steps=plan.num_steps,
+        relative_noise=plan.noise_of_run(config.training) * math.sqrt(num_trained),
         records_per_user=plan.records_per_unit,
         rank=config.lora.rank,
-        noise_kept=plan.noise_kept(training),
+        noise_kept=plan.noise_kept(config.training),
     )
+
+
+def learning_rate_at(point: noise_law.Point, training: TrainingSection) -> float:
+    """Return the law's rate at a point, with the mean over the steps that it has under a linear decay."""
+    num_steps = point.num_steps
     factors = [training.learning_rate_at(step, num_steps) / training.learning_rate for step in range(num_steps)]
     mean_factor = sum(factors) / num_steps
     return noise_law.fitted().learning_rate(point) * _MEAN_OF_DECAY / mean_factor

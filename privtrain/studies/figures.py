@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 from matplotlib.ticker import NullLocator
@@ -23,6 +23,12 @@ class Series:
     label: str
     x: Sequence[float]
     y: Sequence[Estimate | float]
+
+    @classmethod
+    def through(cls, label: str, points: Iterable[tuple[float, Estimate | float | None]]) -> Series:
+        """Return the curve through (x, y), without the points whose y is not known."""
+        known = [(x, y) for x, y in points if y is not None]
+        return cls(label, [x for x, _ in known], [y for _, y in known])
 
 
 @dataclasses.dataclass(frozen=True)

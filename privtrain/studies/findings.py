@@ -199,7 +199,7 @@ def judge_no_effect(claim: Statement, difference: Estimate | None, *, margin: fl
         margin: a change within it counts as none.
     """
     if difference is None or difference.interval is None:
-        return _judged(claim, "no cell is complete", Verdict.NOT_MEASURED, "fewer than two seeds are complete")
+        return _not_measured(claim)
     low, high = difference.interval
     if low >= -margin and high <= margin:
         verdict, reason = Verdict.REPRODUCED, f"the whole interval is within {margin} of zero"
@@ -217,7 +217,7 @@ def judge_at_least(claim: Statement, share: Estimate | None, bar: float) -> Clai
     Contradicted if the whole interval lies below the bar, else undecided.
     """
     if share is None or share.interval is None:
-        return _judged(claim, "no cell is complete", Verdict.NOT_MEASURED, "fewer than two seeds are complete")
+        return _not_measured(claim)
     low, high = share.interval
     if high < bar:
         verdict, reason = Verdict.CONTRADICTED, f"the whole interval is below {bar:.0%}"
@@ -226,8 +226,8 @@ def judge_at_least(claim: Statement, share: Estimate | None, bar: float) -> Clai
         verdict, reason = Verdict.REPRODUCED, f"the mean is at least {bar:.0%}; the interval is above zero{below}"
     else:
         verdict, reason = Verdict.UNDECIDED, f"the interval reaches {bar:.0%}, the mean does not, or it holds zero"
-    numbers = {"difference": share.to_json(), "same_split": share.same_split}
-    return dataclasses.replace(_judged(claim, f"{share.text(1, 100)} %", verdict, reason), numbers=numbers)
+    judged = _judged(claim, f"{share.text(1, 100)} %", verdict, reason)
+    return dataclasses.replace(judged, numbers=_numbers(share))
 
 
 def judge_not_worse(claim: Statement, difference: Estimate | None) -> Claim:
@@ -238,7 +238,7 @@ def judge_not_worse(claim: Statement, difference: Estimate | None) -> Claim:
         difference: first minus second, where less is better, paired by seed; ``None`` if nothing was measured.
     """
     if difference is None or difference.interval is None:
-        return _judged(claim, "no cell is complete", Verdict.NOT_MEASURED, "fewer than two seeds are complete")
+        return _not_measured(claim)
     low, high = difference.interval
     if low > 0:
         verdict, reason = Verdict.CONTRADICTED, "worse by the whole interval"
@@ -246,8 +246,8 @@ def judge_not_worse(claim: Statement, difference: Estimate | None) -> Claim:
         verdict, reason = Verdict.REPRODUCED, "better by the whole interval"
     else:
         verdict, reason = Verdict.REPRODUCED, "the interval holds zero"
-    numbers = {"difference": difference.to_json(), "same_split": difference.same_split}
-    return dataclasses.replace(_judged(claim, f"difference {difference.text()}", verdict, reason), numbers=numbers)
+    judged = _judged(claim, f"difference {difference.text()}", verdict, reason)
+    return dataclasses.replace(judged, numbers=_numbers(difference))
 
 
 def judge_fact(claim: Statement, holds: bool | None, *, ours: str, reason: str) -> Claim:
@@ -267,16 +267,20 @@ def _judged(claim: Statement, ours: str, verdict: Verdict, reason: str) -> Claim
     return Claim(claim.statement, claim.citation, claim.paper, ours, verdict, reason)
 
 
+def _not_measured(claim: Statement) -> Claim:
+    return _judged(claim, "no cell is complete", Verdict.NOT_MEASURED, "fewer than two seeds are complete")
+
+
+def _numbers(difference: Estimate) -> dict[str, Any]:
+    return {"difference": difference.to_json(), "same_split": difference.same_split}
+
+
 def _with_power(
     claim: Claim, difference: Estimate, planned: power.Plan | None, digits: int = 3, factor: float = 1.0
 ) -> Claim:
     """Return the claim with what its seeds can show; ``digits`` and ``factor`` as for :func:`judge_direction`."""
     assert planned is not None, "an interval has at least two seeds"
-    numbers = {
-        "difference": difference.to_json(),
-        "same_split": difference.same_split,
-        "power": planned.to_json(),
-    }
+    numbers = {**_numbers(difference), "power": planned.to_json()}
     return dataclasses.replace(claim, power=planned.text(digits, factor), numbers=numbers)
 
 

@@ -40,7 +40,7 @@ from privtrain.studies.findings import (
     judge_direction,
     judge_not_worse,
 )
-from privtrain.studies.results import CellResult, Estimate, Results
+from privtrain.studies.results import Estimate, Results, have_same_split, noise_multiplier
 
 TITLE = "More model per ε: optimised plans and correlated noise"
 PAPER = (
@@ -174,10 +174,6 @@ class _View:
         """Return the axis values of one cell."""
         return {"corpus": self.corpus, "plan": plan, "epsilon": epsilon}
 
-    def by_seed(self, plan: str, epsilon: str) -> dict[int, CellResult]:
-        """Return the complete cells of a plan."""
-        return {result.cell.seed: result for result in self.results.where(**self.cell(plan, epsilon))}
-
     def closed(self, plan: str, epsilon: str, of: str) -> Estimate | None:
         """Return the share of a gap in held-out loss that a plan closes, seed by seed.
 
@@ -192,18 +188,15 @@ class _View:
             1 where the plan is as good as training without noise, 0 where it is no better than ``of``; ``None`` if no
             seed has all cells complete.
         """
-        sides = [self.by_seed(name, epsilon) for name in (plan, plan if of == "base" else of, "none")]
-        triples = [[side[seed] for side in sides] for seed in sides[0] if all(seed in side for side in sides)]
+        sides = [self.cell(name, epsilon) for name in (plan, plan if of == "base" else of, "none")]
+        triples = self.results.by_seed(*sides)
         if not triples:
             return None
         shares = []
         for one, other, noiseless in triples:
             before = other.first(_LOSS) if of == "base" else other.metric(_LOSS)
             shares.append((before - one.metric(_LOSS)) / (before - noiseless.metric(_LOSS)))
-        # Whether the runs of each seed have the same split; unknown where a statement commits to none.
-        splits = [{result.split_commitment for result in triple} for triple in triples]
-        is_known = all(None not in split for split in splits)
-        return Estimate(tuple(shares), all(len(split) == 1 for split in splits) if is_known else None)
+        return Estimate(tuple(shares), have_same_split(triples))
 
     def claims(self) -> list[Claim]:
         """Return the targets of the study, judged."""
@@ -253,22 +246,22 @@ class _View:
 
     def _settings(self, plan: str, epsilon: str) -> str:
         """Return a plan's settings in words, from the configuration of its first cell and the noise that it had."""
-        result = next(iter(self.by_seed(plan, epsilon).values()))
+        result = self.results.where(**self.cell(plan, epsilon))[0]
         section, rate = result.cell.tree["privacy"], result.cell.tree["training"]["learning_rate"]
         records = 1 if section["unit"] == "example" else section["records_per_user"]
         bands = section["num_bands"] or 1
         shape = f"{section['num_steps']} x {section['expected_batch_size']:g} x {records}, {bands}"
-        return f"{shape}, {rate:g}, {_noise_multiplier(result):.3g}"
+        return f"{shape}, {rate:g}, {noise_multiplier(result):.3g}"
 
     def figures(self) -> list[Figure]:
         """Return perplexity against ε, a curve a plan."""
         series = []
         for plan in self.results.values_of("plan"):
-            ones = [(float(e), self.results.estimate(_PERPLEXITY, **self.cell(plan, e)))
-                    for e in self.results.values_of("epsilon")]  # fmt: skip
-            known = sorted(((x, y) for x, y in ones if y is not None), key=lambda point: point[0])
-            if known:
-                series.append(Series(NAMES[plan], [x for x, _ in known], [y for _, y in known]))
+            epsilons = sorted(self.results.values_of("epsilon"), key=float)
+            points = [(float(e), self.results.estimate(_PERPLEXITY, **self.cell(plan, e))) for e in epsilons]
+            curve = Series.through(NAMES[plan], points)
+            if curve.x:
+                series.append(curve)
         if not series:
             return []
         base = self.results.estimate(lambda result: result.first(_PERPLEXITY), corpus=self.corpus)
@@ -293,7 +286,3 @@ class _View:
 
 def _target(statement: str, bar: str) -> Statement:
     return Statement(statement, "target of the study", bar)
-
-
-def _noise_multiplier(result: CellResult) -> float:
-    return result.json("privacy.json")["mechanism"]["noise_multiplier"]

@@ -223,8 +223,7 @@ class _View:
         series = []
         for split in ("train", "test"):
             losses = [self.estimate(nll("sensitive", split, "tuned"), method) for method in methods]
-            places = [float(place) for place, loss in enumerate(losses) if loss is not None]
-            series.append(Series(f"sensitive tokens, {split}", places, [loss for loss in losses if loss is not None]))
+            series.append(Series.through(f"sensitive tokens, {split}", enumerate(losses)))
         base = self.estimate(nll("sensitive", "test", "base"), methods[0])
         levels = [] if base is None else [Level("base model, test", base.mean)]
         svg = places_figure(f"losses{slug}", methods, series, AxisLabels("", "loss, nats per token"), levels)

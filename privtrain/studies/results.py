@@ -151,15 +151,33 @@ class Results:
             first: axis → value of the first cells.
             second: axis → value of the cells to subtract.
         """
-        first_by_seed = {result.cell.seed: result for result in self.where(**first)}
-        second_by_seed = {result.cell.seed: result for result in self.where(**second)}
-        pairs = [(result, second_by_seed[seed]) for seed, result in first_by_seed.items() if seed in second_by_seed]
+        pairs = self.by_seed(first, second)
         if not pairs:
             return None
         values = tuple(_measured(one, measure) - _measured(other, measure) for one, other in pairs)
-        splits = [(one.split_commitment, other.split_commitment) for one, other in pairs]
-        are_known = all(one and other for one, other in splits)
-        return Estimate(values, same_split=all(one == other for one, other in splits) if are_known else None)
+        return Estimate(values, same_split=have_same_split(pairs))
+
+    def by_seed(self, *sides: Mapping[str, str]) -> list[tuple[CellResult, ...]]:
+        """Return for each seed the results of all sides, in their order; seeds that a side lacks are left out.
+
+        Args:
+            sides: axis → value of the cells of each side.
+        """
+        found = [{result.cell.seed: result for result in self.where(**side)} for side in sides]
+        return [tuple(side[seed] for side in found) for seed in found[0] if all(seed in side for side in found)]
+
+
+def have_same_split(groups: Sequence[Sequence[CellResult]]) -> bool | None:
+    """Return whether the results of each group committed to the same split; ``None`` if one committed to none."""
+    splits = [[result.split_commitment for result in group] for group in groups]
+    if not all(split for group in splits for split in group):
+        return None
+    return all(len(set(group)) == 1 for group in splits)
+
+
+def noise_multiplier(result: CellResult) -> float:
+    """Return the noise multiplier that a cell was trained with, by its statement: a measure."""
+    return result.json("privacy.json")["mechanism"]["noise_multiplier"]
 
 
 def minus(first: Estimate | None, second: Estimate | None) -> Estimate | None:

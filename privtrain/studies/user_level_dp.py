@@ -25,7 +25,7 @@ from privtrain.studies.findings import (
     judge_direction,
     judge_fact,
 )
-from privtrain.studies.results import CellResult, Estimate, Results, minus
+from privtrain.studies.results import Estimate, Results, minus, noise_multiplier
 
 TITLE = "User-level DP: group privacy against sampling users"
 PAPER = (
@@ -138,7 +138,7 @@ class _View:
 
     def noise(self, method: str, k: str, epsilon: str) -> float | None:
         """Return the noise multiplier of a cell's complete runs; ``None`` if there are none."""
-        estimate = self.results.estimate(_noise_multiplier, **self.cell(method, k, epsilon))
+        estimate = self.results.estimate(noise_multiplier, **self.cell(method, k, epsilon))
         return None if estimate is None else estimate.mean
 
     def claims(self) -> list[Claim]:
@@ -294,8 +294,7 @@ class _View:
 
     def _series(self, method: str, points: Sequence[tuple[float, Estimate | float | None]]) -> Series:
         """Return a method's curve through (x, y), without the points whose y is not known."""
-        known = [(x, y) for x, y in points if y is not None]
-        return Series(NAMES[method], [x for x, _ in known], [y for _, y in known])
+        return Series.through(NAMES[method], points)
 
     def _selection_figure(self, slug: str) -> list[Figure]:
         """Return the figure of perplexity by selection, or nothing; ``slug`` ends its name."""
@@ -324,15 +323,11 @@ class _View:
             values = dict(cell)
             estimate = self.results.estimate(_PERPLEXITY, **values)
             if estimate is not None and all(values[axis] == value for axis, value in self.values.items()):
-                noise = self.results.estimate(_noise_multiplier, **values)
+                noise = self.results.estimate(noise_multiplier, **values)
                 rows.append(
                     {**values, "perplexity": estimate.to_json(), "noise_multiplier": noise.mean if noise else None}
                 )
         return rows
-
-
-def _noise_multiplier(result: CellResult) -> float:
-    return result.json("privacy.json")["mechanism"]["noise_multiplier"]
 
 
 def _other_values(results: Results) -> list[dict[str, str]]:
