@@ -9,11 +9,10 @@ import torch
 from privtrain.config import Config
 from privtrain.config.model import ModelSection
 from privtrain.errors import ConfigError, Fault
-from privtrain.models.load import LOADING_FAILURES, NO_FOREIGN_CODE, reason_of
-from privtrain.run.base_model import locate
+from privtrain.models.load import load_architecture
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 #: How names of learned position embeddings end in transformers' models, beside GPT-2's wpe.
 _POSITIONS = ("position_embeddings", "embed_positions", "position_embedding")
@@ -30,7 +29,7 @@ def num_ids_of(model: ModelSection) -> int:
     Raises:
         ConfigError: if the configuration cannot be read.
     """
-    return int(_text_config(model).vocab_size)
+    return int(load_architecture(model).get_text_config().vocab_size)
 
 
 def num_positions_of(model: ModelSection) -> int | None:
@@ -39,23 +38,11 @@ def num_positions_of(model: ModelSection) -> int | None:
     Raises:
         ConfigError: if the configuration cannot be read.
     """
-    config = _text_config(model)
+    config = load_architecture(model).get_text_config()  # of a model that reads images too, the part for text
     known = [getattr(config, name, None) for name in ("max_position_embeddings", "n_positions")]
     # RoBERTa numbers positions from 2 on: padding id 1, plus one. So two of the stated number are never used.
     offset = 2 if getattr(config, "model_type", "") in ("roberta", "xlm-roberta", "camembert") else 0
     return min((int(number) - offset for number in known if isinstance(number, int)), default=None)
-
-
-def _text_config(model: ModelSection) -> PretrainedConfig:
-    """Return the model's configuration; of a model that reads images too, the part for text."""
-    from transformers import AutoConfig
-
-    location = locate(model)
-    try:
-        return AutoConfig.from_pretrained(location.path, **NO_FOREIGN_CODE, **location.arguments).get_text_config()
-    except LOADING_FAILURES as error:
-        problem = f"cannot read the configuration in {location.path}: {reason_of(error)}"
-        raise ConfigError([Fault("model", problem)]) from None
 
 
 def learned_positions(model: torch.nn.Module) -> int | None:

@@ -18,7 +18,7 @@ from privtrain.models.complete import new_modules
 from privtrain.run.base_model import locate
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 #: What transformers, safetensors, tokenizers and pickle raise at files that they cannot read.
 LOADING_FAILURES = (
@@ -41,6 +41,22 @@ NO_FOREIGN_CODE = {"trust_remote_code": False}
 
 #: How files begin that a tokenizer is loaded from.
 _TOKENIZER_FILES = ("tokenizer", "vocab", "merges", "spiece", "sentencepiece", "tekken")
+
+
+def load_architecture(model: ModelSection) -> PretrainedConfig:
+    """Return what ``config.json`` says of the base model.
+
+    Raises:
+        ConfigError: if it cannot be read.
+    """
+    from transformers import AutoConfig
+
+    location = locate(model)
+    try:
+        return AutoConfig.from_pretrained(location.path, **NO_FOREIGN_CODE, **location.arguments)
+    except LOADING_FAILURES as error:
+        problem = f"cannot read the configuration in {location.path}: {reason_of(error)}"
+        raise ConfigError([Fault("model", problem)]) from None
 
 
 def load_tokenizer(model: ModelSection) -> PreTrainedTokenizerBase:

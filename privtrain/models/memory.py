@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 from privtrain.config import Config
 from privtrain.errors import ConfigError, Fault, PrivtrainError
 from privtrain.files import reading
-from privtrain.run.base_model import locate
 
 if TYPE_CHECKING:
     import torch
@@ -149,19 +148,14 @@ def meta_model(config: Config, dtype: torch.dtype) -> tuple[Any, Any]:
         ConfigError: if the model's config cannot be loaded.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    from privtrain.models.load import LOADING_FAILURES, NO_FOREIGN_CODE, reason_of
+    from privtrain.models.load import load_architecture
     from privtrain.models.trainable import make_trainable
 
     if config.training.has_virtual_tokens:
         raise ConfigError([Fault("training.method", f"memory is not estimated for {config.training.method}")])
-    location = locate(config.model)
-    try:
-        architecture = AutoConfig.from_pretrained(location.path, **NO_FOREIGN_CODE, **location.arguments)
-    except LOADING_FAILURES as error:
-        problem = f"cannot load the model's config from {location.path}: {reason_of(error)}"
-        raise ConfigError([Fault("model", problem)]) from None
+    architecture: Any = load_architecture(config.model)
     architecture.use_cache = False
     kind = AutoModelForCausalLM
     if config.data.labels is not None:

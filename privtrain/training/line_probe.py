@@ -2,8 +2,8 @@
 
 A *line* is one long row that several units share, each with one or more records; attention and positions are confined
 to a record. A line is for a constant number of units (*slots*), each of at most a constant number of tokens. The
-alternative is a padded *row* for each record. Clipping in rows has passed its own check (:mod:`.clipping_check`) before.
-A line is compared with rows of one unit, and with itself:
+alternative is a padded *row* for each record. Clipping in rows has passed its own check before
+(:mod:`.clipping_check`). A line is compared with rows of one unit, and with itself:
 
 * every token's loss is what it is in a row of its own, also in the longest record: attention and positions are right;
 * what the clipper adds for planted units is what it adds by rows; a huge unit adds at most the clipping norm, one that
