@@ -28,7 +28,7 @@ from privtrain.data.microbatch import Records, weights_of
 from privtrain.data.records import Record
 
 #: Lines are a multiple of this many tokens: fewer are wasted on a CPU, kernels of other devices work in larger tiles.
-_CPU_MULTIPLE, _MULTIPLE = 16, 64
+_CPU_MULTIPLE, _MULTIPLE = 8, 64
 #: Tokens of the longest line, unless records are longer or a microbatch is smaller.
 _FEWEST, _MOST = 512, 2048
 #: Tokens of a line that units share on a CPU, which is as fast on short ones: the last one of a step is mostly padding.
