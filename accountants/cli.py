@@ -15,7 +15,7 @@ import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
@@ -111,13 +111,21 @@ Plot = Annotated[Path | None, typer.Option("--plot", help="Write a picture to th
 #: What ``compare`` asks where every method has an analysis: all accountants but the slow ones.
 _EVERYTHING = "tilted,pld,tilted-edgeworth,rdp,gdp,aea1,aea2,aea3,eeai"
 
-#: Sampler -> the fields of :class:`Run` that it needs, those that it may have, and the relation its event is for.
-_SAMPLERS: dict[Sampler, tuple[tuple[str, ...], tuple[str, ...], Relation]] = {
-    Sampler.POISSON: (("noise", "prob", "steps"), ("records",), Relation.ADD_OR_REMOVE_ONE),
-    Sampler.TRUNCATED: (("noise", "prob", "steps", "units", "batch"), (), Relation.REPLACE_SPECIAL),
-    Sampler.FIXED: (("noise", "steps", "units", "batch"), (), Relation.REPLACE_ONE),
-    Sampler.ALLOCATION: (("noise", "steps", "selected", "epochs"), (), Relation.ADD_OR_REMOVE_ONE),
-    Sampler.SHUFFLED: (("noise", "steps", "epochs"), (), Relation.REPLACE_SPECIAL),
+
+class _Needs(NamedTuple):
+    """What a sampler asks of :class:`Run`."""
+
+    needed: tuple[str, ...]  # fields that must be given
+    optional: tuple[str, ...]  # fields that may be given
+    relation: Relation  # the relation that its event is for
+
+
+_SAMPLERS = {
+    Sampler.POISSON: _Needs(("noise", "prob", "steps"), ("records",), Relation.ADD_OR_REMOVE_ONE),
+    Sampler.TRUNCATED: _Needs(("noise", "prob", "steps", "units", "batch"), (), Relation.REPLACE_SPECIAL),
+    Sampler.FIXED: _Needs(("noise", "steps", "units", "batch"), (), Relation.REPLACE_ONE),
+    Sampler.ALLOCATION: _Needs(("noise", "steps", "selected", "epochs"), (), Relation.ADD_OR_REMOVE_ONE),
+    Sampler.SHUFFLED: _Needs(("noise", "steps", "epochs"), (), Relation.REPLACE_SPECIAL),
 }
 #: Field of :class:`Run` -> its option on the command line.
 _FLAGS = {
@@ -156,7 +164,8 @@ class Run:
         """Return the relation given, or else the sampler's own, as dp_accounting's value."""
         import dp_accounting
 
-        return dp_accounting.NeighboringRelation[(self.relation or _SAMPLERS[self.sampler][2]).name]
+        relation = self.relation or _SAMPLERS[self.sampler].relation
+        return dp_accounting.NeighboringRelation[relation.name]
 
     def check(self, sought: str = "") -> None:
         """Raise unless exactly the options that the sampler reads were given.
@@ -169,7 +178,7 @@ class Run:
         """
         needed, optional, _ = _SAMPLERS[self.sampler]
         if self.phases and self.sampler is Sampler.POISSON:
-            needed, optional = ("noise",), ("records", "phases")
+            needed, optional = ("noise",), ("records", "phases")  # each phase has its own probability and steps
         reader = f"--sampler {self.sampler.value}" + (" with --phase" if "phases" in optional else "")
         faults: list[str] = []
         for field, flag in _FLAGS.items():

@@ -148,6 +148,7 @@ class MixtureStep:
         values = loss[inside]
         if self.shifts[0] == 0 and len(self.shifts) == 2:
             prob, mu = self.probs[1], self.shifts[1]
+            # Solve 1 - p + p e^x = e^loss for x, in a form for loss < 30 and in one that does not overflow above.
             # expm1(loss)/prob > -1 mathematically; rounding at the infimum must not leave the domain of log1p.
             near = np.log1p(np.maximum(np.expm1(np.minimum(values, 30.0)) / prob, -1 + 2**-53))
             far = values - math.log(prob) + np.log1p(-(1 - prob) * np.exp(-np.maximum(values, 30.0)))
@@ -172,16 +173,16 @@ class MixtureStep:
         for _ in range(60):
             if not unsettled.size:
                 break
-            here = roots[unsettled]
-            loss, slope = self._loss_and_slope(here)
+            z = roots[unsettled]
+            loss, slope = self._loss_and_slope(z)
             excess = loss - values[unsettled]
-            right[unsettled] = np.where(excess > 0, here, right[unsettled])
-            left[unsettled] = np.where(excess > 0, left[unsettled], here)
-            newton = here - excess / np.maximum(slope, 1e-300)
+            right[unsettled] = np.where(excess > 0, z, right[unsettled])
+            left[unsettled] = np.where(excess > 0, left[unsettled], z)
+            newton = z - excess / np.maximum(slope, 1e-300)
             within = (newton >= left[unsettled]) & (newton <= right[unsettled])
             roots[unsettled] = np.where(within, newton, (left[unsettled] + right[unsettled]) / 2)
             # Newton's error is of the order of the square of its last step.
-            unsettled = unsettled[~within | (np.abs(newton - here) >= 1e-8)]
+            unsettled = unsettled[~within | (np.abs(newton - z) >= 1e-8)]
         return np.maximum.accumulate(roots) if roots.size else roots
 
     def tail_quantile(self, log_tail: float) -> float:

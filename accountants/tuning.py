@@ -56,10 +56,11 @@ def draw_num_runs(uniform: float, *, mean_runs: float, shape: str) -> int:
     if not 0 < uniform < 1 or not mean_runs >= 1 or shape not in ("logarithmic", "geometric"):
         raise ValueError(f"uniform={uniform}, mean_runs={mean_runs}, shape={shape!r}: not a number of runs")
     if mean_runs == 1:
-        return 1
+        return 1  # both shapes draw at least one run
     if shape == "geometric":
         return max(1, math.ceil(math.log1p(-uniform) / math.log1p(-1 / mean_runs)))
     rate = _rate_of_logarithmic(mean_runs)
+    # Add up P(1), P(2), ... until `uniform` is reached, or they are too small for float64.
     ratio = -math.expm1(-rate)  # 1 - g: P(k) = (1 - g)^k / (k r)
     probability, below, count = ratio / rate, 0.0, 1  # P(count), and P of less than count
     while below + probability < uniform and probability > 0:

@@ -65,7 +65,10 @@ def _each(rule: _Rule) -> _Rule:
     def all_of(values: Any) -> str | None:
         if not isinstance(values, Sequence) or isinstance(values, str) or not values:
             return "must be a list that is not empty"
-        return next((fault for value in cast(Sequence[Any], values) if (fault := rule(value))), None)
+        for value in cast(Sequence[Any], values):
+            if fault := rule(value):
+                return fault
+        return None
 
     return all_of
 
@@ -115,7 +118,10 @@ def check_values(**rules_and_values: tuple[_Rule, Any]) -> None:
     Raises:
         ValueError: with every fault.
     """
-    faults = [f"{name}={value!r} {fault}" for name, (rule, value) in rules_and_values.items() if (fault := rule(value))]
+    faults: list[str] = []
+    for name, (rule, value) in rules_and_values.items():
+        if fault := rule(value):
+            faults.append(f"{name}={value!r} {fault}")
     if faults:
         raise ValueError("; ".join(faults))
 
@@ -134,21 +140,21 @@ def _faults(event: Any, place: str) -> Iterator[str]:
     values: dict[str, Any] = {name: getattr(event, name) for name in attr.fields_dict(type(event))}
     fields_are_sound = True  # what they say together is looked at only then
     for name, value in values.items():
-        here = f"{place}.{name}" if place else f"{kind}.{name}"
+        path = f"{place}.{name}" if place else f"{kind}.{name}"
         if name == "event":
-            yield from _faults(value, here)
+            yield from _faults(value, path)
         elif name == "events" and not isinstance(value, list | tuple):
-            yield f"{here}={value!r} must be a list of events"
+            yield f"{path}={value!r} must be a list of events"
         elif name == "events":
             for index, part in enumerate(cast(Sequence[Any], value)):
-                yield from _faults(part, f"{here}[{index}]")
+                yield from _faults(part, f"{path}[{index}]")
         elif name == "step_counts":
             rule = _each(whole(0)) if isinstance(value, Sequence) else whole(0)  # a list of counts, or a single one
             if fault := rule(value):
-                yield f"{here}={value!r} {fault}"
+                yield f"{path}={value!r} {fault}"
         elif (rule := _RULES.get(name)) and (fault := rule(value)):
             fields_are_sound = False
-            yield f"{here}={value!r} {fault}"
+            yield f"{path}={value!r} {fault}"
     if fields_are_sound:
         yield from _joint_faults(values, place or kind)
 

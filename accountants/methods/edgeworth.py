@@ -107,22 +107,20 @@ class DirectedExpansion:
         high = max(k1, 0.0) + 12 * math.sqrt(k2) + 1.0  # twelve deviations above the mean loss
         grid: Array = np.linspace(0.0, min(high, 600.0), 513)
         for _ in range(8):  # each round keeps the cell of the crossing and cuts it into 64
-            above = np.flatnonzero(self.delta(grid, sign) > delta)
+            values = self.delta(grid, sign)
             if sign > 0:
-                below = np.flatnonzero(self.delta(grid, sign) <= delta)
-                if len(below) == 0:
+                allowed = np.flatnonzero(values <= delta)
+                if len(allowed) == 0:
                     return math.inf
-                index = int(below[0])
-                if index == 0:
-                    return float(grid[0])
-                grid = np.linspace(grid[index - 1], grid[index], 65)
-                continue
-            if len(above) == 0:
-                return float(grid[0])
-            index = int(above[-1])
-            if index == len(grid) - 1:
-                return math.inf
-            grid = np.linspace(grid[index], grid[index + 1], 65)
+                right = int(allowed[0])  # the cell's right end
+            else:
+                above = np.flatnonzero(values > delta)
+                right = int(above[-1]) + 1 if len(above) else 0
+                if right == len(grid):
+                    return math.inf
+            if right == 0:
+                return float(grid[0])  # no crossing: from the start the curve is where it has to be
+            grid = np.linspace(grid[right - 1], grid[right], 65)
         return float(grid[-1])
 
 
@@ -166,8 +164,8 @@ class AeaAccountant(NormalFormAccountant):
 
     def _sides(self, composed: Composition) -> list[DirectedExpansion]:
         """Return the expansions of every direction that counts."""
-        is_add = {Direction.BOTH: (False, True), Direction.REMOVE: (False,), Direction.ADD: (True,)}[self.direction]
-        return [expand(composed, self.order, add=add) for add in is_add]
+        directions = (Direction.REMOVE, Direction.ADD) if self.direction is Direction.BOTH else (self.direction,)
+        return [expand(composed, self.order, add=direction is Direction.ADD) for direction in directions]
 
 
 class Aea1Accountant(AeaAccountant):
@@ -202,6 +200,7 @@ class EeaiAccountant(NormalFormAccountant):
         sides = [with_error(composed, add=add) for add in (False, True)]
         # Each is the larger one of the two directions.
         lower, estimate, upper = (max(side.epsilon(delta, sign) for side in sides) for sign in (-1.0, 0.0, 1.0))
+        # A lower end of infinity says that no crossing was found: nothing is known.
         lower = 0.0 if math.isinf(lower) else min(lower, upper)
         error = max(side.first_error for side in sides)
         note = f"vacuous: the distribution functions are known to {error:.2g} only" if math.isinf(upper) else ""

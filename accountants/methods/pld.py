@@ -138,21 +138,29 @@ def _grid_width(event: dp_accounting.DpEvent, delta: float | None, epsilon: floa
         return _DEFAULT_GRID
     if composed.non_private or not composed.phases:
         return _DEFAULT_GRID
-    if delta is None and composed.num_steps > _MAX_STEPS_FOR_DELTA:
-        raise ValueError(f"pld gives no delta of {composed.num_steps:,} steps in a useful time; use 'tilted'")
+    steps = composed.num_steps
+    if delta is None and steps > _MAX_STEPS_FOR_DELTA:
+        raise ValueError(f"pld gives no delta of {steps:,} steps in a useful time; use 'tilted'")
+
+    # `size` is the epsilon that the grid must resolve, and `start` the saddle there.
     log_mass = (math.log(delta) if delta is not None else -40.0) - 16
     law = saddle.directed_loss(composed, add=False, log_mass=log_mass)
-    start = saddle.saddle_for_delta(law, delta) if delta is not None else saddle.saddle_for_epsilon(law, epsilon or 0.0)
-    # The epsilon that the grid must resolve. A certified value: the saddle-point formula is poor for few steps.
-    size = (epsilon or 0.0) if delta is None else TiltedAccountant(tolerance=5e-3).epsilon(event, delta).upper
+    if delta is None:
+        size = epsilon or 0.0
+        start = saddle.saddle_for_epsilon(law, size)
+    else:
+        # A certified value: the saddle-point formula is poor for few steps.
+        size = TiltedAccountant(tolerance=5e-3).epsilon(event, delta).upper
+        start = saddle.saddle_for_delta(law, delta)
     if size == 0:
         return _DEFAULT_GRID
-    steps = composed.num_steps
+
     # The width h at which n steps move epsilon by 1e-4 of itself: see the module.
     wanted = min(math.sqrt(12e-4 * size / ((1 + start.tilt) * steps)), size / 200)
     largest = max(float(np.max(loss)) for loss in law.losses)
     # Not so fine that round-off shows, and at most 100,000 cells.
     floor = max(math.sqrt(1e-14 * steps), size / 1e5, largest / 1e5)
+
     # Round-off of delta that moves epsilon by more than 1e-3 of itself: delta falls by tilt times delta per epsilon.
     noisy = delta is not None and 2e-16 * steps > 1e-3 * size * start.tilt * delta
     if delta is not None and (wanted < floor / 2 or noisy):
@@ -162,6 +170,7 @@ def _grid_width(event: dp_accounting.DpEvent, delta: float | None, epsilon: floa
     width = max(min(wanted, _COARSEST_GRID), floor)
     if width > _WIDEST_GRID:
         raise ValueError(f"a step's largest loss {largest:.3g} is beyond pld's float64 grid; use 'tilted'")
+
     # The library tabulates a step up to where the noise has probability e^-50, a cell at a time.
     farthest = max(float(step.loss(np.array([step.shifts[-1] + _LIBRARY_REACH]))[0]) for step, _ in composed.phases)
     if farthest > _MAX_CELLS * width:

@@ -67,9 +67,8 @@ class RdpAccountant(Accountant):
         convert = conversion.compute_epsilon if question.quantity == "epsilon" else _delta_of
         value, order = convert(orders, divergences, question.argument)
         upper = math.inf if math.isnan(value) else float(value)
-        return Bounds(
-            0.0, upper, estimate=upper, note="the optimal order is the largest tried" if order == ORDERS[-1] else ""
-        )
+        note = "the optimal order is the largest tried" if order == ORDERS[-1] else ""
+        return Bounds(0.0, upper, estimate=upper, note=note)
 
 
 def _delta_of(orders: Sequence[float], divergences: Sequence[float], epsilon: float) -> tuple[float, float]:
@@ -77,17 +76,19 @@ def _delta_of(orders: Sequence[float], divergences: Sequence[float], epsilon: fl
 
     The library's own conversion takes ``1 - exp(-divergence)`` as a difference, which has no digits below 1e-16.
     """
-    log_deltas: list[float] = []  # of each order the better one of two conversions
+    best, best_order = math.inf, orders[0]  # the least log delta, and its order
     for order, divergence in zip(orders, divergences, strict=True):
+        # delta is at most the total variation, which any of the divergences bounds (Bretagnolle and Huber).
         log_delta = 0.5 * math.log(-math.expm1(-divergence)) if divergence > 0 else -math.inf
         if order > _NEAREST_ORDER:
-            log_delta = min(log_delta, (order - 1) * (divergence - epsilon + math.log1p(-1 / order)) - math.log(order))
-        log_deltas.append(log_delta)
-    best = min(range(len(log_deltas)), key=log_deltas.__getitem__)
-    if log_deltas[best] == -math.inf:
-        return 0.0, orders[best]  # nothing was released
-    log_delta = log_deltas[best] + _ROUND_OFF * (1 + abs(log_deltas[best]))
-    return math.nextafter(math.exp(min(log_delta, 0.0)), 1.0), orders[best]  # never 0 where float64 ends
+            by_proposition = (order - 1) * (divergence - epsilon + math.log1p(-1 / order)) - math.log(order)
+            log_delta = min(log_delta, by_proposition)
+        if log_delta < best:
+            best, best_order = log_delta, order
+    if best == -math.inf:
+        return 0.0, best_order  # nothing was released
+    log_delta = best + _ROUND_OFF * (1 + abs(best))
+    return math.nextafter(math.exp(min(log_delta, 0.0)), 1.0), best_order  # never 0 where float64 ends
 
 
 def _divergences(event: dp_accounting.DpEvent, relation: NeighboringRelation) -> tuple[tuple[float, ...], list[float]]:
@@ -95,13 +96,13 @@ def _divergences(event: dp_accounting.DpEvent, relation: NeighboringRelation) ->
 
     By our own quadrature where the event has a normal form, which is for adding and removing; else the library's.
     """
-    if relation is not NeighboringRelation.REPLACE_ONE:
+    if relation is NeighboringRelation.REPLACE_ONE:
+        event = halve_noise(event)
+    else:
         try:
             return ORDERS, mixture_divergences(composition(event))
         except UnsupportedEventError:
-            pass
-    else:
-        event = halve_noise(event)
+            pass  # no normal form: a composition of other events, or for the library
     if (own := _of_parts(event, relation)) is not None:
         return ORDERS, own
     accountant = rdp.RdpAccountant(ORDERS, relation)
@@ -136,7 +137,8 @@ def _of_parts(event: dp_accounting.DpEvent, relation: NeighboringRelation) -> li
 
 def renyi_epsilon(composed: Composition, delta: float) -> float:
     """Return the certified epsilon of a composition by Rényi DP, minimised over ``ORDERS``."""
-    return float(conversion.compute_epsilon(ORDERS, mixture_divergences(composed), delta)[0])
+    epsilon, _ = conversion.compute_epsilon(ORDERS, mixture_divergences(composed), delta)
+    return float(epsilon)
 
 
 def mixture_divergences(composed: Composition) -> list[float]:

@@ -279,16 +279,12 @@ def _worst_delta(composed: Composition, epsilon: float, tolerance: float) -> Bou
     for add in (False, True):
         if add and epsilon >= _largest_loss(composed):
             break  # delta is 0, and its saddle at infinity
-        law = saddle.directed_loss(composed, add=add, log_mass=-60.0)
-        start = saddle.saddle_for_epsilon(law, epsilon)
-        # A second table, now that delta's size is known: what is cut off the law must be far below it.
-        log_delta = min(max(start.log_delta, -700.0), -0.1)
-        law = saddle.directed_loss(composed, add=add, log_mass=log_delta - MARGIN)
-        start = saddle.saddle_for_epsilon(law, epsilon)
         best_lower, best_upper = 0.0, 1.0
-        attempts = _delta_attempts(composed, law, start, log_delta, tolerance, add)
+        attempts = _delta_attempts(composed, epsilon, tolerance, add)
         while (attempt := _next(attempts, best_upper < 1.0)) is not None:
-            best_upper = min(best_upper, value if (value := attempt.upper_delta(epsilon)) is not None else 1.0)
+            found_upper = attempt.upper_delta(epsilon)
+            if found_upper is not None:  # None: epsilon lies outside the attempt's window
+                best_upper = min(best_upper, found_upper)
             best_lower = max(best_lower, attempt.lower_delta(epsilon) or 0.0)
             if best_upper - best_lower <= 10 * tolerance * best_upper or best_upper <= lower:
                 break
@@ -296,13 +292,20 @@ def _worst_delta(composed: Composition, epsilon: float, tolerance: float) -> Bou
         if best_upper > upper:
             upper, direction = best_upper, Direction.ADD if add else Direction.REMOVE
     assert lower <= upper * (1 + 1e-9), (composed, epsilon, lower, upper)
+    # Where float64 rounds the upper end to 0, the least positive number is returned: some delta is left.
     return Bounds(min(lower, upper), max(upper, math.ulp(0.0)), direction)
 
 
 def _delta_attempts(
-    composed: Composition, law: saddle.DirectedLoss, start: saddle.Saddle, log_delta: float, tolerance: float, add: bool
+    composed: Composition, epsilon: float, tolerance: float, add: bool
 ) -> Iterator[SmoothedSum | Window]:
     """Yield ever tighter bounds at one epsilon: smoothed sums first, then lattices four times as long each."""
+    law = saddle.directed_loss(composed, add=add, log_mass=-60.0)
+    start = saddle.saddle_for_epsilon(law, epsilon)
+    # A second table, now that delta's size is known: what is cut off the law must be far below it.
+    log_delta = min(max(start.log_delta, -700.0), -0.1)
+    law = saddle.directed_loss(composed, add=add, log_mass=log_delta - MARGIN)
+    start = saddle.saddle_for_epsilon(law, epsilon)
     yield from _smoothed_sums(composed, law, lambda: start, log_delta, tolerance, add)
     longest = _longest(composed)
     for log2_length in range(min(14, longest), longest + 1, 2):
@@ -314,10 +317,11 @@ def _shape(law: saddle.DirectedLoss, start: saddle.Saddle, log_delta: float) -> 
 
     Of a few tilts, from the saddle point's down, the one whose window is shortest: any positive tilt is valid.
     """
-    spread = math.sqrt(law.cumulants(start.tilt)[2])
+    spread = math.sqrt(law.cumulants(start.tilt).variance)
     largest = max(start.tilt, 1.5 / spread)  # tilts far below one over the spread need long windows
     tilts = [largest * factor for factor in (0.35, 0.5, 0.75, 1.0)]
-    return min((_window_length(law, tilt, start.epsilon, log_delta), tilt) for tilt in tilts)
+    lengths_with_tilts = [(_window_length(law, tilt, start.epsilon, log_delta), tilt) for tilt in tilts]
+    return min(lengths_with_tilts)
 
 
 def _smoothed(
@@ -325,7 +329,7 @@ def _smoothed(
 ) -> SmoothedSum | None:
     """Return :func:`smoothed_sum` around a saddle; ``smoothing`` is its deviation over that of the tilted sum."""
     width, tilt = _shape(law, start, log_delta)
-    scale = math.sqrt(law.cumulants(tilt)[2])
+    scale = math.sqrt(law.cumulants(tilt).variance)
     return smoothed_sum(
         composed,
         tilt=tilt,
@@ -345,20 +349,23 @@ def _window(
 
     The window's width is that of :func:`_shape`, or more where a step would have too many cells.
     """
-    width, tilt = _shape(law, start, log_delta)
     z_low, z_high = saddle.truncation(composed, log_delta - MARGIN)
     ranges: list[tuple[float, float]] = []  # by step, the least and the largest loss that is followed
     for step, _ in composed.phases:
-        ends = step.loss(np.array([z_low, z_high]))
-        ranges.append((max(float(ends[0]), step.infimum), float(ends[1])))
-    spacing = max(width / length, max(high - low for low, high in ranges) / (1 << _longest(composed)))
-    phases: list[LatticePhase] = []
+        at_low, at_high = (float(loss) for loss in step.loss(np.array([z_low, z_high])))
+        ranges.append((max(at_low, step.infimum), at_high))
+
+    width, tilt = _shape(law, start, log_delta)
+    widest_range = max(high - low for low, high in ranges)
+    spacing = max(width / length, widest_range / (1 << _longest(composed)))
     width = spacing * length
     # Where cells wider than asked for make the window wider, the tilt must leave the lower end its jumps.
     jumps = min(largest_jump(composed.num_steps, spacing), _BELOW * length)
     tilt = min(tilt, LARGEST_LOG_WEIGHT / (spacing * jumps))
     # Lower ends are wanted from a little below the epsilon looked for, which the window's start is well below.
     reliable_from = start.epsilon - min(2 / tilt, _BELOW * width / 2)
+
+    phases: list[LatticePhase] = []
     with np.errstate(over="ignore", invalid="raise"):  # an infinite value may be negligible, NaN is an error
         for (step, count), (low, high) in zip(composed.phases, ranges, strict=True):
             cells = lattice.build_cells(step, low, spacing, math.ceil((high - low) / spacing))
@@ -372,16 +379,17 @@ def _window_length(law: saddle.DirectedLoss, tilt: float, epsilon: float, log_de
     A guess from the tabulated law, by the Chernoff bounds of the module's points 3 and 4; what they really cost is
     bounded when the window is made.
     """
-    base = law.cumulants(tilt)[0]
+    log_moment = law.cumulants(tilt).log_normaliser
+    lowest = epsilon - 2 / tilt  # of the epsilons at which lower ends are wanted
     width = (MARGIN - log_delta) / tilt
-    for _ in range(12):
-        costs: list[float] = []  # of each change of tilt, log of the larger of both
+    for _ in range(12):  # growing to 14 times the first guess at most
+        top, fold = epsilon + (1 - _BELOW) * width, lowest + width
+        costs: list[float] = []  # of each change of tilt, log of the larger cost
         for exponent in CHERNOFF:
             change = exponent / width
-            moment = law.cumulants(tilt + change)[0] - base
-            top, fold = epsilon + (1 - _BELOW) * width, epsilon - 2 / tilt + width
-            above = moment - change * top + base - tilt * top
-            folded = moment - change * fold + base - tilt * (epsilon - 2 / tilt)
+            moment = law.cumulants(tilt + change).log_normaliser - log_moment
+            above = moment - change * top + log_moment - tilt * top  # of cutting what lies above the window
+            folded = moment - change * fold + log_moment - tilt * lowest
             costs.append(max(above, folded))
         if min(costs) <= log_delta - MARGIN:
             break

@@ -32,6 +32,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import NamedTuple
 
 import numpy as np
 from typing_extensions import override
@@ -92,6 +93,7 @@ class TiltedSum:
 
     def _integral(self, epsilon: float, skew: float) -> float:
         """Return the integral of g(S - epsilon) over the normal law of S with a skew (0: without), where g matters."""
+        # Beyond it, relative to g's peak, e^(-tx) is below e^-45, or the density is beyond 14 deviations.
         top = min(45 / self.tilt, max(self.mean - epsilon, 0.0) + 14 * self.scale)
         # A square map: the kink of g at 0 and its peak near 1/t get most of the nodes.
         unit = (1 + _NODES) / 2
@@ -99,7 +101,8 @@ class TiltedSum:
         weight = _WEIGHTS * top * unit
         # Beyond 40 the density is zero in float64, and a polynomial in an infinite u would make it undefined.
         u = np.clip(x + epsilon - self.mean, -40 * self.scale, 40 * self.scale) / self.scale
-        density = np.exp(-u * u / 2) / (math.sqrt(2 * math.pi) * self.scale) * (1 + skew / 6 * (u**3 - 3 * u))
+        normal = np.exp(-u * u / 2) / (math.sqrt(2 * math.pi) * self.scale)
+        density = normal * (1 + skew / 6 * (u**3 - 3 * u))
         return float(weight @ (np.exp(-self.tilt * x) * -np.expm1(-x) * density))
 
 
@@ -118,10 +121,10 @@ def tilted_sum(composed: Composition, tilt: float, *, add: bool, margin: float, 
         (step_moments(step, add=add, first_law=True, tilt=tilt, limits=limits), count)
         for step, count in composed.phases
     ]
-    variance = math.fsum(count * moments.central[0] for moments, count in steps)
+    variance = math.fsum(count * moments.variance for moments, count in steps)
     log_moment = math.fsum(count * (moments.log_normaliser + margin * _K_MARGIN) for moments, count in steps)
     mean = math.fsum(count * moments.mean for moments, count in steps)
-    if min(moments.central[0] for moments, _ in steps) < _SMALLEST_VARIANCE:
+    if min(moments.variance for moments, _ in steps) < _SMALLEST_VARIANCE:
         # A scale of 0 says that there is nothing to expand.
         return TiltedSum(tilt, log_moment, mean, scale=0.0, skew=0.0, normal_error=1.0, edgeworth_error=1.0)
     return TiltedSum(
@@ -129,7 +132,7 @@ def tilted_sum(composed: Composition, tilt: float, *, add: bool, margin: float, 
         log_moment,
         mean,
         scale=math.sqrt(variance),
-        skew=math.fsum(count * moments.central[1] for moments, count in steps) / variance**1.5,
+        skew=math.fsum(count * moments.third for moments, count in steps) / variance**1.5,
         normal_error=min(normal_error(steps), 1.0),
         edgeworth_error=sup_error(steps),
     )
@@ -148,27 +151,44 @@ class TiltedEdgeworthAccountant(NormalFormAccountant):
 
     @override
     def epsilon_bounds(self, composed: Composition, delta: float) -> Bounds:
-        sides = [_epsilon_ends(composed, delta, add=add) for add in (False, True)]
-        lower, estimate, upper = (max(values) for values in zip(*sides, strict=True))
-        return Bounds(min(lower, upper), upper, estimate=estimate)
+        return _larger(_epsilon_ends(composed, delta, add=False), _epsilon_ends(composed, delta, add=True))
 
     @override
     def delta_bounds(self, composed: Composition, epsilon: float) -> Bounds:
-        logs: list[tuple[float, float, float]] = []  # by direction, log of lower end, estimate and upper end
-        for add in (False, True):
-            law = saddle.directed_loss(composed, add=add, log_mass=_DELTA_CUT)
-            start = saddle.saddle_for_epsilon(law, epsilon)
-            sums = [tilted_sum(composed, start.tilt * f, add=add, margin=1, log_mass=_DELTA_CUT) for f in _FACTORS]
-            # What was cut off is added to every upper end.
-            upper = min(float(np.logaddexp(side.log_delta(epsilon, 1), _DELTA_CUT)) for side in sums)
-            below = tilted_sum(composed, start.tilt, add=add, margin=-1, log_mass=_DELTA_CUT)
-            logs.append((below.log_delta(epsilon, -1), start.log_delta, upper))
-        lower, estimate, upper = (math.exp(min(max(values), 0.0)) for values in zip(*logs, strict=True))
-        return Bounds(min(lower, upper), upper, estimate=estimate)
+        return _larger(_delta_ends(composed, epsilon, add=False), _delta_ends(composed, epsilon, add=True))
 
 
-def _epsilon_ends(composed: Composition, delta: float, *, add: bool) -> tuple[float, float, float]:
-    """Return one direction's lower end, estimate and upper end of epsilon; the upper is the best of a few tilts."""
+class _Ends(NamedTuple):
+    """One direction's bounds on epsilon or delta, with an estimate."""
+
+    lower: float
+    estimate: float
+    upper: float
+
+
+def _larger(remove: _Ends, add: _Ends) -> Bounds:
+    """Return the bounds of both directions together: the truth is the larger one of theirs."""
+    upper = max(remove.upper, add.upper)
+    lower = min(max(remove.lower, add.lower), upper)
+    return Bounds(lower, upper, estimate=max(remove.estimate, add.estimate))
+
+
+def _delta_ends(composed: Composition, epsilon: float, *, add: bool) -> _Ends:
+    """Return one direction's ends of delta; the upper is the best of a few tilts."""
+    law = saddle.directed_loss(composed, add=add, log_mass=_DELTA_CUT)
+    start = saddle.saddle_for_epsilon(law, epsilon)
+    log_upper = math.inf
+    for factor in _FACTORS:
+        tilted = tilted_sum(composed, start.tilt * factor, add=add, margin=1, log_mass=_DELTA_CUT)
+        # What was cut off is added to every upper end.
+        log_upper = min(log_upper, float(np.logaddexp(tilted.log_delta(epsilon, 1), _DELTA_CUT)))
+    below = tilted_sum(composed, start.tilt, add=add, margin=-1, log_mass=_DELTA_CUT)
+    logs = (below.log_delta(epsilon, -1), start.log_delta, log_upper)
+    return _Ends(*(math.exp(min(log, 0.0)) for log in logs))  # delta is at most 1
+
+
+def _epsilon_ends(composed: Composition, delta: float, *, add: bool) -> _Ends:
+    """Return one direction's ends of epsilon; the upper is the best of a few tilts."""
     cut = math.log(delta) - 16  # so much is cut off the laws, and taken from the upper end's delta below
     law = saddle.directed_loss(composed, add=add, log_mass=cut)
     start = saddle.saddle_for_delta(law, delta)
@@ -178,7 +198,7 @@ def _epsilon_ends(composed: Composition, delta: float, *, add: bool) -> tuple[fl
         tilted = tilted_sum(composed, start.tilt * factor, add=add, margin=1, log_mass=cut)
         upper = min(upper, _solve(tilted, math.log(delta) + math.log1p(-math.exp(-16)), 1, scale))
     below = tilted_sum(composed, start.tilt, add=add, margin=-1, log_mass=cut)
-    return _solve(below, math.log(delta), -1, scale), start.epsilon, upper
+    return _Ends(lower=_solve(below, math.log(delta), -1, scale), estimate=start.epsilon, upper=upper)
 
 
 def _solve(tilted: TiltedSum, log_delta: float, sign: float, scale: float) -> float:

@@ -51,7 +51,7 @@ def step_log_delta(step: MixtureStep, epsilon: float, *, add: bool, side: int = 
         add: the direction.
         side: 1 or -1 for a certified bound, 0 for the best value.
     """
-    # Where no loss of add exceeds epsilon, delta is 0.
+    # The loss of add is at most -infimum: delta is 0 at every epsilon certainly above that.
     if add and -epsilon < step.infimum - loss_rounding(step, step.infimum, -math.inf):
         return -math.inf
     z = _cut(step, epsilon, add, side)
@@ -77,8 +77,10 @@ def _cut(step: MixtureStep, epsilon: float, add: bool, side: int) -> float | Non
     z = float(step.inverse_loss(np.array([target]))[0])
     if side == 0:
         return z if math.isfinite(z) else None
+    # An upper bound needs an epsilon too small rather than too large. Epsilon is the loss for remove, minus it for add.
     upwards = side if add else -side  # whether the loss has to be moved up (1) or down (-1)
     size = loss_rounding(step, target, z)
+    # By how much is found by trial: as soon as the loss computed at z is beyond the target by its own round-off.
     for factor in (1.0, 4.0, 16.0, 64.0, 256.0, 1024.0, 4096.0):
         z = float(step.inverse_loss(np.array([target + upwards * factor * size]))[0])
         if math.isfinite(z):
@@ -96,18 +98,19 @@ def _log_sum_at(step: MixtureStep, z: float, add: bool, side: int) -> float:
     """
     first = 1 if step.shifts[0] == 0 else 0  # a shift of 0 contributes nothing
     shifts, log_probs = np.asarray(step.shifts[first:]), np.log(step.probs[first:])
-    x, here = z - shifts, np.full(len(shifts), z)
-    if -z > _FARTHEST if add else float(x[-1]) > _FARTHEST:
-        # Add is at most P(N < z), remove at most P(N > z - mu) of the largest mu.
+    x, z_of_terms = z - shifts, np.full(len(shifts), z)
+    # Add is at most P(N < z), remove at most P(N > z - mu) of the largest mu.
+    distance = -z if add else float(x[-1])
+    if distance > _FARTHEST:
         return -_FARTHEST if side > 0 else -math.inf
     square = np.minimum(x * x, _FARTHEST**2)
-    # `size` is of the exponents that enter log_first, whose round-off is relative to them.
+    # `size` is that of the exponents in log_first: its round-off is relative to them.
     if add:
-        near, far = log_mills(-here), log_mills(-x)
+        near, far = log_mills(-z_of_terms), log_mills(-x)
         log_first = shifts * (z - shifts / 2) + special.log_ndtr(z) if z > 0 else -square / 2 - LOG_ROOT_TWO_PI + near
         size = np.abs(shifts) * (abs(z) + shifts) if z > 0 else square
     else:
-        near, far = log_mills(x), log_mills(here)
+        near, far = log_mills(x), log_mills(z_of_terms)
         log_first = np.where(x > 0, -square / 2 - LOG_ROOT_TWO_PI + near, special.log_ndtr(-x))
         size = np.where(x > 0, square, 0.0)
     gap = near - far + side * (mills_error(near) + mills_error(far))
@@ -133,7 +136,9 @@ def step_epsilon(step: MixtureStep, delta: float, *, add: bool, side: int = 0) -
     of the loss.
     """
     if delta == 0:
-        return math.inf if math.isinf(step.infimum) or not add else -step.infimum * (1 + side * 4 * UNIT)
+        if not add or math.isinf(step.infimum):
+            return math.inf  # the loss has no upper limit
+        return -step.infimum * (1 + side * 4 * UNIT)
     target = math.log(delta)
     target -= side * 4 * UNIT * (1 + abs(target))
 

@@ -41,6 +41,21 @@ class Moments:
     absolute: tuple[float, float]
     log_normaliser: float
 
+    @property
+    def variance(self) -> float:
+        """The second central moment."""
+        return self.central[0]
+
+    @property
+    def third(self) -> float:
+        """The third central moment."""
+        return self.central[1]
+
+    @property
+    def absolute_third(self) -> float:
+        """E|X - EX|^3."""
+        return self.absolute[1]
+
 
 def step_moments(
     step: MixtureStep,

@@ -36,12 +36,12 @@ def sup_error(steps: Sequence[tuple[Moments, int]]) -> float:
 
     It may exceed 1, which says nothing.
     """
-    variance = math.fsum(count * moments.central[0] for moments, count in steps)
+    variance = math.fsum(count * moments.variance for moments, count in steps)
     if variance < _SMALLEST_VARIANCE:
         return math.inf
-    skew = math.fsum(count * moments.central[1] for moments, count in steps) / variance**1.5
-    best = normal_error(steps) + _LARGEST_TERM * abs(skew)
-    if len(steps) == 1:
+    skew = math.fsum(count * moments.third for moments, count in steps) / variance**1.5
+    best = normal_error(steps) + _LARGEST_TERM * abs(skew)  # the triangle inequality
+    if len(steps) == 1:  # the theorem is about identical steps
         moments, count = steps[0]
         best = min(best, *(_bound(moments, float(count), free) for free in _GRID))
     return best
@@ -53,13 +53,14 @@ def normal_error(steps: Sequence[tuple[Moments, int]]) -> float:
     For identical steps 0.33554 (K3 + 0.415) / sqrt(n) (Shevtsova 2011, arXiv 1111.6554), in general 0.56 sum E|X_i|^3 /
     (sum Var X_i)^(3/2) (Shevtsova 2010).
     """
-    variance = math.fsum(count * moments.central[0] for moments, count in steps)
+    variance = math.fsum(count * moments.variance for moments, count in steps)
     if variance < _SMALLEST_VARIANCE:
         return math.inf
-    best = 0.56 * math.fsum(count * moments.absolute[1] for moments, count in steps) / variance**1.5
+    best = 0.56 * math.fsum(count * moments.absolute_third for moments, count in steps) / variance**1.5
     if len(steps) == 1:
         moments, count = steps[0]
-        best = min(best, 0.33554 * (moments.absolute[1] / moments.central[0] ** 1.5 + 0.415) / math.sqrt(count))
+        k3 = moments.absolute_third / moments.variance**1.5
+        best = min(best, 0.33554 * (k3 + 0.415) / math.sqrt(count))
     return best
 
 
@@ -67,7 +68,7 @@ def _bound(moments: Moments, n: float, e: float) -> float:
     """Return the bound of theorem 2.3 (see the module) for n steps and free parameter e; k3, k4, kt are K3, K4, K3~."""
     m2, m3, m4, _ = moments.central
     scale = math.sqrt(m2)
-    k3, k4, skew = moments.absolute[1] / scale**3, m4 / m2**2, abs(m3) / scale**3
+    k3, k4, skew = moments.absolute_third / scale**3, m4 / m2**2, abs(m3) / scale**3
     kt = k3 + moments.absolute[0] / scale
     f = 1 - 3 * e
     e3 = math.exp(e * e / 6 + (e / (2 * f)) ** 2)

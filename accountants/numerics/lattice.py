@@ -111,6 +111,7 @@ def build_cells(step: MixtureStep, low: float, spacing: float, num_cells: int) -
         FloatingPointError: if the losses range so widely that too many pieces would be needed.
     """
     points = low + spacing * np.arange(num_cells + 1)
+    # Where the quadrature's pieces of z lie, and to which cell each belongs.
     finer = math.ceil(8 * spacing)  # so that the loss changes by at most 1/8 in a piece
     if num_cells * finer > _MAX_PIECES:
         raise FloatingPointError("too wide a range of losses to integrate")
@@ -120,6 +121,8 @@ def build_cells(step: MixtureStep, low: float, spacing: float, num_cells: int) -
     cell = np.searchsorted(edges, pieces[:-1], side="right") - 1  # number of each piece's cell
     left, half = pieces[:-1], np.diff(pieces) / 2
     start = points[cell]  # the loss at the lower end of each piece's cell
+
+    # By piece, up to factors that follow below.
     p_mass, q_mass, p_up, q_up = (np.zeros_like(left) for _ in range(4))
     for node, weight in zip(_NODES, _WEIGHTS, strict=True):
         z = left + half * (1 + node)
@@ -132,10 +135,10 @@ def build_cells(step: MixtureStep, low: float, spacing: float, num_cells: int) -
         p_up -= p * expm1_minus_x / (1 + expm1_minus_x)  # e^x - 1 = -(e^-x - 1) / e^-x
         q_up -= q * expm1_minus_x
     scale = half / math.sqrt(2 * math.pi)
-    p_mass, q_mass, p_up, q_up = (
-        np.bincount(cell, weights=part * scale, minlength=num_cells).astype(np.float64, copy=False)
-        for part in (p_mass, q_mass, p_up / math.expm1(spacing), q_up / -math.expm1(-spacing))
-    )
+    p_mass, q_mass = (_by_cell(part * scale, cell, num_cells) for part in (p_mass, q_mass))
+    p_up = _by_cell(p_up / math.expm1(spacing) * scale, cell, num_cells)
+    q_up = _by_cell(q_up / -math.expm1(-spacing) * scale, cell, num_cells)
+
     first, last = float(edges[0]), float(edges[-1])
     # Rounding of an exponential is relative to its exponent: a loss, and the density's z²/2.
     largest_exponent = max(abs(points[0]), abs(points[-1])) + max(float(pieces[0]) ** 2, last**2) / 2
@@ -153,6 +156,11 @@ def build_cells(step: MixtureStep, low: float, spacing: float, num_cells: int) -
     )
 
 
+def _by_cell(values: Array, cell: np.typing.NDArray[np.int64], num_cells: int) -> Array:
+    """Return the sum of the pieces' ``values`` over each cell; ``cell`` is the number of each piece's cell."""
+    return np.bincount(cell, weights=values, minlength=num_cells).astype(np.float64, copy=False)
+
+
 def _pieces(step: MixtureStep, edges: Array) -> Array:
     """Return increasing ``z`` between which four nodes of quadrature suffice: the edges, and more where there is mass.
 
@@ -167,6 +175,7 @@ def _pieces(step: MixtureStep, edges: Array) -> Array:
     for mean in (0.0, *step.shifts):
         start, stop = max(end, mean - reach), min(mean + reach, top)
         if stop > start:
+            # So narrow that a log density, whose slope is at most the reach, changes by at most 1/4 in a piece.
             grids.append(np.linspace(start, stop, math.ceil((stop - start) * 4 * reach) + 1))
             end = stop
     inside = edges[(edges > bottom) & (edges < top)]
@@ -176,25 +185,32 @@ def _pieces(step: MixtureStep, edges: Array) -> Array:
 def dominating_law(cells: Cells, *, add: bool) -> LatticeLaw:
     """Return the law of the chord pair's loss: for remove that of the loss under Q, for add of its negative under P."""
     mass, up = (cells.p_mass, cells.p_up) if add else (cells.q_mass, cells.q_up)
-    points = np.zeros_like(cells.points)
-    points[:-1] += mass - up
-    points[1:] += up
+    point_mass = np.zeros_like(cells.points)  # the probability at each lattice point
+    point_mass[:-1] += mass - up
+    point_mass[1:] += up
     # Mass beyond the end of small losses goes to the end point, which only raises its loss. Mass beyond the end of
     # large losses goes there as far as the other law has mass to match it, at the point's ratio; the rest is infinite.
     low = min(cells.log_p_low, cells.log_q_low - float(cells.points[0]))
     high = min(cells.log_q_high, cells.log_p_high + float(cells.points[-1]))
-    index = np.arange(len(points))
-    if not add:
-        points[0] += math.exp(cells.log_q_low)
-        points[-1] += math.exp(high)
+    if add:  # the loss is negated: what lies below the cells has the large losses
+        point_mass[0] += math.exp(low)
+        point_mass[-1] += math.exp(cells.log_p_high)
+        infinite = _difference(cells.log_p_low, low)
+        moved = math.exp(cells.log_p_low) + math.exp(cells.log_p_high)
+    else:
+        point_mass[0] += math.exp(cells.log_q_low)
+        point_mass[-1] += math.exp(high)
         infinite = _difference(cells.log_q_high, high)
         moved = math.exp(cells.log_q_low) + math.exp(cells.log_q_high)
-        return LatticeLaw(float(cells.points[0]), index, points, infinite, moved, cells.mass_error)
-    points[0] += math.exp(low)
-    points[-1] += math.exp(cells.log_p_high)
-    moved = math.exp(cells.log_p_low) + math.exp(cells.log_p_high)
-    infinite = _difference(cells.log_p_low, low)
-    return LatticeLaw(-float(cells.points[0]), -index, points, infinite, moved, cells.mass_error)
+    sign = -1 if add else 1
+    return LatticeLaw(
+        origin=sign * float(cells.points[0]),
+        index=sign * np.arange(len(point_mass)),
+        mass=point_mass,
+        infinite_mass=infinite,
+        moved_mass=moved,
+        mass_error=cells.mass_error,
+    )
 
 
 def _difference(log_larger: float, log_smaller: float) -> float:

@@ -13,7 +13,7 @@ transforms. :mod:`accountants.methods.tilted` has the proofs (its points 2, 3, 4
 from __future__ import annotations
 
 import math
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from scipy import signal
@@ -63,15 +63,17 @@ def compose(phases: list[LatticePhase], tilt: float, length: int, low: float, re
         reliable_from: the epsilon from which on the lower end must hold; the values are scaled to be moderate there.
     """
     spacing = phases[0].spacing
-    probability, roundoff, log_moment = _tilted_law(phases, tilt, length)
+    law = _tilted_law(phases, tilt, length)
+    log_moment = law.log_moment
 
     origin = math.fsum(phase.count * phase.law.origin for phase in phases)
     start = math.ceil((low - origin) / spacing)
     points = origin + spacing * (start + np.arange(length))
-    probability = np.roll(probability, -(start % length))  # the transform's index 0 stands for the loss `origin`
+    probability = np.roll(law.probability, -(start % length))  # the transform's index 0 stands for the loss `origin`
     # Each value rests on those above it alone: points whose weights would leave float64's range are left out.
     first = int(np.argmax(tilt * (reliable_from - points) <= LARGEST_LOG_WEIGHT))
     points, probability = points[first:], probability[first:]
+
     num_steps = sum(phase.count for phase in phases)
     largest = max(float(np.max(np.abs(phase.losses[[0, -1]]))) for phase in phases)
     top, window = float(points[-1]), length * spacing
@@ -86,8 +88,8 @@ def compose(phases: list[LatticePhase], tilt: float, length: int, low: float, re
     folded += math.exp(-tilt * window) / -math.expm1(-tilt * window)
     return Window(
         points=points,
-        upper_values=_hockey_sticks(np.maximum(probability + roundoff, 0.0), points, tilt, reliable_from),
-        lower_values=_hockey_sticks(np.maximum(probability - roundoff, 0.0), points, tilt, reliable_from),
+        upper_values=_hockey_sticks(np.maximum(probability + law.roundoff, 0.0), points, tilt, reliable_from),
+        lower_values=_hockey_sticks(np.maximum(probability - law.roundoff, 0.0), points, tilt, reliable_from),
         log_scale=log_prefactor,
         margin=math.fsum(phase.count * phase.law.mass_error for phase in phases) + 8 * length * UNIT,
         shift=num_steps * lattice.LOSS_ERROR * max(1.0, largest),
@@ -98,12 +100,16 @@ def compose(phases: list[LatticePhase], tilt: float, length: int, low: float, re
     )
 
 
-def _tilted_law(phases: list[LatticePhase], tilt: float, length: int) -> tuple[Array, float, float]:
-    """Return the tilted law of S modulo the window, a bound on the round-off of each value, and log M(t).
+class _TiltedLaw(NamedTuple):
+    """The tilted law of S modulo the window of ``length`` lattice points."""
 
-    The law is [length] probabilities, of which number r is that of the losses ``origin + spacing * (r + j * length)``
-    for all integers j.
-    """
+    probability: Array  # [length], number r that of the losses `origin + spacing * (r + j * length)` for all integers j
+    roundoff: float  # a bound on the error of every probability
+    log_moment: float  # log M(t), the log of the law's normaliser
+
+
+def _tilted_law(phases: list[LatticePhase], tilt: float, length: int) -> _TiltedLaw:
+    """Return the tilted law of S modulo the window, by the product of the phases' transforms."""
     # At each frequency: the transform of S, a bound on its size with all errors, and the sum of the relative errors.
     log_transform = np.zeros(length // 2 + 1, dtype=np.complex128)
     log_envelope = np.zeros(length // 2 + 1)
@@ -113,12 +119,13 @@ def _tilted_law(phases: list[LatticePhase], tilt: float, length: int) -> tuple[A
     for phase in phases:
         values, log_single = phase.transform(tilt, length)
         magnitude = np.abs(values)
-        log_transform += phase.count * np.log(np.where(magnitude > 0, values, 1e-300))
+        log_transform += phase.count * np.log(np.where(magnitude > 0, values, 1e-300))  # instead of log 0
+        # The transform of a law is at most 1 in size; with its error it may come out as more.
         log_envelope += phase.count * np.log(np.minimum(magnitude + error, 1 + error))
         relative_error += phase.count * (error / (magnitude + error) + 4 * UNIT)
         log_moment += phase.count * log_single
     roundoff = 2 / length * float(np.exp(log_envelope) @ (relative_error + error))
-    return np.fft.irfft(np.exp(log_transform), length), roundoff, log_moment
+    return _TiltedLaw(np.fft.irfft(np.exp(log_transform), length), roundoff, log_moment)
 
 
 def _hockey_sticks(probability: Array, points: Array, tilt: float, centre: float) -> Array:

@@ -18,6 +18,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 from scipy import special
@@ -26,6 +27,14 @@ from accountants.mixtures import Array, Composition
 from accountants.numerics.roots import bracketed_root
 
 _NUM_NODES = 2001
+
+
+class Cumulants(NamedTuple):
+    """K, K' and K'' at one tilt."""
+
+    log_normaliser: float
+    mean: float  # of the tilted sum of losses
+    variance: float  # of the tilted sum of losses
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,9 +51,9 @@ class DirectedLoss:
     log_weights: tuple[Array, ...]
     counts: tuple[int, ...]
 
-    def cumulants(self, tilt: float) -> tuple[float, float, float]:
-        """Return K, K' and K'' at ``tilt``: log normaliser, mean and variance of the tilted sum of losses."""
-        totals = [0.0, 0.0, 0.0]
+    def cumulants(self, tilt: float) -> Cumulants:
+        """Return K, K' and K'' at ``tilt``."""
+        log_normaliser, total_mean, total_variance = 0.0, 0.0, 0.0
         # All steps are independent, so each phase adds its own, times its count.
         for loss, log_weight, count in zip(self.losses, self.log_weights, self.counts, strict=True):
             logs = log_weight + tilt * loss
@@ -53,10 +62,10 @@ class DirectedLoss:
             total = float(np.sum(weight))
             mean = float(weight @ loss) / total
             variance = float(weight @ (loss - mean) ** 2) / total
-            totals[0] += count * (top + math.log(total))
-            totals[1] += count * mean
-            totals[2] += count * variance
-        return totals[0], totals[1], totals[2]
+            log_normaliser += count * (top + math.log(total))
+            total_mean += count * mean
+            total_variance += count * variance
+        return Cumulants(log_normaliser, total_mean, total_variance)
 
     def epsilon_at(self, tilt: float) -> tuple[float, float]:
         """Return the epsilon for which ``tilt`` is the saddle point, and the saddle-point value of log delta there."""
@@ -111,7 +120,8 @@ def saddle_for_delta(law: DirectedLoss, delta: float) -> Saddle:
     target = math.log(delta)
 
     def gap(log_tilt: float) -> float:
-        return law.epsilon_at(math.exp(log_tilt))[1] - target
+        _, log_delta = law.epsilon_at(math.exp(log_tilt))
+        return log_delta - target
 
     log_tilt = _root(gap)
     epsilon, log_delta = law.epsilon_at(math.exp(log_tilt))
@@ -122,8 +132,14 @@ def saddle_for_delta(law: DirectedLoss, delta: float) -> Saddle:
 
 def saddle_for_epsilon(law: DirectedLoss, epsilon: float) -> Saddle:
     """Return the saddle of a given epsilon: the tilt that suits it, and the approximate log of delta."""
-    log_tilt = _root(lambda x: epsilon - law.epsilon_at(math.exp(x))[0])
-    return Saddle(math.exp(log_tilt), epsilon, law.epsilon_at(math.exp(log_tilt))[1])
+
+    def gap(log_tilt: float) -> float:
+        epsilon_there, _ = law.epsilon_at(math.exp(log_tilt))
+        return epsilon - epsilon_there
+
+    tilt = math.exp(_root(gap))
+    _, log_delta = law.epsilon_at(tilt)
+    return Saddle(tilt, epsilon, log_delta)
 
 
 def _root(decreasing: Callable[[float], float]) -> float:

@@ -101,7 +101,8 @@ class StepTransform:
         self.z = (centres[:, None] + half * _NODES).ravel()
         self.loss = step.loss(self.z)
         self._log_weight = -(self.z**2) / 2 + np.tile(np.log(half * _WEIGHTS / math.sqrt(2 * math.pi)), num_panels)
-        self._half, self._centres, self._step, self._add = half, centres, step, add
+        self._half, self._centres = half, centres
+        self._step, self._add = step, add
         # What the round-off of a loss is relative to.
         self._size = np.maximum(np.maximum(1.0, np.abs(self.loss)), step.shifts[-1] * np.abs(self.z))
 
@@ -124,7 +125,8 @@ class StepTransform:
         """
         loss = -self.loss if self._add else self.loss
         fine = np.exp(1j * spacing * np.arange(_BLOCK)[:, None] * loss)
-        coarse = np.exp(1j * spacing * _BLOCK * np.arange(-(-num // _BLOCK))[:, None] * loss)
+        num_blocks = math.ceil(num / _BLOCK)
+        coarse = np.exp(1j * spacing * _BLOCK * np.arange(num_blocks)[:, None] * loss)
         return cast(Any, (coarse * weight) @ fine.T).ravel()[:num]
 
     def errors(self, weight: Array, log_total: float, tilt: float, frequencies: Array) -> Array:
@@ -136,10 +138,14 @@ class StepTransform:
         order = self.order(tilt)
         masses = weight.reshape(-1, _RULE).sum(axis=1)
         log_still, rates = self._ellipse_bounds(order, log_total)
-        bounds = np.broadcast_to(2 * masses + np.exp(np.min(log_still, axis=0)), (len(frequencies), len(masses)))
+        # By mass: the rule and the integral are each at most the panel's mass, which the rule gives up to its own error
+        # at frequency 0.
+        by_mass = 2 * masses + np.exp(np.min(log_still, axis=0))
+        bounds = np.broadcast_to(by_mass, (len(frequencies), len(masses)))
         for still, rate in zip(log_still, rates, strict=True):
             bounds = np.minimum(bounds, np.exp(np.minimum(still + frequencies[:, None] * rate, 700.0)))
         rule = bounds.sum(axis=1)
+        # Of float64: the sum over nodes and the exponents of the weights; then the losses, times what multiplies them.
         spread = float(weight @ (self.z**2 / 2 + (1 + abs(order)) * np.abs(self.loss))) + abs(log_total)
         arithmetic = UNIT * (len(self.z) + 32 + 4 * spread) + 4 * LOSS_ERROR * (abs(order) + frequencies) * float(
             weight @ self._size
@@ -235,7 +241,8 @@ class SmoothedSum:
 
         # Delta falls by a factor of about e for every 1 / tilt of epsilon.
         step, accuracy = 0.1 / self.tilt, 1e-6 / self.tilt
-        side = 1 if excess(self.centre) > 0 else -1
+        # Walk away from the centre by doubling steps, until the root lies between `near` and `far`.
+        side = 1 if excess(self.centre) > 0 else -1  # whether the root lies above (1) or below (-1) the centre
         near, far = self.centre, self.centre + side * step
         for _ in range(40):
             if side * excess(far) <= 0:
@@ -247,7 +254,10 @@ class SmoothedSum:
         low, high = min(near, far), max(near, far)
         root = bracketed_root(excess, low, high, xtol=accuracy)
         # The root may fall short by its tolerance: return what was itself found to be on the safe side.
-        return next((value for value in (root, root + accuracy, root + 4 * accuracy) if excess(value) <= 0), high)
+        for value in (root, root + accuracy, root + 4 * accuracy):
+            if excess(value) <= 0:
+                return value
+        return high
 
     def lower_delta(self, epsilon: float) -> float | None:
         """Return a certified lower bound on delta; None below ``centre``, or where U reaches too far.
@@ -271,16 +281,17 @@ class SmoothedSum:
         # end keeps the mean of e^-U. A smaller share gives more weight to the larger value, as round-off must.
         share = np.clip((ratio - ends[1:] * prob - 16 * UNIT * (1 + ends[:-1])) / steps, 0.0, prob)
         chords = values[1:] * (prob - share) + values[:-1] * share
-        outside, best = 2 * float(special.ndtr(m / 2 - grid[-1])), 0.0
+        outside = 2 * float(special.ndtr(m / 2 - grid[-1]))  # the probability beyond the grid, where delta is at most 1
         cancelled = 64 * UNIT / m  # the error of quotients of such differences
+        best = 0.0
         for width in (1.0, 1.5, 2.0, 3.0):
             left, right = middle - round(width / _GRID), middle + round(width / _GRID)
             known, weight = float(chords[:left].sum() + chords[right:].sum()) + outside, cancelled
             for part, end in ((slice(left, middle), left), (slice(middle, right), right)):
                 # Of one side: P(U), E[e^-U], and e^-U at the far end of the chord.
-                p, r, at = float(prob[part].sum()), float(ratio[part].sum()), float(ends[end])
-                known += float(values[end]) * (p - r) / (1 - at)
-                weight += (r - at * p) / (1 - at)
+                p, mean, far = float(prob[part].sum()), float(ratio[part].sum()), float(ends[end])
+                known += float(values[end]) * (p - mean) / (1 - far)
+                weight += (mean - far * p) / (1 - far)
             best = max(best, (smooth - known - cancelled * float(values[-1])) / weight)
         return best
 
@@ -298,7 +309,7 @@ class SmoothedSum:
         else:
             return None
         good, bad = upper - step, upper - step / 2
-        for _ in range(2):
+        for _ in range(2):  # a few: every evaluation goes over the whole grid
             middle = (good + bad) / 2
             good, bad = (middle, bad) if (self.lower_delta(middle) or 0.0) >= delta else (good, middle)
         return good
@@ -371,28 +382,25 @@ def smoothed_sum(
         add: the direction.
     """
     m, spacing = deviation, 2 * math.pi / window
-    if m < _SMALLEST_DEVIATION:
+    log_mass = log_delta - MARGIN  # of what is cut from the laws
+    if m < _SMALLEST_DEVIATION or log_mass < _SMALLEST_LOG:
         return None
-    # About the size of A; frequencies go on until what is left out is small beside it.
-    expected = 0.4 / (math.hypot(scale, 1 / tilt) * tilt * (1 + tilt))
-    highest = 2.0 / m
-    while _tail(highest, m) > _TAIL * expected:
-        highest *= 1.05
-    num = math.ceil(highest / spacing) + 1
+    num = _num_frequencies(m, spacing, expected=0.4 / (math.hypot(scale, 1 / tilt) * tilt * (1 + tilt)))
     if num > _MAX_FREQUENCIES:
         return None
-    log_mass = log_delta - MARGIN
-    if log_mass < _SMALLEST_LOG:
-        return None
+
     low, high = saddle.truncation(composed, log_mass)
     steps = [(StepTransform(step, low, high, add=add), count) for step, count in composed.phases]
     y = spacing * np.arange(num)
     law = _tilted_law(steps, tilt, y)
+
     # The other factors of a term of A, in point 2; terms at y and -y are conjugate, so all but the first count twice.
     s = tilt + 1j * y
     log_kernel = np.log(np.where(y > 0, 2.0, 1.0) / window) - np.log(s) - np.log1p(s) - m * m * y * y / 2
     turn = y * (m * m / 2 * (1 + 2 * tilt) - centre)
     terms = np.exp(law.log_transform + log_kernel + 1j * turn)
+
+    # The errors of all terms, what the frequencies left out add, and the round-off of exponents that all terms share.
     rounding = 8 * UNIT * (8 + np.abs(law.log_transform) + np.abs(turn))
     with np.errstate(over="ignore"):
         sizes = np.exp(law.log_envelope + log_kernel.real)
@@ -400,6 +408,7 @@ def smoothed_sum(
     error += 8 * UNIT * (composed.num_steps + abs(law.log_moment) + abs(tilt * centre)) * float(np.sum(np.abs(terms)))
     if not math.isfinite(error):
         return None
+
     below = math.exp(-tilt * window) / -math.expm1(-tilt * window)  # the terms j < 0 of point 2
     return SmoothedSum(
         tilt=tilt,
@@ -413,6 +422,14 @@ def smoothed_sum(
         added=2 * math.exp(log_mass),
         removed=below + _folded(steps, tilt, window, centre, m),
     )
+
+
+def _num_frequencies(m: float, spacing: float, *, expected: float) -> int:
+    """Return how many frequencies are needed so that those left out are small beside ``expected``, the size of A."""
+    highest = 2.0 / m
+    while _tail(highest, m) > _TAIL * expected:
+        highest *= 1.05
+    return math.ceil(highest / spacing) + 1
 
 
 class _TiltedLaw(NamedTuple):
@@ -436,7 +453,8 @@ def _tilted_law(steps: list[tuple[StepTransform, int]], tilt: float, frequencies
         values = step.values(weight, spacing, num)
         error = np.repeat(step.errors(weight, log_total, tilt, last_of_blocks), _BLOCK)[:num]
         magnitude = np.abs(values)
-        log_transform += count * np.log(np.where(magnitude > 0, values, 1e-300))
+        log_transform += count * np.log(np.where(magnitude > 0, values, 1e-300))  # instead of log 0
+        # The transform of a law is at most 1 in size; with its error it may come out as more.
         log_envelope += count * np.log(np.minimum(magnitude + error, 1 + error))
         relative_error += count * (error / (magnitude + error) + 4 * UNIT)
         log_moment += count * log_total
@@ -449,10 +467,15 @@ def _tail(frequency: float, m: float) -> float:
 
 
 def _folded(steps: list[tuple[StepTransform, int]], tilt: float, window: float, centre: float, m: float) -> float:
-    """Return a Chernoff bound on ``sum_(j>0) e^(tjW) delta'(eps + jW)``, which falls as eps grows, at ``centre``."""
+    """Return a Chernoff bound on ``sum_(j>0) e^(tjW) delta'(eps + jW)`` for every eps from ``centre`` on.
+
+    With any s > t, ``delta'(eps + jW) <= M'(s) e^(-s (eps + jW))``, so the sum is at most
+    ``M'(s) e^(-s eps)`` times a geometric series in ``e^(-(s - t) W)``. The best of three ``s`` counts.
+    """
     best = math.inf
-    for exponent in (24.0, 48.0, 96.0):
-        order = tilt + exponent / window
+    for exponent in (24.0, 48.0, 96.0):  # of e^(-(s - t) W)
+        order = tilt + exponent / window  # s
+        # The last term is for the rest of the series.
         total = order * (1 + order) * m * m / 2 - order * centre - exponent + 1e-6
         for step, count in steps:
             weight, log_total = step.tilted(order)

@@ -50,7 +50,7 @@ class Window:
 
     def upper_delta(self, epsilon: float) -> float | None:
         """Return a certified upper bound on delta; None outside the window."""
-        value = self._at(self.upper_values, epsilon - self.shift)
+        value = self._value_at(self.upper_values, epsilon - self.shift)
         return None if value is None else min(self._scaled(value, self.margin) + self.added, 1.0)
 
     def upper_epsilon(self, delta: float) -> float | None:
@@ -80,15 +80,17 @@ class Window:
         """
         epsilon += self.shift
         spacing = float(self.points[1] - self.points[0])
-        at = self._at(self.lower_values, epsilon)
-        reference = self._at(self.upper_values, epsilon)
-        if at is None or not reference or epsilon < self.reliable_from:
+        lower_value = self._value_at(self.lower_values, epsilon)
+        upper_value = self._value_at(self.upper_values, epsilon)
+        if lower_value is None or not upper_value or epsilon < self.reliable_from:
             return None
-        lattice_delta = self._scaled(at, -self.margin) - self.removed
+        lattice_delta = self._scaled(lower_value, -self.margin) - self.removed
         if lattice_delta <= 0:
             return 0.0
+
+        # How far jumps are followed: to where, by Hoeffding around the mean of Xi / h, which is n tanh(h / 4), those
+        # beyond are negligible. Rounded to multiples of 8, so that near epsilons share one table of `_jump_law`.
         steps = self.num_steps
-        # Hoeffding around the mean of Xi / h, which is n tanh(h / 4).
         deviation = math.ceil(math.sqrt(steps * 8 * math.ceil((MARGIN - math.log(lattice_delta)) / 8)))
         reach = min(steps, deviation + math.ceil(steps * math.tanh(spacing / 4)))
         jumps = np.arange(-reach, reach + 1)
@@ -98,9 +100,10 @@ class Window:
         jump_probability = _jump_law(steps, reach, spacing)
         # The delta at each jump left out is at most 1.
         outside = 0.0 if reach == steps else 2 * math.exp(-deviation * deviation / steps)
-        values = self._many(self.upper_values, epsilons)
+        values = self._values_at(self.upper_values, epsilons)
+
         best = 0.0
-        ratio = np.exp(epsilons - epsilon)
+        ratio = np.exp(epsilons - epsilon)  # of each jump's g to that of epsilon
         for factor in (1.0, 1.5, 2.0, 3.0):
             width = min(max(1, round(factor * math.sqrt(steps / 2))), reach)  # in jumps
             # Each inner value is part · end + (1 - part) · v, on the chord from v to the value at the end of its side.
@@ -122,15 +125,15 @@ class Window:
         """
         spacing = float(self.points[1] - self.points[0])
         # The first step is of the size of the lattice's effect on epsilon, or less.
-        good, step = None, max(spacing / 8, self.num_steps * spacing**2 / 24)
-        while (value := self.lower_delta(upper - step)) is not None:
+        step = max(spacing / 8, self.num_steps * spacing**2 / 24)
+        while True:
+            value = self.lower_delta(upper - step)
+            if value is None:
+                return None  # outside the window
             if value >= delta:
-                good = upper - step
                 break
             step *= 2
-        if good is None:
-            return None
-        bad = upper - step / 2
+        good, bad = upper - step, upper - step / 2
         for _ in range(4):
             middle = (good + bad) / 2
             value = self.lower_delta(middle)
@@ -141,13 +144,13 @@ class Window:
         """Return a tabulated value as a delta, moved by a relative ``margin``; at most 1."""
         return math.exp(min(math.log(value) + self.log_scale + margin, 0.0)) if value > 0 else 0.0
 
-    def _at(self, values: Array, epsilon: float) -> float | None:
+    def _value_at(self, values: Array, epsilon: float) -> float | None:
         """Return tabulated ``values`` at one epsilon; None outside the window."""
         if not self.points[0] <= epsilon < self.points[-1]:
             return None
-        return float(self._many(values, np.array([epsilon]))[0])
+        return float(self._values_at(values, np.array([epsilon]))[0])
 
-    def _many(self, values: Array, epsilons: Array) -> Array:
+    def _values_at(self, values: Array, epsilons: Array) -> Array:
         """Interpolate ``values`` at ``epsilons``, linearly in e^epsilon."""
         spacing = self.points[1] - self.points[0]
         before = np.clip(((epsilons - self.points[0]) / spacing).astype(np.int64), 0, len(self.points) - 2)
@@ -156,7 +159,10 @@ class Window:
 
 
 def largest_jump(num_steps: int, spacing: float) -> float:
-    """Return how many lattice points below its epsilon :meth:`Window.lower_delta` may read, at the smallest delta."""
+    """Return how many lattice points below its epsilon :meth:`Window.lower_delta` may read, at the smallest delta.
+
+    That delta is about e^-700, where its deviation is at most the root of 720 n, and tanh(h / 4) is at most h / 4.
+    """
     return min(27 * math.sqrt(num_steps) + num_steps * spacing / 4, num_steps) + 2
 
 
