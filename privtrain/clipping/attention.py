@@ -142,14 +142,17 @@ def _attend(
     spans.num_calls += 1
     attend = _function(module, spans.implementation)
     window = options.get("sliding_window")
+    needs_copies = not _aligned_everywhere(query, key, value)
+    queries, keys, values = (side.split(spans.sizes, dim=2) for side in (query, key, value))
     parts = []
-    sides = (side.split(spans.sizes, dim=2) for side in (query, key, value))
-    is_aligned = _aligned_everywhere(query, key, value)
-    for piece, num_tokens, *slices in zip(spans.pieces, spans.sizes, *sides, strict=True):
+    for i, piece in enumerate(spans.pieces):
+        num_tokens = spans.sizes[i]
         if piece.is_record:
-            of_record = slices if is_aligned else (_Own.apply(side) for side in slices)
+            of_record = queries[i], keys[i], values[i]
+            if needs_copies:
+                of_record = tuple(_Own.apply(side) for side in of_record)
             output, _ = attend(module, *of_record, spans.mask(num_tokens, window, query), **options)
-            parts.append(output if is_aligned else _Own.apply(output))
+            parts.append(_Own.apply(output) if needs_copies else output)
         else:
             parts.append(value.new_zeros(1, num_tokens, query.shape[1], value.shape[-1]))
     return torch.cat(parts, dim=1), None
@@ -161,12 +164,15 @@ def _aligned_everywhere(query: torch.Tensor, key: torch.Tensor, value: torch.Ten
     So they are if every token begins at a multiple of the bytes that count: each tensor's start, each head and each
     token's size must be such multiples.
     """
-    wanted = _ALIGNED_BYTES.get(query.device.type, _MOST_ALIGNED_BYTES)
-    starts = [side.data_ptr() for side in (query, key, value)]
-    of_a_head = [side.stride(1) * side.element_size() for side in (query, key, value)]
-    of_a_token = [side.stride(2) * side.element_size() for side in (query, key, value)]
-    of_output = query.shape[1] * value.shape[-1] * value.element_size()
-    return all(size % wanted == 0 for size in (*starts, *of_a_head, *of_a_token, of_output))
+    alignment = _ALIGNED_BYTES.get(query.device.type, _MOST_ALIGNED_BYTES)
+    num_bytes = [
+        query.shape[1] * value.shape[-1] * value.element_size()
+    ]  # of a token of the output, [tokens, heads, …]
+    for side in (query, key, value):  # [1, heads, tokens, …]
+        bytes_of_a_head = side.stride(1) * side.element_size()
+        bytes_of_a_token = side.stride(2) * side.element_size()
+        num_bytes += [side.data_ptr(), bytes_of_a_head, bytes_of_a_token]
+    return all(number % alignment == 0 for number in num_bytes)
 
 
 def _function(module: nn.Module, implementation: str) -> Callable[..., tuple[torch.Tensor, Any]]:

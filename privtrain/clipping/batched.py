@@ -70,7 +70,7 @@ class UnitGradients:
         self.rows = slice(first_row, first_row + sum(self._counts))
         self._firsts = [end - count for end, count in zip(self._ends, self._counts, strict=True)]
         self._singles = [unit for unit, count in enumerate(self._counts) if count == 1]
-        #: [rows] the first row of each row's unit; a row without one is its own.
+        #: [rows] the first row of each row's unit; for a row without a unit the row itself. Made when it is needed.
         self._first_of_row: torch.Tensor | None = None
         self._first_rows = torch.tensor(self._firsts, dtype=torch.int64).to(device, non_blocking=True)
         #: By the tensor's name: [rows, *shape] until its norms are taken, then [units, *shape].
@@ -82,7 +82,7 @@ class UnitGradients:
         #: Squared norms, and what they could be without cancellation, [units] each.
         self._measured: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         #: By the tensor's name, if its norms come from fp32 Gram matrices: whether each unit's is too inexact and must
-        #: be taken in float64, [units]. Looked at once for all tensors.
+        #: be taken in float64, [units]. Stays on the device until it is looked at for all tensors together.
         self._doubtful: dict[str, torch.Tensor] = {}
         self._zero = torch.zeros(self._num_units, dtype=torch.float64, device=device)
         #: Squared norms of the products that were added, of the tensors whose norms were taken from factors.
@@ -109,11 +109,12 @@ class UnitGradients:
         if name in self._measured:
             raise GuaranteeLost(f"tensor {name!r} is used again after its norm was taken; this is a bug, report it")
         if isinstance(gradient, Lookup):
-            if name in self._dense:
+            if name in self._dense:  # a tied tensor, whose head was multiplied out
                 self._add_dense(name, self._scattered(gradient, self._dense[name].shape))
             else:
                 self._lookups.setdefault(name, []).append(gradient)
         elif isinstance(gradient, Outer):
+            # The first use decides the form, and later ones keep to it, so that all can be added up.
             is_first = not (name in self._dense or name in self._outers or name in self._lookups)
             if name in self._dense or (is_first and _is_cheap(gradient)):
                 self._add_dense(name, self._multiplied(gradient))
@@ -139,8 +140,8 @@ class UnitGradients:
             self._measured[name] = self._of_units(squared_norms(self._dense[name])), self._zero
             self._dense[name] = self._of_units(self._dense[name])
             return
-        square, length = self._zero.clone(), self._zero.clone()
-        self._measured[name] = square, length
+        squares, uncancelled = self._zero.clone(), self._zero.clone()
+        self._measured[name] = squares, uncancelled  # filled in place below
         outers, lookups = self._outers.get(name, []), self._lookups.get(name, [])
         if not (outers or lookups):
             return
@@ -149,18 +150,23 @@ class UnitGradients:
         if self._singles:
             rows = [self._firsts[unit] for unit in self._singles]
             by_row = squared_norms_of(outers, lookups, self._grams)
-            for out, value in zip((square, length, is_doubtful), by_row, strict=True):
-                out[self._singles] = value[rows]
-        for unit in (unit for unit, count in enumerate(self._counts) if count > 1):
+            squares[self._singles] = by_row.squares[rows]
+            uncancelled[self._singles] = by_row.uncancelled[rows]
+            is_doubtful[self._singles] = by_row.is_doubtful[rows]
+        for unit, num_rows in enumerate(self._counts):
+            if num_rows < 2:  # measured above
+                continue
             own_outers, own_lookups = self._of_unit(name, unit)
             # With all its rows in a line, a unit may be cheaper to multiply out.
             if not lookups and len(outers) == 1 and _is_cheap(own_outers[0]):
                 product = Product(own_outers, own_lookups)
                 for block in product.blocks:
-                    square[unit] += squared_norms(product.block(block)[None])[0]
+                    squares[unit] += squared_norms(product.block(block)[None])[0]
             else:
                 of_unit = squared_norms_of(own_outers, own_lookups, GramCache())
-                square[unit], length[unit], is_doubtful[unit] = (value[0] for value in of_unit)
+                squares[unit] = of_unit.squares[0]
+                uncancelled[unit] = of_unit.uncancelled[0]
+                is_doubtful[unit] = of_unit.is_doubtful[0]
 
     def drop(self, name: str) -> None:
         """Take the norms of a tensor and drop its gradients."""
@@ -196,10 +202,12 @@ class UnitGradients:
             if slot.name not in self._measured:
                 self.measure(slot.name)
         self._grams.clear()
-        squares, uncancelled = zip(*(self._measured[slot.name] for slot in self._layout.slots), strict=True)
-        doubts = [*self._doubtful.values()]
-        no_doubts = torch.zeros(0, self._num_units, dtype=torch.bool, device=self._device)
-        return torch.stack(squares), torch.stack(uncancelled), torch.stack(doubts) if doubts else no_doubts
+        measured = [self._measured[slot.name] for slot in self._layout.slots]
+        squares = torch.stack([square for square, _ in measured])
+        uncancelled = torch.stack([length for _, length in measured])
+        if self._doubtful:
+            return squares, uncancelled, torch.stack(list(self._doubtful.values()))
+        return squares, uncancelled, torch.zeros(0, self._num_units, dtype=torch.bool, device=self._device)
 
     def settle(self, doubts: np.ndarray) -> None:
         """Measure in float64 the norms that are in doubt.
@@ -219,7 +227,9 @@ class UnitGradients:
             value = self._dense.get(slot.name)
             if value is not None and slot.name not in self._measured and value[0].numel() <= _SMALL:
                 by_shape.setdefault(value.shape, []).append(slot.name)
-        for names in (names for names in by_shape.values() if len(names) > 1):
+        for names in by_shape.values():
+            if len(names) == 1:  # nothing to share a kernel with; measured by itself afterwards
+                continue
             group = torch.stack([self._dense.pop(name) for name in names], dim=1)
             # Also of rows without a unit: their number is a constant, so kernels have one shape.
             squares = self._of_units(grouped_squared_norms(group))
@@ -252,13 +262,13 @@ class UnitGradients:
             total: the flat sum, int64.
             weights: [slots, units] of :func:`.exact_sum.on_grid`.
         """
-        number = {slot.name: i for i, slot in enumerate(self._layout.slots)}
-        slots = {slot.name: slot for slot in self._layout.slots}
+        index_of = {slot.name: i for i, slot in enumerate(self._layout.slots)}
+        remaining = {slot.name: slot for slot in self._layout.slots}  # tensors that no group has added yet
         for names, group in self._groups:
-            outs = [self._layout.view(total, slots.pop(name)) for name in names]
-            exact_sum.add_groups(outs, group, weights[[number[name] for name in names]])
-        for name, slot in slots.items():
-            self.add_kept(name, self._layout.view(total, slot), weights[number[name]])
+            outs = [self._layout.view(total, remaining.pop(name)) for name in names]
+            exact_sum.add_groups(outs, group, weights[[index_of[name] for name in names]])
+        for name, slot in remaining.items():
+            self.add_kept(name, self._layout.view(total, slot), weights[index_of[name]])
 
     def add_kept(self, name: str, out: torch.Tensor, weights: torch.Tensor) -> None:
         """Add one kept tensor like :meth:`add_weighted`: ``out`` is its part of the sum, ``weights`` are [units]."""
@@ -266,8 +276,8 @@ class UnitGradients:
             exact_sum.add_units(out, self._dense[name], weights)
         else:
             units = np.flatnonzero(weights.numpy()).tolist()
-            own = [self._of_unit(name, unit) for unit in units]
-            self._note_added(name, units, _add_factors(out, own, weights[units]))
+            factors = [self._of_unit(name, unit) for unit in units]
+            self._note_added(name, units, _add_factors(out, factors, weights[units]))
 
     def add_now(self, name: str, out: torch.Tensor, gradient: Gradient, weights: torch.Tensor) -> None:
         """Add ``Σ_u trunc(weight_u g_u)`` of a tensor's only use, which a second pass has brought back.
@@ -286,8 +296,8 @@ class UnitGradients:
             exact_sum.add_units(out, self._of_units(self._dense_form(gradient)), weights)
         else:
             units = np.flatnonzero(weights.numpy()).tolist()
-            own = [self._cut(gradient, unit) for unit in units]
-            self._note_added(name, units, _add_factors(out, own, weights[units]))
+            factors = [self._cut(gradient, unit) for unit in units]
+            self._note_added(name, units, _add_factors(out, factors, weights[units]))
 
     def add_unit(self, out: torch.Tensor, gradient: Gradient, unit: int) -> None:
         """Add one unit's gradient of a tensor's only use, which a second pass has brought back, to ``out``: in fp32."""
@@ -308,8 +318,9 @@ class UnitGradients:
         if not self._added:
             return None
         names = [slot.name for slot in self._layout.slots]
+        measured_when_added = torch.stack(list(self._added.values())).cpu()
         added = squares.clone()
-        added[[names.index(name) for name in self._added]] = torch.stack(list(self._added.values())).cpu()
+        added[[names.index(name) for name in self._added]] = measured_when_added
         return torch.where(added == -1.0, squares, added)  # -1: a unit that was not added
 
     def _note_added(self, name: str, units: Sequence[int], squares: torch.Tensor) -> None:
@@ -342,11 +353,12 @@ class UnitGradients:
 
         ``shape`` is [rows, p, d].
         """
-        num_rows = len(gradient.ids)
-        dense = torch.zeros(num_rows * shape[1], shape[2], dtype=torch.float32, device=self._device)
-        place = gradient.ids + torch.arange(num_rows, device=self._device)[:, None] * shape[1]
-        dense.index_add_(0, place.flatten(), gradient.values.flatten(0, 1).float())
-        return self._by_unit(dense.view(num_rows, *shape[1:]))
+        num_rows, p, d = shape
+        dense = torch.zeros(num_rows * p, d, dtype=torch.float32, device=self._device)
+        # Token t of row r adds to row id_t of its own matrix, which is row r · p + id_t of all matrices together.
+        row_starts = torch.arange(num_rows, device=self._device)[:, None] * p
+        dense.index_add_(0, (row_starts + gradient.ids).flatten(), gradient.values.flatten(0, 1).float())
+        return self._by_unit(dense.view(num_rows, p, d))
 
     def _by_unit(self, per_row: torch.Tensor) -> torch.Tensor:
         """Return [rows, …] with each unit's sum over its rows, one after another, in the place of its first row."""
@@ -354,9 +366,9 @@ class UnitGradients:
         if len(self._singles) == self._num_units:
             return value
         if self._first_of_row is None:
-            places = np.arange(len(value))
-            places[self.rows] = np.repeat(self._firsts, self._counts)
-            self._first_of_row = torch.from_numpy(places).to(self._device, non_blocking=True)
+            first_of_row = np.arange(len(value))
+            first_of_row[self.rows] = np.repeat(self._firsts, self._counts)
+            self._first_of_row = torch.from_numpy(first_of_row).to(self._device, non_blocking=True)
         return torch.zeros_like(value).index_add_(0, self._first_of_row, value)
 
     def _of_units(self, by_row: torch.Tensor) -> torch.Tensor:
@@ -383,12 +395,14 @@ class UnitGradients:
 
     def _cut(self, gradient: Gradient, unit: int) -> tuple[list[Outer], list[Lookup]]:
         """Return one use's factors for a unit, its tokens in a line: a list of one Outer, or else of one Lookup."""
-        rows = slice(self._firsts[unit], self._ends[unit])
-        line = lambda value: value[rows].flatten(0, 1)[None]  # noqa: E731
         if isinstance(gradient, Outer):
-            return [Outer(line(gradient.left), line(gradient.right))], []
+            return [Outer(self._in_a_line(gradient.left, unit), self._in_a_line(gradient.right, unit))], []
         assert isinstance(gradient, Lookup)
-        return [], [Lookup(line(gradient.ids), line(gradient.values))]
+        return [], [Lookup(self._in_a_line(gradient.ids, unit), self._in_a_line(gradient.values, unit))]
+
+    def _in_a_line(self, value: torch.Tensor, unit: int) -> torch.Tensor:
+        """Return the tokens of all of a unit's rows, one after another: [1, tokens, …] of [rows, tokens, …]."""
+        return value[self._firsts[unit] : self._ends[unit]].flatten(0, 1)[None]
 
 
 def _is_cheap(gradient: Outer) -> bool:
@@ -413,32 +427,34 @@ def _add_factors(
     Returns:
         [units] float64 ‖trunc(weight_u g_u)‖² / weight_u², of the very integers that were added.
     """
-    squares = torch.zeros(len(units), dtype=torch.float64, device=out.device)
+    squares = torch.zeros(len(units), dtype=torch.float64, device=out.device)  # in grid steps
     if not units:
         return squares
-    outers, _ = units[0]
-    if not outers:
-        for place, (_, own) in enumerate(units):
-            if own:
-                touched, summed = summed_lookups(own)
-                part = torch.zeros(summed.shape, dtype=torch.int64, device=out.device)
-                squares[place] = exact_sum.add_measured(part, summed[None], weights[place : place + 1])[0]
-                out.index_add_(0, touched, part)
-    else:
-        products = [Product(*own) for own in units]
-        buffer = _aligned(len(units), out[products[0].blocks[0]].numel(), out.device)
-        for block in products[0].blocks:
+    has_linear_uses = any(outers for outers, _ in units)  # all units have the same uses
+    if has_linear_uses:
+        products = [Product(outers, lookups) for outers, lookups in units]
+        blocks = products[0].blocks  # the same for all units
+        buffer = _aligned(len(units), out[blocks[0]].numel(), out.device)  # the first block is the largest
+        for block in blocks:
             shape = out[block].shape
-            blocks = buffer[:, : shape.numel()].unflatten(1, shape)
-            for product, place in zip(products, blocks, strict=True):
-                product.block(block, place)
-            squares += exact_sum.add_measured(out[block], blocks, weights)
+            of_units = buffer[:, : shape.numel()].unflatten(1, shape)  # [units, *shape]
+            for product, of_unit in zip(products, of_units, strict=True):
+                product.block(block, of_unit)
+            squares += exact_sum.add_measured(out[block], of_units, weights)
+    else:  # an embedding alone: only the rows that a unit's ids touch
+        for i, (_, lookups) in enumerate(units):
+            if lookups:
+                touched, summed = summed_lookups(lookups)
+                part = torch.zeros(summed.shape, dtype=torch.int64, device=out.device)
+                squares[i] = exact_sum.add_measured(part, summed[None], weights[i : i + 1])[0]
+                out.index_add_(0, touched, part)
     return squares / weights.to(out.device, torch.float64, non_blocking=True).square()
 
 
 def _aligned(num_units: int, size: int, device: torch.device) -> torch.Tensor:
     """Return [num_units, size or more] float32, in which each unit's part is aligned as an allocation of its own."""
-    return torch.empty(num_units, -(-size // _ALIGNED) * _ALIGNED, dtype=torch.float32, device=device)
+    padded = -(-size // _ALIGNED) * _ALIGNED  # rounded up to a multiple
+    return torch.empty(num_units, padded, dtype=torch.float32, device=device)
 
 
 def slots_by_tensor(layout: Layout) -> dict[int, Slot]:

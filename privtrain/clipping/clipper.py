@@ -286,7 +286,7 @@ class PerUnitClipper:
         """Find a rule for every layer with a trained tensor, or take the route ``one_unit`` if that is open."""
         try:
             refusals.refuse_batched_route(model)
-            self._modules = _owners(model, self._slot_of)
+            self._modules = _owning_modules(model, self._slot_of)
             self._rules = {module: self._rule_for(name, module) for name, module in self._modules.items()}
             self._slots = {module: slots_of(module, self._slot_of) for module in self._modules.values()}
         except UnsupportedLayer as refusal:
@@ -332,16 +332,17 @@ class PerUnitClipper:
 
     def _accumulate_batch(self, batch: Microbatch) -> bool:
         """Add a whole microbatch and return true; or add nothing, change to route ``one_unit`` and return false."""
-        owner_of_row: list[int] = batch.owner.numpy().tolist()  # negative for padding
-        owners = [owner for owner in owner_of_row if owner >= 0]
-        has_padding_before = any(owner < 0 for owner in owner_of_row[: len(owners)])
-        if owners != sorted(owners) or has_padding_before:
+        unit_of_row: list[int] = batch.owner.numpy().tolist()  # an index of batch.owners; negative for padding
+        units = [unit for unit in unit_of_row if unit >= 0]
+        has_padding_before = any(unit < 0 for unit in unit_of_row[: len(units)])
+        if units != sorted(units) or has_padding_before:
             raise GuaranteeLost("a unit's rows are not contiguous in a microbatch; this is a bug, report it")
         before = RandomState.of(self._device)
         failure = self._add_batch(batch)
         if failure is _NOT_FINITE:
             # Each unit alone. Where ranks must run equally many passes, one for each row: no rank has more units.
-            for index in range(len(batch.owner) if self._equal_passes else len(batch.owners)):
+            num_turns = len(batch.owner) if self._equal_passes else len(batch.owners)
+            for index in range(num_turns):
                 with before.replayed():
                     failure = self._add_batch(batch.alone(index), is_alone=True)
                 if failure is not None:
@@ -360,51 +361,60 @@ class PerUnitClipper:
             batch: the microbatch.
             is_alone: whether it holds one unit alone; what is not finite is added as zero then, and else a failure.
         """
-        owner: list[int] = batch.owner.numpy().tolist()
-        rows = [row for row, unit in enumerate(owner) if unit >= 0]
-        counts = [owner.count(i) for i in range(len(batch.owners))]
-        gradients = UnitGradients(self.layout, counts, self._device, first_row=rows[0] if rows else 0)
-        passes = self._new_passes(gradients, len(owner))
+        unit_of_row: list[int] = batch.owner.numpy().tolist()
+        num_rows = len(unit_of_row)
+        rows = [row for row, unit in enumerate(unit_of_row) if unit >= 0]
+        rows_of_unit = [unit_of_row.count(unit) for unit in range(len(batch.owners))]
+        gradients = UnitGradients(self.layout, rows_of_unit, self._device, first_row=rows[0] if rows else 0)
+        passes = self._new_passes(gradients, num_rows)
         with contextlib.ExitStack() as stack:
+            # Run the first pass, which takes losses and norms.
             try:
                 self._refuse_hidden_uses(batch)
-                calls = stack.enter_context(captured(self._modules, list(self.layout.parameters.values()), len(owner)))
+                calls = stack.enter_context(captured(self._modules, list(self.layout.parameters.values()), num_rows))
                 row_losses = passes.first(
                     calls, lambda: self._row_losses(batch.input_ids, batch.target_mask) * batch.row_weight
                 )
             except Exception as failure:  # noqa: BLE001 - see fallback: by comparison, not by a list of errors
                 return failure
-            fault: Exception | None = passes.refusal
-            measured = self._measured_once(row_losses, gradients) if fault is None else None
-            if not is_alone:
-                is_finite = measured is not None and measured.is_finite([measured.losses[row] for row in rows])
-                # A single unit has no mates to harm, but ranks that run equal passes have to decide alike.
-                if self._any_rank(not is_finite) and (self._equal_passes or len(batch.owners) > 1):
-                    fault = fault or _NOT_FINITE
-            if fault is not None or measured is None:
-                return fault
+
+            # Leave, with nothing added, if the pass refused a layer or found something that is not finite.
+            refusal = passes.refusal
+            measured = self._measured_once(row_losses, gradients) if refusal is None else None
+            is_finite = measured is not None and measured.is_finite([measured.losses[row] for row in rows])
+            # A single unit has no mates to harm, but ranks that run equal passes have to decide alike.
+            if not is_alone and self._any_rank(not is_finite) and (self._equal_passes or len(batch.owners) > 1):
+                return refusal or _NOT_FINITE
+            if measured is None:
+                return refusal
+
+            # On the first microbatch, see that a second pass works while nothing is added yet.
             try:
                 if (rows or self._equal_passes) and not self._is_rehearsed:
                     passes.rehearse(calls)
                     self._is_rehearsed = True
             except Exception as failure:  # noqa: BLE001 - as above
                 return failure
+
             for row in rows:
-                self.diagnostics.add_loss(batch.owners[owner[row]], measured.losses[row])
+                self.diagnostics.add_loss(batch.owners[unit_of_row[row]], measured.losses[row])
             self._add_units(batch, passes, calls, measured)
         return None
 
     def _measured_once(self, losses: torch.Tensor, gradients: UnitGradients) -> Measured:
         """Bring losses and norms to the CPU in one transfer, so that the device is waited for once."""
         with exact_fp32(self._device):
-            squares, uncancelled, doubts = gradients.squares_and_doubts()
-            parts = [value.double().flatten() for value in (losses, squares, uncancelled, doubts)]
-            own_losses, *norms, flags = torch.cat(parts).cpu().split([part.numel() for part in parts])
-            squares, uncancelled = (value.view(squares.shape) for value in norms)
-            if flags.numpy().any():  # norms that fp32 leaves in doubt are taken again
-                gradients.settle(flags.view(doubts.shape).numpy())
-                squares = gradients.squares()[0].cpu()
-        return Measured(own_losses.numpy().tolist(), squares, uncancelled)
+            on_device = [losses, *gradients.squares_and_doubts()]
+            numbers = torch.cat([value.double().flatten() for value in on_device]).cpu()
+            flat = numbers.split([value.numel() for value in on_device])
+            losses, squares, uncancelled, doubts = (
+                part.view(value.shape) for part, value in zip(flat, on_device, strict=True)
+            )
+            if doubts.numpy().any():  # norms that fp32 leaves in doubt are taken again
+                gradients.settle(doubts.numpy())
+                settled, _ = gradients.squares()
+                squares = settled.cpu()
+        return Measured(losses.flatten().numpy().tolist(), squares, uncancelled)
 
     def _fall_back(self, failure: Exception, batch: Microbatch) -> None:
         """Go one unit at a time, if that was left open and the same rows succeed without hooks; else raise.
@@ -417,11 +427,10 @@ class PerUnitClipper:
             raise failure
         self._refuse_reentrant()
         with RandomState.of(self._device).replayed():
-            reason = fallback.cause(
-                failure,
-                None if self._equal_passes else lambda: self._row_losses(batch.input_ids[:1], batch.target_mask[:1]),
-                self.layout.parameters,
-            )
+            first_row = batch.input_ids[:1], batch.target_mask[:1]
+            # Ranks that must run equal passes cannot run one more on their own.
+            row_loss = None if self._equal_passes else lambda: self._row_losses(*first_row)
+            reason = fallback.cause(failure, row_loss, self.layout.parameters)
         self._go_one_unit(failure, reason, is_possible=True)
 
     def _go_one_unit(self, failure: Exception, reason: str, *, is_possible: bool) -> None:
@@ -484,6 +493,7 @@ class PerUnitClipper:
         if not num_units:
             return
         gradients = passes.gradients
+        # Add most units together: what the first pass kept of them.
         with exact_fp32(self._device):
             squares = measured.squares
             apart = self._cancelled(squares, measured.uncancelled)
@@ -495,11 +505,14 @@ class PerUnitClipper:
             factors = self._factors(squares, batch.owners)
             weights = self._on_grid(factors, together)
             gradients.add_weighted(self.total, weights)
-        # What the first pass deferred is added by a pass of its own, which multiplies out one unit besides.
-        first = min(apart, default=None)
-        gradient = {} if first is None else self._begin(first, gradients.unit(first))
+
+        # Add what the first pass deferred, by a pass of its own. It can multiply out one unit besides: the first apart.
+        first_apart = min(apart, default=None)
+        gradient = {} if first_apart is None else self._begin(first_apart, gradients.unit(first_apart))
         if not passes.is_complete:
-            self._pass_again(passes, calls, weights, first, gradient)
+            self._pass_again(passes, calls, weights, first_apart, gradient)
+
+        # Take back, of what was kept, the units that came out longer than measured.
         longer = self._longer(gradients, squares, together)
         taken_back = torch.zeros_like(weights)
         taken_back[:, longer] = -weights[:, longer]
@@ -508,11 +521,14 @@ class PerUnitClipper:
                 gradients.add_weighted(self.total, taken_back)
         together[longer] = False
         self._count(squares, factors, together, batch.owners)
+
+        # Multiply out the other units, each with its deferred part, and add them one by one.
         for index in sorted(apart) + longer:
-            if index != first:
+            if index != first_apart:
                 gradient = gradients.unit(index)
+                # Not of a longer unit: it began here, and what is open by now may be the microbatch's last unit.
                 gradient = self._begin(index, gradient) if index in apart else gradient
-                if not passes.is_complete:  # the deferred part: taken back of a unit that was added, and multiplied out
+                if not passes.is_complete:  # the same pass takes back what a longer unit has added of it
                     back = torch.zeros_like(weights)
                     back[:, index] = taken_back[:, index]
                     self._pass_again(passes, calls, back, index, gradient)
@@ -526,7 +542,7 @@ class PerUnitClipper:
             squares: [slots, units] squared norms.
             uncancelled: [slots, units] what these could be if no tokens cancelled.
         """
-        # NaN is huge too: a token of infinite length beside one of length 0 gives 0 · inf.
+        # Not "uncancelled > ...": NaN is huge too, as of a token of infinite length beside one of length 0 (0 · inf).
         huge = ~(uncancelled <= _LARGEST_LENGTH**2) & torch.isfinite(squares)
         if self._style != "per_layer":
             squares, uncancelled = styles.summed(squares), styles.summed(uncancelled)
@@ -546,7 +562,7 @@ class PerUnitClipper:
         added = gradients.added_squares(squares)
         if added is None:
             return []
-        before, after = (styles.group_norms(value, self._groups) for value in (squares, added))
+        before, after = styles.group_norms(squares, self._groups), styles.group_norms(added, self._groups)
         is_longer = ~(after <= before * (1 + _LONGER)).all(dim=0) & together
         return np.flatnonzero(is_longer.numpy()).tolist()
 
@@ -567,21 +583,21 @@ class PerUnitClipper:
             index: a unit whose gradient is wanted whole and unclipped, since its rows continue; ``None`` for none.
             gradient: what there is of that; filled in place.
         """
-        number = {slot.name: i for i, slot in enumerate(self.layout.slots)}
+        weights_of = {slot.name: weights[i] for i, slot in enumerate(self.layout.slots)}
         gradients = passes.gradients
-        used = (weights != 0).any(dim=0)
+        is_used = (weights != 0).any(dim=0)  # [units]
         if index is not None:
-            used[index] = True
+            is_used[index] = True
 
         def add(slot: Slot, contribution: Gradient) -> None:
-            gradients.add_now(slot.name, self.layout.view(self.total, slot), contribution, weights[number[slot.name]])
+            gradients.add_now(slot.name, self.layout.view(self.total, slot), contribution, weights_of[slot.name])
             if index is not None:
                 if slot.name not in gradient:
                     gradient[slot.name] = torch.zeros(slot.shape, dtype=torch.float32, device=self._device)
                 gradients.add_unit(gradient[slot.name], contribution, index)
 
-        if used.numpy().any():
-            passes.again(calls, add, gradients.rows_of(used))
+        if is_used.numpy().any():
+            passes.again(calls, add, gradients.rows_of(is_used))
 
     def _begin(self, index: int, gradient: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Return what there is of a unit's gradient: of this microbatch, and of those before if it was left open.
@@ -600,25 +616,27 @@ class PerUnitClipper:
 
     def _accumulate_units(self, batch: Microbatch) -> None:
         """Add a microbatch one unit at a time, by autograd without hooks."""
-        owner = batch.owner.tolist()
+        unit_of_row = batch.owner.tolist()  # negative for padding
         for index in range(len(batch.owners)):
             gradient: dict[str, torch.Tensor] = {}
-            for row in (i for i, unit in enumerate(owner) if unit == index):
-                self._add_row(batch, slice(row, row + 1), gradient)
+            for row, unit in enumerate(unit_of_row):
+                if unit == index:
+                    self._add_row(batch, slice(row, row + 1), gradient)
             with exact_fp32(self._device):
                 self._add_unit(batch, index, self._begin(index, gradient))
-        if self._equal_passes:
-            for row in (i for i, unit in enumerate(owner) if unit < 0):
-                self._add_row(batch, slice(row, row + 1), {})
+        if self._equal_passes:  # padding rows run too, so that every rank runs as many passes; nothing is added
+            for row, unit in enumerate(unit_of_row):
+                if unit < 0:
+                    self._add_row(batch, slice(row, row + 1), {})
 
     def _add_row(self, batch: Microbatch, row: slice, gradient: dict[str, torch.Tensor]) -> None:
         """Add the gradient of the row that ``row`` cuts out to its unit's ``gradient`` (name → tensor), by one pass."""
         # One row a pass: which rows of a unit share a microbatch depends on other units, and so would bf16's rounding.
         loss = (self._row_losses(batch.input_ids[row], batch.target_mask[row]) * batch.row_weight[row]).sum()
         gradients = fallback.plain_gradients(loss, self.layout.parameters)
-        place = int(batch.owner[row])
-        if place >= 0:
-            self.diagnostics.add_loss(batch.owners[place], float(loss.detach()))
+        unit = int(batch.owner[row])
+        if unit >= 0:  # else a row of padding
+            self.diagnostics.add_loss(batch.owners[unit], float(loss.detach()))
         for slot, value in zip(self.layout.slots, gradients, strict=True):
             if value is not None:
                 value = value.float()
@@ -679,19 +697,20 @@ class PerUnitClipper:
             chosen: [units] bool.
             owners: the units' positions among the rank's.
         """
-        norms = styles.summed(squares)[0].sqrt().masked_fill(self._is_lost(owners), torch.inf)
-        places = np.flatnonzero(chosen.numpy())
-        whole, is_clipped = norms.numpy()[places], (factors < 1).any(dim=0).numpy()[places]
-        finite = np.isfinite(whole)
-        self.diagnostics.num_units += len(places)
-        self.diagnostics.num_clipped += int((is_clipped & finite).sum())
-        self.diagnostics.num_nonfinite += int((~finite).sum())
-        self.diagnostics.nonfinite_owners += [owners[place] for place in places[~finite].tolist()]
-        self.diagnostics.sum_norms += float(whole[finite].sum())
-        self.diagnostics.shares_within += styles.within(torch.from_numpy(whole), self._clipping_norm).numpy().tolist()
+        norms_of_all = styles.summed(squares)[0].sqrt().masked_fill(self._is_lost(owners), torch.inf)
+        units = np.flatnonzero(chosen.numpy())
+        norms = norms_of_all.numpy()[units]
+        is_clipped = (factors < 1).any(dim=0).numpy()[units]
+        is_finite = np.isfinite(norms)
+        self.diagnostics.num_units += len(units)
+        self.diagnostics.num_clipped += int((is_clipped & is_finite).sum())
+        self.diagnostics.num_nonfinite += int((~is_finite).sum())
+        self.diagnostics.nonfinite_owners += [owners[unit] for unit in units[~is_finite].tolist()]
+        self.diagnostics.sum_norms += float(norms[is_finite].sum())
+        self.diagnostics.shares_within += styles.within(torch.from_numpy(norms), self._clipping_norm).numpy().tolist()
 
 
-def _owners(model: nn.Module, slot_of: Mapping[int, Slot]) -> dict[str, nn.Module]:
+def _owning_modules(model: nn.Module, slot_of: Mapping[int, Slot]) -> dict[str, nn.Module]:
     """Return the modules that own a trainable tensor, by name; a tied tensor has several owners.
 
     Args:

@@ -133,8 +133,10 @@ class _Rows:
         """
         mine = list(range(rank, len(self), size))
         has_rows = bool(mine)
-        mine = mine or [len(self) - 1]
-        return _Rows(self.input_ids[mine], self.target_mask[mine], self.row_weight[mine] * float(has_rows)), has_rows
+        if not has_rows:
+            mine = [len(self) - 1]
+        row_weight = self.row_weight[mine] * float(has_rows)
+        return _Rows(self.input_ids[mine], self.target_mask[mine], row_weight), has_rows
 
     def cut(self, first: int, stop: int) -> _Rows:
         return _Rows(self.input_ids[first:stop], self.target_mask[first:stop], self.row_weight[first:stop])
@@ -181,7 +183,7 @@ class CooperativeClipper:
         self._device = device
         self._style = style
         self._groups = styles.groups(style, self.layout)
-        self._number = {slot.name: i for i, slot in enumerate(self.layout.slots)}
+        self._index_of = {slot.name: i for i, slot in enumerate(self.layout.slots)}
         self._gradient: torch.Tensor | None = None  # this rank's part of one unit's gradient
         self._open: int | None = None  # the unit whose rows continue in the next microbatch
         self._rows: list[_Rows] = []  # its rows so far
@@ -211,14 +213,15 @@ class CooperativeClipper:
         """Add the units that end in ``batch``, which is the same on every rank of the group."""
         if self._open is not None and batch.owners[:1] != (self._open,):
             raise GuaranteeLost("a unit's rows are not contiguous across microbatches; this is a bug, report it")
-        owner = batch.owner.tolist()
-        for index, unit in enumerate(batch.owners):
-            self._rows.append(_Rows.of(batch, [row for row, place in enumerate(owner) if place == index]))
+        unit_of_row = batch.owner.tolist()  # an index of batch.owners; negative for padding
+        most_rows = len(unit_of_row) * self._shards.size  # of a pass of the group: a microbatch on every rank
+        for index, owner in enumerate(batch.owners):
+            self._rows.append(_Rows.of(batch, [row for row, unit in enumerate(unit_of_row) if unit == index]))
             continues = batch.last_continues and index == len(batch.owners) - 1
-            self._open = unit if continues else None
+            self._open = owner if continues else None
             if not continues:
                 rows, self._rows = _Rows.joined(self._rows), []
-                self._add_unit(unit, rows, most_rows=len(owner) * self._shards.size)
+                self._add_unit(owner, rows, most_rows=most_rows)
 
     def finish(self) -> torch.Tensor:
         """End the step and return this rank's part of the clipped sum: int64, in units of 2**``grid_exponent``.
@@ -230,8 +233,11 @@ class CooperativeClipper:
             raise GuaranteeLost("the last unit of the step was never closed; this is a bug, report it")
         return self.total
 
-    def _add_unit(self, owner: int, rows: _Rows, most_rows: int) -> None:
-        """Add one unit, in two passes if that is the route and each rank's rows fit into one pass, else in one."""
+    def _add_unit(self, owner: int, rows: _Rows, *, most_rows: int) -> None:
+        """Add one unit, in two passes if that is the route and each rank's rows fit into one pass, else in one.
+
+        Over several passes a tensor's norm could not be taken as it arrives: it arrives in pieces.
+        """
         self._loss = 0.0
         if self.route == "two_pass" and len(rows) <= most_rows:
             self._add_in_two_passes(owner, rows)
@@ -269,24 +275,25 @@ class CooperativeClipper:
 
         Both draw the same dropout.
         """
-        first, measure = self._measuring()
+        first_squares, measure = self._measuring()
         devices = [self._device] if self._device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
+        with torch.random.fork_rng(devices=devices):  # the second pass begins at the same random state
             self._run(rows, measure)
-        weights, norms = self._weights(first, owner)
+        weights, norms = self._weights(first_squares, owner)
         if weights is None:
             return
 
-        second, measure_again = self._measuring()
+        second_squares, measure_again = self._measuring()
 
         def add(slot: Slot, part: torch.Tensor) -> None:
             """Take the norm of a slot's part once more, and add the part."""
             measure_again(slot, part)
-            exact_sum.add_unit(self.layout.view(self.total, slot), part, weights[self._number[slot.name]])
+            exact_sum.add_unit(self.layout.view(self.total, slot), part, weights[self._index_of[slot.name]])
 
         self._run(rows, add, counts_loss=False)
-        self._shards.sum_over_group(second)
-        if not bool((styles.group_norms(second, self._groups) <= norms * (1 + _SAME_NORM)).all()):
+        self._shards.sum_over_group(second_squares)
+        second_norms = styles.group_norms(second_squares, self._groups)
+        if not bool((second_norms <= norms * (1 + _SAME_NORM)).all()):  # also where one is NaN
             raise GuaranteeLost(
                 "a unit's gradient was longer in the second of two passes over the same rows (kernels that are not "
                 "deterministic); set performance.clipping_route: auto"
@@ -306,7 +313,7 @@ class CooperativeClipper:
             arrived.add(slot.name)
             if slot.num_coordinates:
                 with exact_fp32(self._device):
-                    squares[self._number[slot.name]] = squared_norms(part[None])
+                    squares[self._index_of[slot.name]] = squared_norms(part[None])
 
         return squares, measure
 
@@ -329,29 +336,39 @@ class CooperativeClipper:
         Returns:
             Each slot's weight in grid steps (``None`` where the unit counts as zero), and the unit's [groups, 1] norms.
         """
-        parts = torch.cat([squares, squares.new_tensor([[self._loss]])])
-        self._shards.sum_over_group(parts)
-        squares = parts[:-1]
-        if not math.isfinite(float(parts[-1])):  # a loss that is not a number may have a gradient that is
+        summed = torch.cat([squares, squares.new_tensor([[self._loss]])])  # the loss travels along: one all-reduce
+        self._shards.sum_over_group(summed)
+        squares, loss = summed[:-1], float(summed[-1])
+        if not math.isfinite(loss):  # a loss that is not a number may have a gradient that is
             squares = torch.full_like(squares, torch.inf)
         norms = styles.group_norms(squares, self._groups)
         factors = styles.factors(self._style, norms, self.clipping_norm)
-        whole_norm = float(squares.sum().sqrt())
-        is_finite = whole_norm < float("inf")  # false for NaN too
-        if not is_finite:
-            self.diagnostics.nonfinite_owners.append(owner)
-        if self._shards.rank == 0:  # a unit is counted once in the group
-            self.diagnostics.num_units += 1
-            self.diagnostics.add_loss(owner, float(parts[-1]))
-            self.diagnostics.num_clipped += int(bool((factors < 1).any()) and is_finite)
-            self.diagnostics.num_nonfinite += int(not is_finite)
-            self.diagnostics.sum_norms += whole_norm if is_finite else 0.0
-            within = styles.within(norms.new_tensor([whole_norm]), self.clipping_norm)
-            self.diagnostics.shares_within += within.tolist()
-        if not bool((factors > 0).all()):
+        self._count(owner, loss, whole_norm=float(squares.sum().sqrt()), is_clipped=bool((factors < 1).any()))
+        if not bool((factors > 0).all()):  # 0 for a unit that is not finite
             return None, norms
         by_group = exact_sum.on_grid(factors.cpu().flatten(), self.grid_exponent).tolist()
         return [by_group[group] for group in self._groups], norms
+
+    def _count(self, owner: int, loss: float, *, whole_norm: float, is_clipped: bool) -> None:
+        """Add a unit to the diagnostics: once in the group, but that it is not finite on every rank.
+
+        Args:
+            owner: the unit.
+            loss: over the group.
+            whole_norm: of the unit's gradient over all tensors; infinite if its loss is not finite.
+            is_clipped: whether a factor of the unit is below 1.
+        """
+        is_finite = whole_norm < math.inf  # false for NaN too
+        if not is_finite:
+            self.diagnostics.nonfinite_owners.append(owner)
+        if self._shards.rank == 0:
+            self.diagnostics.num_units += 1
+            self.diagnostics.add_loss(owner, loss)
+            self.diagnostics.num_clipped += int(is_clipped and is_finite)
+            self.diagnostics.num_nonfinite += int(not is_finite)
+            self.diagnostics.sum_norms += whole_norm if is_finite else 0.0
+            within = styles.within(torch.tensor([whole_norm], dtype=torch.float64), self.clipping_norm)
+            self.diagnostics.shares_within += within.tolist()
 
     def _zero_squares(self) -> torch.Tensor:
         return torch.zeros(len(self.layout.slots), 1, dtype=torch.float64, device=self._device)

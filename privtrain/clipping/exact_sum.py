@@ -57,16 +57,19 @@ def add_units(total: torch.Tensor, gradients: torch.Tensor, weights: torch.Tenso
         gradients: [units, *shape of total] float32.
         weights: [units] float32 of :func:`on_grid`, on the CPU, so that nobody waits to see which are zero.
     """
-    values, used = gradients.flatten(1), np.flatnonzero(weights.numpy()).tolist()
-    if len(used) <= 1:
-        first = used[0] if used else 0
-        values, weights = values[first : first + len(used)], weights[used]  # a view: one unit, or none, needs no copy
+    used = np.flatnonzero(weights.numpy()).tolist()
+    if not used:
+        return
+    values = gradients.flatten(1)
+    if len(used) == 1:
+        (unit,) = used
+        values, weights = values[unit : unit + 1], weights[used]  # a view: one unit needs no copy
     elif len(used) < len(weights):
         values, weights = values[used], weights[used]
-    for part, some in zip(values.split(_MOST_UNITS), weights.split(_MOST_UNITS), strict=True):
-        steps = _steps(some, part)
-        for place, columns in _pieces(total, part):
-            _add(place, torch.div(columns, steps, rounding_mode="trunc"))
+    for some_values, some_weights in zip(values.split(_MOST_UNITS), weights.split(_MOST_UNITS), strict=True):
+        steps = _steps(some_weights, some_values)
+        for piece, columns in _pieces(total, some_values):
+            _add(piece, torch.div(columns, steps, rounding_mode="trunc"))
 
 
 def add_groups(totals: Sequence[torch.Tensor], gradients: torch.Tensor, weights: torch.Tensor) -> None:
@@ -81,20 +84,19 @@ def add_groups(totals: Sequence[torch.Tensor], gradients: torch.Tensor, weights:
     if not used:
         return
     values = gradients.flatten(2) if len(used) == gradients.shape[0] else gradients[used].flatten(2)
-    weights = weights[:, used].T.contiguous()
+    weights = weights[:, used].T.contiguous()  # [units, tensors], as ``values``
     # One tensor at a time where a unit counts for some of them only, or float64 cannot add up so many units exactly.
     if values.shape[0] > _MOST_UNITS or not weights.numpy().all():
         for i, total in enumerate(totals):
             add_units(total, values[:, i], weights[:, i])
         return
     steps = _steps(weights.flatten(), values).view(*weights.shape, 1)
-    size = max(1, _CHUNK.get(values.device.type, _LARGEST_CHUNK) // values[:, 0].numel())  # tensors at a time
-    for first in range(0, len(totals), size):
-        some = slice(first, first + size)
-        parts = torch.div(values[:, some], steps[:, some], rounding_mode="trunc")
-        whole = parts[0] if len(parts) == 1 else parts.sum(dim=0, dtype=torch.float64)
+    num_at_once = max(1, _CHUNK.get(values.device.type, _LARGEST_CHUNK) // values[:, 0].numel())  # tensors
+    for first in range(0, len(totals), num_at_once):
+        some = slice(first, first + num_at_once)
+        contributions = torch.div(values[:, some], steps[:, some], rounding_mode="trunc")
         outs = [total.view(-1) for total in totals[some]]
-        torch._foreach_add_(outs, list(whole.to(torch.int64).unbind(0)))
+        torch._foreach_add_(outs, list(_over_units(contributions).unbind(0)))
 
 
 def add_measured(total: torch.Tensor, gradients: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -113,12 +115,12 @@ def _add_measured(total: torch.Tensor, values: torch.Tensor, weights: torch.Tens
     squares = torch.zeros(len(weights), dtype=torch.float64, device=total.device)
     wide = torch.empty(0, dtype=torch.float64, device=total.device)
     steps = _steps(weights, values)
-    for place, columns in _pieces(total, values):
+    for piece, columns in _pieces(total, values):
         torch.div(columns, steps, rounding_mode="trunc", out=columns)
         # One buffer: to get it anew for each piece costs a CPU as much as to fill it.
         wide = wide.resize_(columns.shape).copy_(columns)
         squares += torch.linalg.vector_norm(wide, dim=1).square()
-        _add(place, wide)
+        _add(piece, wide)
     return squares
 
 
@@ -138,10 +140,15 @@ def _pieces(total: torch.Tensor, values: torch.Tensor) -> Iterator[tuple[torch.T
 
 
 def _add(total: torch.Tensor, contributions: torch.Tensor) -> None:
-    """Add at most 2**11 contributions to ``total``: their sum is below 2**53, where float64 adds integers exactly."""
+    """Add [units, coordinates] contributions in grid steps to ``total``."""
     assert total.dtype == torch.int64
-    whole = contributions[0] if len(contributions) == 1 else contributions.sum(dim=0, dtype=torch.float64)
-    total.add_(whole.to(torch.int64))
+    total.add_(_over_units(contributions))
+
+
+def _over_units(contributions: torch.Tensor) -> torch.Tensor:
+    """Return the int64 sum over at most 2**11 units: below 2**53, where float64 adds integers exactly."""
+    summed = contributions[0] if len(contributions) == 1 else contributions.sum(dim=0, dtype=torch.float64)
+    return summed.to(torch.int64)
 
 
 def add_unit(total: torch.Tensor, gradient: torch.Tensor, weight: float) -> None:

@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -55,6 +56,20 @@ class Lookup:
     values: torch.Tensor
 
 
+class UnitNorms(NamedTuple):
+    """What factors say of the units' gradients of one tensor, [units] each.
+
+    Attributes:
+        squares: float64 ‖Σ_t …‖², the squared norms.
+        uncancelled: float64 (Σ_t of the tokens' own norms)²: what the squared norms could be if no tokens cancelled.
+        is_doubtful: whether rounding may be too large a part of the squared norm.
+    """
+
+    squares: torch.Tensor
+    uncancelled: torch.Tensor
+    is_doubtful: torch.Tensor
+
+
 @contextlib.contextmanager
 def exact_fp32(device: torch.device) -> Iterator[None]:
     """Switch off autocast, TF32 and bf16 inside fp32 products, whatever the job has switched on elsewhere."""
@@ -81,16 +96,16 @@ class GramCache:
             if known == key:
                 return gram
         gram = self._product(tokens)
-        # Holding the tensor keeps its address from being given to another one.
+        # Keep two: this one and the one before. Holding the tensor keeps its address from being given to another one.
         self._recent = [*self._recent[-1:], (key, tokens, gram)]
         return gram
 
     @staticmethod
     def _product(tokens: torch.Tensor) -> torch.Tensor:
         """Return [units, n, n] inner products; where features take several blocks, in float64."""
-        first, *others = (piece.float() for piece in tokens.split(_GRAM_BLOCK, dim=2))
-        gram = torch.bmm(first, first.transpose(1, 2))
-        for piece in others:
+        pieces = [piece.float() for piece in tokens.split(_GRAM_BLOCK, dim=2)]
+        gram = torch.bmm(pieces[0], pieces[0].transpose(1, 2))
+        for piece in pieces[1:]:
             gram = gram.double() + torch.bmm(piece, piece.transpose(1, 2))
         return gram
 
@@ -120,9 +135,7 @@ def grouped_squared_norms(group: torch.Tensor) -> torch.Tensor:
     return squares[0] if len(squares) == 1 else torch.cat(squares, dim=1)
 
 
-def squared_norms_of(
-    outers: Sequence[Outer], lookups: Sequence[Lookup], grams: GramCache
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def squared_norms_of(outers: Sequence[Outer], lookups: Sequence[Lookup], grams: GramCache) -> UnitNorms:
     """Return each unit's squared norm of one tensor, what it could be without cancellation, and whether it is doubtful.
 
     The entries of the Gram matrices L = (⟨l_t, l_s⟩) and R = (⟨r_t, r_s⟩) are fp32 products. If rounding puts
@@ -140,17 +153,14 @@ def squared_norms_of(
         outers: every use of the tensor in a linear layer; here "rows" are units, each with all its tokens in a line.
         lookups: every use of the tensor as an embedding, likewise.
         grams: shared between tensors.
-
-    Returns:
-        Three [units] tensors: ‖Σ …‖² and (Σ_t of the tokens' own norms)² in float64, and whether the first is doubtful.
     """
     lookup_square, lookup_length = _lookup_squares(outers, lookups)
-    if not outers:
-        return lookup_square, lookup_length.square(), torch.zeros_like(lookup_square, dtype=torch.bool)
+    if not outers:  # lookups alone are summed in float64
+        return UnitNorms(lookup_square, lookup_length.square(), torch.zeros_like(lookup_square, dtype=torch.bool))
     outer_square, outer_length, error, can_be_believed = _outer_squares(_joined(outers), grams)
     square = outer_square + lookup_square
     is_doubtful = ~(can_be_believed & (error <= _GRAM_TOLERANCE * square))
-    return square.clamp(min=0), (lookup_length + outer_length).square(), is_doubtful
+    return UnitNorms(square.clamp(min=0), (lookup_length + outer_length).square(), is_doubtful)
 
 
 def squared_norm_float64(outers: Sequence[Outer], lookups: Sequence[Lookup]) -> torch.Tensor:
@@ -168,21 +178,24 @@ def _joined(outers: Sequence[Outer]) -> Outer:
     """Return several linear uses of a tensor as one, the tokens of each behind those of the one before."""
     if len(outers) == 1:
         return outers[0]
-    return Outer(*(torch.cat([getattr(o, side).float() for o in outers], dim=1) for side in ("left", "right")))
+    left = torch.cat([outer.left.float() for outer in outers], dim=1)
+    right = torch.cat([outer.right.float() for outer in outers], dim=1)
+    return Outer(left, right)
 
 
 def _outer_squares(outer: Outer, grams: GramCache) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return S, Σ_t ‖l_t‖‖r_t‖, E and whether E can be believed, [units] each; see :func:`squared_norms_of`."""
     left, right = grams.gram(outer.left), grams.gram(outer.right)
-    norms_left, norms_right = (g.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt().to(g.dtype) for g in (left, right))
+    # Of each token, from the diagonal: L_tt = ‖l_t‖².
+    norms_left, norms_right = (gram.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt() for gram in (left, right))
     product = left * right
     # In fp32, where torch sums in pairs: what that rounds is part of the first term of E.
     square, bias = product.sum(dim=(1, 2)).double(), product.abs_().sum(dim=(1, 2)).double()
     scatter = _quadratic(left, norms_right) + _quadratic(right, norms_left)
     error = 2.0**-24 * ((2 * _BIAS + _SUMMING) * bias + _SCATTER * scatter)
     length = (norms_left.double() * norms_right).sum(dim=1)
-    traces = norms_left.square().sum(dim=1), norms_right.square().sum(dim=1)
-    can_be_believed = (traces[0] > _SMALLEST_TRACE) & (traces[1] > _SMALLEST_TRACE)
+    trace_left, trace_right = norms_left.square().sum(dim=1), norms_right.square().sum(dim=1)
+    can_be_believed = (trace_left > _SMALLEST_TRACE) & (trace_right > _SMALLEST_TRACE)
     return square, length, error, can_be_believed
 
 
@@ -220,7 +233,7 @@ def _lookup_squares(outers: Sequence[Outer], lookups: Sequence[Lookup]) -> tuple
         return zero, zero
     ids = torch.cat([lookup.ids for lookup in lookups], dim=1)
     values = torch.cat([lookup.values for lookup in lookups], dim=1).double()
-    square = torch.stack([_lookup_square(i, v) for i, v in zip(ids, values, strict=True)])
+    square = torch.stack([_lookup_square(own_ids, own) for own_ids, own in zip(ids, values, strict=True)])
     for outer in outers:
         # picked[s, t] is l_s[i_t].
         picked = outer.left.gather(2, ids[:, None, :].expand(-1, outer.left.shape[1], -1)).double()
@@ -236,6 +249,8 @@ def _lookup_square(ids: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
 
 def _summed(ids: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Add up values of equal ids, in shapes that no value decides, so that nobody waits for the device.
+
+    For ids (7, 3, 7) and values (a, b, c) the result is (3, 7, 7) and (b, a + c, 0).
 
     Returns:
         [tokens] the ids, ascending, each once, then the last one again and again; [tokens, features] sums, then zeros.
@@ -267,9 +282,8 @@ class Product:
     def __init__(self, outers: Sequence[Outer], lookups: Sequence[Lookup]) -> None:
         # A matmul kernel may round by its operands' alignment, and a unit can begin anywhere in its microbatch. Copies
         # are all aligned alike. The left side is copied block by block.
-        self._sides = [
-            (outer.left.flatten(0, 1), outer.right.flatten(0, 1).to(torch.float32, copy=True)) for outer in outers
-        ]
+        self._lefts = [outer.left.flatten(0, 1) for outer in outers]  # [tokens, p]
+        self._rights = [outer.right.flatten(0, 1).to(torch.float32, copy=True) for outer in outers]  # [tokens, d]
         self._lookup = summed_lookups(lookups) if lookups else None
         self.blocks = row_blocks(outers[0])  # all uses have the tensor's shape [p, d]
 
@@ -280,11 +294,13 @@ class Product:
             rows: one of ``blocks``.
             out: [rows, d] float32.
         """
-        total = None
-        for side, right in self._sides:
-            left = side[:, rows].to(torch.float32, copy=True).contiguous()
-            product = torch.mm(left.T, right, out=out if total is None else None)
-            total = product if total is None else total.add_(product)
+        total: torch.Tensor | None = None
+        for whole_left, right in zip(self._lefts, self._rights, strict=True):
+            left = whole_left[:, rows].to(torch.float32, copy=True).contiguous()
+            if total is None:
+                total = torch.mm(left.T, right, out=out)
+            else:
+                total.add_(torch.mm(left.T, right))
         assert total is not None
         if self._lookup is not None:
             touched, summed = self._lookup

@@ -104,7 +104,9 @@ class LinePasses(Passes):
     def _tokens_first(self, value: torch.Tensor) -> torch.Tensor | None:
         """Return a view, [1, tokens, …]; ``None`` if no dimension, or more than one, may be the tokens."""
         shape, num_tokens = value.shape, self._num_tokens
-        if sum(size == num_tokens for size in shape[:-1] if value.dim() > 2) > 1:
+        # As many heads as tokens, say: which of the two dimensions is which cannot be told.
+        num_candidates = sum(size == num_tokens for size in shape[:-1])
+        if value.dim() > 2 and num_candidates > 1:
             return None
         if shape[:2] == (1, num_tokens):
             return value
@@ -209,8 +211,10 @@ class LineClipper(PerUnitClipper):
         names = {module: name for name, module in self._modules.items()}
         # Memory is reckoned for as many units as there may be, not as there are: what is deferred to a second pass is
         # multiplied in another way, and must not depend on who shares the line.
-        sizes = line.num_slots, self._memory_budget
-        passes = LinePasses(line, names, self._rules, self._slots, gradients, *sizes, self._device)
+        num_rows = line.num_slots
+        passes = LinePasses(
+            line, names, self._rules, self._slots, gradients, num_rows, self._memory_budget, self._device
+        )
         with contextlib.ExitStack() as stack:
             try:
                 stack.enter_context(attention.within_records(self._model, line))
@@ -234,7 +238,7 @@ class LineClipper(PerUnitClipper):
 
 
 def _first_tokens(line: Line) -> Microbatch:
-    """Return the first tokens of a line as a row: to look at the model, not to train on."""
+    """Return the first tokens of a line as a row of nobody's: to look at the model, not to train on."""
     return Microbatch(
         line.input_ids[:, :_NUM_FIRST],
         line.target_mask[:, :_NUM_FIRST],

@@ -61,8 +61,8 @@ def per_row(
     sampler = GradSampleModule.GRAD_SAMPLERS[type(module)]
     # Opacus skips frozen parameters, and the layer's own are frozen while its gradients are captured.
     twin = copy.copy(module)
-    for name, parameter in module.named_parameters(recurse=False):
-        twin._parameters = twin._parameters | {name: nn.Parameter(parameter.detach().float())}
+    trained = {name: nn.Parameter(p.detach().float()) for name, p in module.named_parameters(recurse=False)}
+    twin._parameters = {**module._parameters, **trained}  # a dictionary of its own: a copy shares the module's
     gradients = sampler(twin, [activation.float()], output_gradient.float())
     # Copies: a bias's gradient may be a view of the output's, which other layers get too, and uses are added in place.
     return {name: gradients[p].clone() for name, p in twin.named_parameters(recurse=False)}

@@ -102,18 +102,21 @@ class Passes:
         losses = row_losses()
         calls.is_forward = False
         self._plan(calls)
-        start: tuple[torch.Tensor, torch.Tensor | None] = losses.sum(), None
+        # A backward pass runs from the losses or, where a second one may start there, from the head's input.
+        start: torch.Tensor = losses.sum()
+        gradient_of_start: torch.Tensor | None = None
         neck = self._neck(calls, losses) if self._deferred and self._starts_at_head else None
         if neck is not None:
             # The part of the graph behind it, logits included, is freed here and not run again.
-            (gradient,) = torch.autograd.grad(start[0], neck)
-            start = neck, gradient
+            (gradient_of_start,) = torch.autograd.grad(start, neck)
+            start = neck
         calls.last = None  # lets go of a part of the graph
-        torch.autograd.backward(*start, retain_graph=bool(self._deferred) and before is None)
+        keeps_graph = bool(self._deferred) and not self._repeats_forward
+        torch.autograd.backward(start, gradient_of_start, retain_graph=keeps_graph)
         if before is not None:
             self._forward = row_losses, before
         elif self._deferred:
-            self._start = start
+            self._start = start, gradient_of_start
         return losses.detach()
 
     @property
@@ -147,8 +150,9 @@ class Passes:
         Raises:
             GuaranteeLost: if it is not, or a deferred module does not come by once.
         """
-        missing = set(self._seen)
-        #: Looked at when all is added: a sum that is wrong by then is never released.
+        missing = set(self._seen)  # deferred modules that this pass has not reached yet
+        # Module → whether it saw other values than before, on the device. Looked at when all is added, so that nobody
+        # waits for the device meanwhile: a sum that is wrong by then is never released.
         differs: dict[nn.Module, torch.Tensor] = {}
 
         def sink(module: nn.Module, activation: torch.Tensor, output_gradient: torch.Tensor) -> None:
@@ -173,8 +177,9 @@ class Passes:
                 row_losses().sum().backward()
         else:
             assert self._start is not None
-            anchors = [calls.anchors[module] for module in self._seen]
-            torch.autograd.backward(*self._start, retain_graph=True, inputs=anchors)
+            start, gradient_of_start = self._start
+            anchors = [calls.anchors[module] for module in self._seen]  # goes no further back than to these
+            torch.autograd.backward(start, gradient_of_start, retain_graph=True, inputs=anchors)
         self._refuse_differences(differs)
         if missing:
             names = sorted(self._names[module] for module in missing)
@@ -224,20 +229,21 @@ class Passes:
         module, neck = calls.last
         if module in self._deferred or calls.num_calls[module] > 1 or neck.grad_fn is None:
             return None
-        # Every module has a leaf of its own in the graph: to reach another one's is a way around.
+        # Every module has a leaf of its own in the graph, its anchor: to reach another one's is a way around.
         others = {id(anchor) for other, anchor in calls.anchors.items() if other is not module}
         open_nodes, seen = [losses.grad_fn], {losses.grad_fn}
         while open_nodes:
             node = open_nodes.pop()
             if node is None or id(getattr(node, "variable", None)) in others:
                 return None
-            for following, output in node.next_functions:
-                if following is neck.grad_fn:
-                    if output != neck.output_nr:
+            # The edges of the graph, against the direction of the forward pass: (node, which of its outputs).
+            for earlier, output_nr in node.next_functions:
+                if earlier is neck.grad_fn:
+                    if output_nr != neck.output_nr:  # another output of the same node goes around the input
                         return None
-                elif following is not None and following not in seen:
-                    seen.add(following)
-                    open_nodes.append(following)
+                elif earlier is not None and earlier not in seen:
+                    seen.add(earlier)
+                    open_nodes.append(earlier)
         return neck
 
     def _collect_or_defer(self, module: nn.Module, activation: torch.Tensor, output_gradient: torch.Tensor) -> None:
@@ -249,8 +255,9 @@ class Passes:
 
     def _tells_apart(self, activation: torch.Tensor, output_gradient: torch.Tensor) -> bool:
         """Return whether a layer's input and output gradient both have a first dimension for the rows."""
-        shapes = activation.shape[:1], output_gradient.shape[:1]
-        return activation.dim() >= 2 and shapes == (torch.Size([self._num_rows]),) * 2
+        if activation.dim() < 2 or output_gradient.dim() < 1:
+            return False
+        return activation.shape[0] == self._num_rows and output_gradient.shape[0] == self._num_rows
 
     def _gradients_of(
         self, module: nn.Module, activation: torch.Tensor, output_gradient: torch.Tensor

@@ -107,12 +107,14 @@ def _rescaling(module: nn.Module) -> tuple[str, float]:
     changing = [k for k in kinds if isinstance(k, str) and ("dynamic" in k or k == "longrope")]
     if not changing:
         return "", math.inf
-    parameters = getattr(getattr(module, "config", None), "rope_parameters", None) or {}
+    settings = getattr(getattr(module, "config", None), "rope_parameters", None) or {}
     # Settings may be nested by kind of layer too; the shortest context of any of them is the limit.
-    parts = [parameters, *(part for part in parameters.values() if isinstance(part, dict))]
-    originals = [part.get("original_max_position_embeddings") for part in parts if part]
-    originals = [value for value in originals if value] or [getattr(module, "original_max_seq_len", math.inf)]
-    return changing[0], min(originals)
+    by_kind = [part for part in settings.values() if isinstance(part, dict)]
+    in_config = [part.get("original_max_position_embeddings") for part in (settings, *by_kind)]
+    contexts = [num_tokens for num_tokens in in_config if num_tokens]
+    if not contexts:  # where the config says nothing, the module has noted it
+        contexts = [getattr(module, "original_max_seq_len", math.inf)]
+    return changing[0], min(contexts)
 
 
 def has_experts(config: Any) -> bool:

@@ -83,7 +83,7 @@ class ShardedClipper(PerUnitClipper):
         any_rank: Callable[[bool], bool],
         reduce_once: bool = False,
     ) -> None:
-        shards.reshard()
+        shards.reshard()  # earlier passes may have left weights whole
         self._shards = shards
         # This clipper is for the rank's own units. Joint units have another one; both add to one sum, in parts.
         self._joint = CooperativeClipper(model, shards, clipping_norm, row_losses, device, style, route)
@@ -212,12 +212,15 @@ class ShardedClipper(PerUnitClipper):
 
     @override
     def _fall_back(self, failure: Exception, batch: Microbatch) -> None:
-        """Go one unit at a time, if that was left open and every rank has the same microbatch, as in the self-test.
+        """Go one unit at a time, if ``auto`` may still choose and every rank has the same microbatch.
 
-        Then every rank fails alike and changes its route at the same place. Else ``failure`` is raised.
+        So it is in the self-test: every rank fails alike and changes its route at the same place. Else ``failure`` is
+        raised.
         """
+        # No row is tried without hooks: a rank cannot run a pass on its own.
         reason = fallback.cause(failure, None, self.layout.parameters)
         may_change = self.route == "auto" and not self._is_settled
+        # Asked only where it matters: it is a collective.
         self._go_one_unit(failure, reason, is_possible=may_change and self._is_everywhere(batch))
         self._shards.reshard()
 
@@ -229,7 +232,8 @@ class ShardedClipper(PerUnitClipper):
     def _is_everywhere(self, batch: Microbatch) -> bool:
         """Return whether all ranks of the shard group have this microbatch.
 
-        Each rank makes a number of its own. Numbers whose sum and sum of squares are those of equal ones are equal.
+        Each rank hashes its microbatch to a number. Over n ranks, numbers with the sum n·x and the sum of squares n·x²
+        all are x: their variance is 0.
         """
         sha = hashlib.sha256(repr(batch.owners).encode())
         for value in (batch.input_ids, batch.target_mask, batch.row_weight, batch.owner):
@@ -237,7 +241,8 @@ class ShardedClipper(PerUnitClipper):
         number = int.from_bytes(sha.digest()[:3], "big")  # small enough that squares add up in int64
         sums = torch.tensor([number, number**2], dtype=torch.int64, device=self._device)
         self._shards.sum_over_group(sums)
-        return sums.tolist() == [self._shards.size * number, self._shards.size * number**2]
+        num_ranks = self._shards.size
+        return sums.tolist() == [num_ranks * number, num_ranks * number**2]
 
     @override
     def _add_units(self, batch: Microbatch, passes: Passes, calls: Calls, measured: Measured) -> None:
@@ -249,23 +254,24 @@ class ShardedClipper(PerUnitClipper):
         gradients, num_units = passes.gradients, len(batch.owners)
         apart = sorted(self._cancelled(measured.squares, measured.uncancelled)) if num_units else []
         squares = self._measured(passes, calls, measured.squares, apart)
-        everyone = torch.ones(num_units, dtype=torch.bool)
+        every_unit = torch.ones(num_units, dtype=torch.bool)
         factors = self._factors(squares, batch.owners)
-        weights = self._on_grid(factors, everyone)
+        weights = self._on_grid(factors, every_unit)
         self._contribute(passes, calls, [weights])
 
-        by_factors = everyone.clone()
-        by_factors[apart] = False
-        longer = self._longer(gradients, squares, by_factors) if num_units else []
-        if self._any_rank(bool(longer)):
+        # Units that were measured multiplied out cannot come out longer.
+        is_measured_by_factors = every_unit.clone()
+        is_measured_by_factors[apart] = False
+        longer = self._longer(gradients, squares, is_measured_by_factors) if num_units else []
+        if self._any_rank(bool(longer)):  # the other ranks take part, with nothing to add
             squares = self._measured(passes, calls, squares, longer)
             factors = self._factors(squares, batch.owners)
-            chosen = torch.zeros(num_units, dtype=torch.bool)
-            chosen[longer] = True
-            taken_back = torch.where(chosen, -weights, 0.0)
-            self._contribute(passes, calls, [taken_back, self._on_grid(factors, chosen)])
+            is_longer = torch.zeros(num_units, dtype=torch.bool)
+            is_longer[longer] = True
+            taken_back = torch.where(is_longer, -weights, 0.0)
+            self._contribute(passes, calls, [taken_back, self._on_grid(factors, is_longer)])
         if num_units:
-            self._count(squares, factors, everyone, batch.owners)
+            self._count(squares, factors, every_unit, batch.owners)
 
     def _measured(self, passes: Passes, calls: Calls, squares: torch.Tensor, units: Sequence[int]) -> torch.Tensor:
         """Return ``squares`` ([slots, units]) with some ``units`` measured anew, multiplied out tensor by tensor.
@@ -298,25 +304,29 @@ class ShardedClipper(PerUnitClipper):
         return squares
 
     def _contribute(self, passes: Passes, calls: Calls, weights: Sequence[torch.Tensor]) -> None:
-        """Add the units to the sum with each of these [slots, units] weights: kept tensors, then deferred ones."""
+        """Add the units to the sum with each of these [slots, units] weights: kept tensors, then deferred ones.
+
+        A rank without units contributes nothing to every tensor, since all ranks contribute in the same order.
+        """
         gradients, deferred = passes.gradients, passes.deferred
+        own_weights = weights if gradients.num_units else ()
+        index_of = {slot.name: i for i, slot in enumerate(self.layout.slots)}
         with exact_fp32(self._device):
-            for i, slot in enumerate(self.layout.slots):
+            for slot in self.layout.slots:
                 if slot.name not in deferred:
                     with self._sum.contribution(slot.name) as out:
-                        for by_slot in weights if gradients.num_units else ():
-                            gradients.add_kept(slot.name, out, by_slot[i])
+                        for by_slot in own_weights:
+                            gradients.add_kept(slot.name, out, by_slot[index_of[slot.name]])
         if not passes.is_complete:
-            number = {slot.name: i for i, slot in enumerate(self.layout.slots)}
 
             def add(slot: Slot, gradient: Gradient) -> None:
-                """Contribute a deferred slot when the pass brings it back; every rank contributes, units or not."""
+                """Contribute a deferred slot when the pass brings it back."""
                 with self._sum.contribution(slot.name) as out:
-                    for by_slot in weights if gradients.num_units else ():
-                        gradients.add_now(slot.name, out, gradient, by_slot[number[slot.name]])
+                    for by_slot in own_weights:
+                        gradients.add_now(slot.name, out, gradient, by_slot[index_of[slot.name]])
 
-            used = torch.stack([(by_slot != 0).any(dim=0) for by_slot in weights]).any(dim=0)
-            passes.again(calls, add, gradients.rows_of(used))
+            is_used = torch.stack([(by_slot != 0).any(dim=0) for by_slot in weights]).any(dim=0)  # [units]
+            passes.again(calls, add, gradients.rows_of(is_used))
 
 
 def _whole_layout(shards: GradientShards) -> Layout:
@@ -348,10 +358,12 @@ def _stand_in(module: nn.Module, slot_of: dict[int, Slot], device: torch.device)
             slot = slot_of.get(id(parameter))
             # Of a frozen tensor DeepSpeed's stage 3 keeps the whole shape under this name.
             shape = tuple(getattr(parameter, "ds_shape", parameter.shape)) if slot is None else slot.whole_shape
-            place = device if len(shape) == 1 else torch.device("meta")
-            parameter = nn.Parameter(torch.ones(shape, dtype=parameter.dtype, device=place), requires_grad=False)
+            where = device if len(shape) == 1 else torch.device("meta")
+            parameter = nn.Parameter(torch.ones(shape, dtype=parameter.dtype, device=where), requires_grad=False)
         whole[name] = parameter
-    # Without the module's hooks, which would gather weights.
-    hooks = {name: type(value)() for name, value in vars(module).items() if name.startswith("_") and "_hooks" in name}
-    vars(twin).update(hooks, _parameters=whole)
+    # Without the module's hooks, which would gather weights: empty dictionaries in place of torch's, of each kind.
+    no_hooks = {
+        name: type(hooks)() for name, hooks in vars(module).items() if name.startswith("_") and "_hooks" in name
+    }
+    vars(twin).update(no_hooks, _parameters=whole)
     return twin
