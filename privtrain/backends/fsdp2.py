@@ -48,7 +48,7 @@ def replicas_from_launch() -> int:
     if os.environ.get("FSDP_OFFLOAD_PARAMS", "false").lower() == "true":
         problem = "is not supported; set false, or use launch/accelerate/zero3-offload.yaml"
         faults.append(Fault("fsdp_config.fsdp_offload_params", problem))
-    for name in ("TP", "CP", "SP"):
+    for name in ("TP", "CP", "SP"):  # tensor, context and sequence parallelism
         if int(os.environ.get(f"PARALLELISM_CONFIG_{name}_SIZE", "1")) > 1:
             problem = "splits a unit's activations over ranks, which clipping does not support; set 1"
             faults.append(Fault(f"parallelism_config.parallelism_config_{name.lower()}_size", problem))
@@ -83,9 +83,11 @@ class Fsdp2Backend(SharedNoise, ShardedBackend):
         self._shard_group: Any = dist.group.WORLD
         self._replicate_group: Any = None
         if num_replicas > 1:
-            ranks = [list(range(first, first + size)) for first in range(0, self.world_size, size)]
-            shard_groups = [dist.new_group(group, timeout) for group in ranks]  # every rank makes every group
-            replicate_groups = [dist.new_group(list(group), timeout) for group in zip(*ranks, strict=True)]
+            replicas = [list(range(first, first + size)) for first in range(0, self.world_size, size)]
+            same_place = [list(range(place, self.world_size, size)) for place in range(size)]
+            # Every rank makes every group, as torch asks.
+            shard_groups = [dist.new_group(ranks, timeout) for ranks in replicas]
+            replicate_groups = [dist.new_group(ranks, timeout) for ranks in same_place]
             self._shard_group = shard_groups[self._replica]
             self._replicate_group = replicate_groups[self.rank % size]
         # FSDP knows of its own replica alone: adding up replicas is ours, once a logical step. The mesh has no names,
@@ -133,6 +135,7 @@ class Fsdp2Backend(SharedNoise, ShardedBackend):
                 module.set_gradient_divide_factor(1.0)
                 module.set_force_sum_reduction_for_comms(True)
         stepped = {name: torch.nn.Parameter(_local(p)) for name, p in trainable.items()}
+        # name → (first coordinate held, shape of the whole tensor)
         parts = {name: (_first(p), tuple(p.shape)) for name, p in trainable.items()}
         layout = Layout(stepped, parts)
         self._weights = {name: trainable[name] for name in layout.parameters}
@@ -212,10 +215,11 @@ def _first(parameter: torch.Tensor) -> int:
     """
     assert isinstance(parameter, DTensor)
     mesh, num_rows = parameter.device_mesh, parameter.shape[0]
-    rows = -(-num_rows // mesh.size())
-    first_row = min(mesh.get_local_rank() * rows, num_rows)
+    rows_per_rank = -(-num_rows // mesh.size())  # rounded up
+    first_row = min(mesh.get_local_rank() * rows_per_rank, num_rows)
+    rows_held = min(rows_per_rank, num_rows - first_row)
     width = math.prod(parameter.shape[1:])
-    assert _local(parameter).numel() == min(rows, num_rows - first_row) * width, "another way of sharding than Shard(0)"
+    assert _local(parameter).numel() == rows_held * width, "another way of sharding than Shard(0)"
     return first_row * width
 
 

@@ -63,12 +63,14 @@ class ProcessGroup(Backend):
     def _broadcast(self, value: bytes | None) -> bytes:
         size = torch.tensor([len(value) if value is not None else 0], dtype=torch.int64, device=self.device)
         dist.broadcast(size, src=0)  # the others must know how much to receive
-        if value is not None:  # at least one byte: an empty tensor is not sent
-            payload = torch.frombuffer(bytearray(value or b"\0"), dtype=torch.uint8).to(self.device)
+        num_bytes = int(size)
+        if value is None:
+            payload = torch.empty(max(1, num_bytes), dtype=torch.uint8, device=self.device)
         else:
-            payload = torch.empty(max(1, int(size)), dtype=torch.uint8, device=self.device)
+            sent = value or b"\0"  # at least one byte: an empty tensor is not sent
+            payload = torch.frombuffer(bytearray(sent), dtype=torch.uint8).to(self.device)
         dist.broadcast(payload, src=0)
-        return payload.cpu().numpy().tobytes()[: int(size)]
+        return payload.cpu().numpy().tobytes()[:num_bytes]
 
     @override
     def barrier(self) -> None:

@@ -9,6 +9,7 @@ may differ in a last bit on a CPU, whose vector instructions would end elsewhere
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -43,10 +44,10 @@ class SharedNoise(ProcessGroup):
         group = self.holders()
         if group is None:
             return draw(total, layout)
-        low, high, size = _run(layout, group)
-        mine = draw(total[low:high], layout.run(low, high))
-        padded = torch.nn.functional.pad(mine, (0, size - len(mine)))
-        gathered = torch.empty(size * dist.get_world_size(group), dtype=mine.dtype, device=mine.device)
+        run = _own_run(layout, group)
+        mine = draw(total[run.first : run.stop], layout.run(run.first, run.stop))
+        padded = torch.nn.functional.pad(mine, (0, run.size - len(mine)))  # all ranks send equally much
+        gathered = torch.empty(run.size * dist.get_world_size(group), dtype=mine.dtype, device=mine.device)
         all_gather_flat(gathered, padded, group)
         return gathered[: layout.num_coordinates]
 
@@ -56,15 +57,26 @@ class SharedNoise(ProcessGroup):
         group = self.holders()
         if group is None:
             return layout
-        low, high, _ = _run(layout, group)
-        return layout.run(low, high)
+        run = _own_run(layout, group)
+        return layout.run(run.first, run.stop)
 
 
-def _run(layout: Layout, group: dist.ProcessGroup) -> tuple[int, int, int]:
-    """Return (low, high, size): this rank's run [low, high) of the vector, and the length of a run.
+class _Run(NamedTuple):
+    """Coordinates of the vector whose noise one rank draws.
 
-    The vector is cut into equal runs, one for each rank of ``group``; the last ones may be shorter, or empty.
+    Attributes:
+        first: the first one.
+        stop: one past the last one.
+        size: coordinates of every rank's run, except the last ones, which may be shorter or empty.
     """
-    size = -(-layout.num_coordinates // dist.get_world_size(group))
-    low, high = (min(rank * size, layout.num_coordinates) for rank in (dist.get_rank(group), dist.get_rank(group) + 1))
-    return low, high, size
+
+    first: int
+    stop: int
+    size: int
+
+
+def _own_run(layout: Layout, group: dist.ProcessGroup) -> _Run:
+    """Return this rank's run: the vector is cut into equal ones, one for each rank of ``group`` in their order."""
+    num_coordinates, rank = layout.num_coordinates, dist.get_rank(group)
+    size = -(-num_coordinates // dist.get_world_size(group))  # rounded up
+    return _Run(min(rank * size, num_coordinates), min((rank + 1) * size, num_coordinates), size)

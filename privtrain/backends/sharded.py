@@ -49,7 +49,8 @@ class ShardedBackend(ProcessGroup):
 
     @override
     def whole(self, slot: Slot, part: torch.Tensor) -> torch.Tensor | None:
-        return self.assemble(slot, part, self._split is not None or self.is_contributor)
+        # Where only the step is split, it is over all ranks, and no two hold the same part: all contribute.
+        return self.assemble(slot, part, contributes=self._split is not None or self.is_contributor)
 
     @override
     def sum_parts(self, vector: torch.Tensor) -> None:

@@ -135,23 +135,23 @@ class ReducedShards(ArrivingShards):
     ) -> None:
         super().__init__(hooked, layout, group, device)
         self.repeats_backward = repeats_backward
-        sizes = [equal_part(math.prod(slot.whole_shape), 0, self.size)[1] for slot in layout.slots]
+        sizes = [part_size(slot.num_whole_coordinates, self.size) for slot in layout.slots]
         self._capacity = min(BUCKET // self.size, sum(sizes))  # coordinates of each rank in a bucket
         #: [ranks, coordinates]: of each tensor in it, every rank's part in that rank's row.
         self._bucket: torch.Tensor | None = None
         #: The tensors in it, and the first coordinate of each in a row.
         self._pending: list[tuple[Slot, int]] = []
-        self._used = 0
+        self._used = 0  # coordinates of a row that are taken
 
     @override
     def _part_size(self, slot: Slot) -> int:
         """Return how many coordinates a rank's part of a tensor has; the last parts may have fewer or none."""
-        return equal_part(slot.num_whole_coordinates, 0, self.size)[1]
+        return part_size(slot.num_whole_coordinates, self.size)
 
     @override
     def _take(self, slot: Slot, gradient: torch.Tensor) -> None:
         """Lay every rank's part of a gradient into the bucket; a bucket without room is sent first."""
-        size = equal_part(gradient.numel(), 0, self.size)[1]
+        size = part_size(gradient.numel(), self.size)
         if self._bucket is not None and self._used + size > self._bucket.shape[1]:
             self._flush()
         if self._bucket is None:
@@ -160,9 +160,9 @@ class ReducedShards(ArrivingShards):
         flat = gradient.flatten()
         for rank in range(self.size):
             first, count = equal_part(len(flat), rank, self.size)
-            place = self._bucket[rank, self._used : self._used + size]
-            place[:count].copy_(flat[first : first + count])
-            place[count:].zero_()
+            row = self._bucket[rank, self._used : self._used + size]
+            row[:count].copy_(flat[first : first + count])
+            row[count:].zero_()
         self._pending.append((slot, self._used))
         self._used += size
 
@@ -172,8 +172,8 @@ class ReducedShards(ArrivingShards):
             assert self._bucket is not None
             summed = torch.empty(self._used, dtype=torch.float32, device=self._device)
             reduce_scatter_flat(summed, self._bucket[:, : self._used].reshape(-1), self._group)
-            for slot, place in self._pending:
-                self._hand_over(slot, summed[place : place + slot.num_coordinates])
+            for slot, first in self._pending:
+                self._hand_over(slot, summed[first : first + slot.num_coordinates])
         self._bucket, self._pending, self._used = None, [], 0
 
 
@@ -211,8 +211,8 @@ class ScatteredSum:
         self._part_size = part_size
         self._size = size
         self._group = group
-        self._number = {slot.name: i for i, slot in enumerate(layout.slots)}
-        #: Whole tensors on their way, by number of the slot.
+        self._index_of = {slot.name: i for i, slot in enumerate(layout.slots)}
+        #: Whole tensors on their way, by index of the slot.
         self._pending: dict[int, torch.Tensor] = {}
         self._num_pending = 0  # their coordinates
         self._most_pending = math.inf if once else BUCKET
@@ -224,17 +224,17 @@ class ScatteredSum:
 
         They get it when the tensor is sent, :meth:`flush` at the latest.
         """
-        number = self._number[name]
-        slot = self._layout.slots[number]
-        # A running hash of the numbers so far, which :meth:`check_order` compares over ranks.
-        self._order = (self._order * len(self._number) + number + 1) % _ORDERS
-        if number not in self._pending:
+        index = self._index_of[name]
+        slot = self._layout.slots[index]
+        # A running hash of the indices so far, which :meth:`check_order` compares over ranks.
+        self._order = (self._order * len(self._index_of) + index + 1) % _ORDERS
+        if index not in self._pending:
             length = self._size * self._part_size(slot)
             if self._num_pending + length > self._most_pending:
                 self.flush()
-            self._pending[number] = torch.zeros(length, dtype=torch.int64, device=self._total.device)
+            self._pending[index] = torch.zeros(length, dtype=torch.int64, device=self._total.device)
             self._num_pending += length
-        yield self._pending[number][: slot.num_whole_coordinates].view(slot.whole_shape)
+        yield self._pending[index][: slot.num_whole_coordinates].view(slot.whole_shape)
         if self._num_pending > self._most_pending:  # a tensor larger than the bucket is sent at once
             self.flush()
 
@@ -244,36 +244,39 @@ class ScatteredSum:
 
     def flush(self) -> None:
         """Send what is still here, a bucket at a time."""
-        some: dict[int, torch.Tensor] = {}
-        for number in list(self._pending):
-            if some and sum(map(len, some.values())) + len(self._pending[number]) > BUCKET:
-                self._send(some)
-                some.clear()
-            some[number] = self._pending.pop(number)
-        if some:
-            self._send(some)
+        bucket: dict[int, torch.Tensor] = {}
+        num_in_bucket = 0  # coordinates
+        for index in list(self._pending):
+            length = len(self._pending[index])
+            if bucket and num_in_bucket + length > BUCKET:
+                self._send(bucket)
+                bucket, num_in_bucket = {}, 0
+            bucket[index] = self._pending.pop(index)
+            num_in_bucket += length
+        if bucket:
+            self._send(bucket)
         self._num_pending = 0
 
     def _send(self, tensors: Mapping[int, torch.Tensor]) -> None:
-        """Reduce-scatter whole tensors (number of the slot → its coordinates, padded), and add this rank's parts.
+        """Reduce-scatter whole tensors (index of the slot → its coordinates, padded), and add this rank's parts.
 
         The parts of rank 0 of all tensors are sent first, then those of rank 1, and so on.
         """
-        # [ranks, coordinates of a part] of each; a single tensor lies in this order already.
+        # [ranks, coordinates of a part] of each; a single tensor lies in this order already, and needs no copy.
         parts = [whole.view(self._size, -1) for whole in tensors.values()]
         sent = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
         mine = torch.empty(sent.shape[1], dtype=torch.int64, device=sent.device)
         reduce_scatter_flat(mine, sent.view(-1), self._group)
         first = 0
-        for number, whole in tensors.items():
-            slot = self._layout.slots[number]
+        for index, whole in tensors.items():
+            slot = self._layout.slots[index]
             self._layout.view(self._total, slot).add_(mine[first : first + slot.num_coordinates].view(slot.shape))
             first += len(whole) // self._size
 
     def check_order(self) -> None:
         """Compare over ranks the order of contributions since the last time. All ranks call it.
 
-        Numbers whose sum and sum of squares are those of equal ones are equal.
+        Over n ranks, numbers with the sum n·x and the sum of squares n·x² all are x: their variance is 0.
 
         Raises:
             GuaranteeLost: if ranks contributed in different orders: sums of different tensors were added up.
@@ -291,6 +294,11 @@ def equal_part(num_coordinates: int, rank: int, num_ranks: int) -> tuple[int, in
 
     Parts are equal; the last ones may be shorter, or empty.
     """
-    size = -(-num_coordinates // num_ranks)
+    size = part_size(num_coordinates, num_ranks)
     first = min(rank * size, num_coordinates)
     return first, min(size, num_coordinates - first)
+
+
+def part_size(num_coordinates: int, num_ranks: int) -> int:
+    """Return the coordinates of a part of a tensor that is cut into equal parts, but for the last ones."""
+    return -(-num_coordinates // num_ranks)  # rounded up

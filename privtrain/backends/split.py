@@ -32,13 +32,13 @@ class SplitStep:
         self._world_size = dist.get_world_size()
         rank = dist.get_rank()
         # Coordinates of a part; the last parts may be shorter, or empty.
-        self._size = -(-self._layout.num_coordinates // self._world_size)
+        self._size = -(-self._layout.num_coordinates // self._world_size)  # rounded up
         low, high = rank * self._size, (rank + 1) * self._size
         mine: dict[str, torch.nn.Parameter] = {}
-        parts: dict[str, tuple[int, tuple[int, ...]]] = {}
+        parts: dict[str, tuple[int, tuple[int, ...]]] = {}  # name → (first coordinate held, shape of the whole tensor)
         for slot in self._layout.slots:
-            first, last = slot.within(low, high)
-            values = self._layout.parameters[slot.name].detach().view(-1)[first:last]
+            first, stop = slot.within(low, high)  # those of its coordinates that lie in this rank's part, maybe none
+            values = self._layout.parameters[slot.name].detach().view(-1)[first:stop]
             mine[slot.name] = torch.nn.Parameter(values.to(optimizer_device))
             parts[slot.name] = (first, slot.shape)
         self._stepped = Layout(mine, parts)

@@ -48,12 +48,12 @@ class Watch:
         self.timeout_seconds = timeout_seconds
         self._rank, self._world_size = backend.rank, backend.world_size
         self._interval = min(_LONGEST_INTERVAL_SECONDS, timeout_seconds / _BEATS_PER_TIMEOUT)
-        self._patience_seconds = timeout_seconds
+        self._patience_seconds = timeout_seconds  # silence that is borne; less once a collective has failed
         self._closing = threading.Event()
-        self._decided = threading.Event()
+        self._decided = threading.Event()  # set once there is a verdict
         self._verdict: dict[str, Any] = {}
-        self._num_rounds = 0
-        self._roster = [_describe(backend.device)]
+        self._num_rounds = 0  # of the heartbeat thread
+        self._roster = [_describe(backend.device)]  # who each rank is, in words
         self._is_alone = backend.world_size == 1
         if self._is_alone:
             return
@@ -97,8 +97,9 @@ class Watch:
                 )
         if self._decided.is_set():
             return RankLost(self._text())
+        # Nobody is lost. Ranks that waited in the collective have failed by now too, and said so above.
         late = [str(rank) for rank in range(self._world_size) if not self._has(self._key("failing", rank))]
-        if not late:
+        if not late:  # all took part: it failed for a reason of this rank's own
             return None
         return RankLost(
             f"rank {', '.join(late)} lives but did not take part in a collective within "
@@ -107,7 +108,7 @@ class Watch:
 
     def _heartbeat_loop(self) -> None:
         """Say that this rank lives, and look whether the others do, until the job is over or the watch closed."""
-        watched = range(1, self._world_size) if self._rank == 0 else range(1)
+        watched = range(1, self._world_size) if self._rank == 0 else range(1)  # range(1) is rank 0 alone
         last = dict.fromkeys(watched, "")  # rank → its last beat
         silent = dict.fromkeys(watched, 0)  # rank → rounds without a new one
         try:
@@ -132,11 +133,11 @@ class Watch:
 
     def _guard(self) -> None:
         """Check that the heartbeat thread goes on: it waits for good if the store's host is cut off."""
-        seen, ticks = -1, 0  # the round it was last seen in, and for how many intervals
+        last_round, num_intervals = -1, 0  # the round it was last seen in, and for how many intervals
         while not self._closing.wait(self._interval) and not self._decided.is_set():
-            ticks = ticks + 1 if self._num_rounds == seen else 0
-            seen = self._num_rounds
-            if ticks * self._interval > self.timeout_seconds:
+            num_intervals = num_intervals + 1 if self._num_rounds == last_round else 0
+            last_round = self._num_rounds
+            if num_intervals * self._interval > self.timeout_seconds:
                 self._conclude({"kind": "store", "code": EXIT_MACHINE_FAILED})
                 self._end()
 
@@ -152,8 +153,9 @@ class Watch:
 
     def _end(self) -> None:
         """End this process if the main thread does not in time: it may wait in a collective for good."""
-        # A rank that failed itself is leaving anyway.
-        if self._verdict.get("rank") == self._rank or self._closing.wait(min(_GRACE_SECONDS, self.timeout_seconds)):
+        if self._verdict.get("rank") == self._rank:  # a rank that failed itself is leaving anyway
+            return
+        if self._closing.wait(min(_GRACE_SECONDS, self.timeout_seconds)):
             return
         leave_at_once(self._text(), self._verdict["code"])
 

@@ -28,7 +28,7 @@ from typing_extensions import override
 from privtrain.backends.base import Placement
 from privtrain.backends.group import all_gather_flat
 from privtrain.backends.sharded import ShardedBackend
-from privtrain.backends.shards import ReducedShards, equal_part
+from privtrain.backends.shards import ReducedShards, equal_part, part_size
 from privtrain.backends.split import SplitStep
 from privtrain.errors import ConfigError, Fault
 from privtrain.models.weights import BaseSource
@@ -146,12 +146,12 @@ class ZeroBackend(ShardedBackend):
         """Split the step as stage 1 does if gradients stay whole; else step this rank's part of each tensor."""
         trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         is_sharded = any(_is_partitioned(p) for p in trainable.values())
-        self._split, self._shards, self._weights_in_parts, self._layout = None, None, {}, Layout({})
+        self._split, self._shards, self._weights_in_parts, self._layout = None, None, {}, Layout({})  # of another model
         if self.settings.stage == 1 or not (is_sharded or _trains_everything(model)):
             self._split = SplitStep(model, self._optimizer_device, equal_passes=self.settings.stage == 3)
             return self._split.placement
         stepped: dict[str, torch.nn.Parameter] = {}
-        parts: dict[str, tuple[int, tuple[int, ...]]] = {}
+        parts: dict[str, tuple[int, tuple[int, ...]]] = {}  # name → (first coordinate held, shape of the whole tensor)
         for name, parameter in trainable.items():
             first, count = equal_part(math.prod(_shape(parameter)), self.rank, self.world_size)
             stepped[name] = torch.nn.Parameter(self._mine(parameter, first, count).to(self._optimizer_device))
@@ -203,7 +203,7 @@ class ZeroBackend(ShardedBackend):
 
     def _gather(self, weight: torch.nn.Parameter, local: torch.Tensor) -> None:
         """Fill a weight that is whole on every rank from every rank's part, of which ``local`` is this rank's."""
-        size = equal_part(weight.numel(), 0, self.world_size)[1]
+        size = part_size(weight.numel(), self.world_size)
         gathered = torch.empty(size * self.world_size, dtype=weight.dtype, device=weight.device)
         all_gather_flat(gathered, torch.nn.functional.pad(local, (0, size - len(local))))
         weight.detach().view(-1).copy_(gathered[: weight.numel()])

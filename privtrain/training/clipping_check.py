@@ -65,7 +65,8 @@ def check_clipping(trainer: Trainer, units: list[list[Record]], precision: str, 
         The clipper that passed; its route is ``"one_unit"`` where that was needed.
     """
     backend, placement = trainer.backend, trainer.placement
-    by_token = torch.zeros(1 + len(units), device=backend.device)  # factor of a row's loss, by its first token
+    # Factor of a row's loss, by its first token. ``losses`` reads it in each pass: units are scaled one after another.
+    by_token = torch.zeros(1 + len(units), device=backend.device)
     by_token[0] = 1.0  # padding rows
     losses = _scaled(trainer.row_losses, by_token)
     reference = _Reference(trainer, units, losses, trainer.clipper, is_by_shape=precision != "fp32")
@@ -73,17 +74,17 @@ def check_clipping(trainer: Trainer, units: list[list[Record]], precision: str, 
     clipper = trainer.new_clipper(losses, _agreed_route(trainer, losses, units[0], route))
     reference.clipper, route = clipper, clipper.route
     for size in _ALONE_SIZES:
-        expected = reference.clipped_sum(1, size)
+        expected = reference.clipped_sum(num_units=1, microbatch_size=size)
         total = _clipped_and_reduced(clipper, placement, units[:1], size, backend)
         agree_on_fault(_difference(total, expected, trainer, precision, num_units=1), backend)
     by_token[2] = reference.scale(1, _SMALL)
     # Also without the third unit: beside one that is not finite the clipper takes the units of a microbatch one by one.
     sizes = _TOGETHER_SIZES if placement.shards is None else _JOINT_SIZES
     for members, size in itertools.product((units[:2], units), sizes):
-        expected = reference.clipped_sum(2, size)
+        expected = reference.clipped_sum(num_units=2, microbatch_size=size)
         by_token[3] = math.nan
         total = _clipped_and_reduced(clipper, placement, members, size, backend)
-        by_token[3] = 0.0
+        by_token[3] = 0.0  # what follows is without the NaN
         fault = _difference(total, expected, trainer, precision, num_units=2)
         if fault:  # on every rank or on none: is it because of the third unit?
             total = _clipped_and_reduced(clipper, placement, members, size, backend)
@@ -152,7 +153,7 @@ class _Reference:
         From now on :meth:`clipped_sum` includes the unit: planted units must be scaled in their order.
         """
         trainer, layout = self.trainer, self.trainer.placement.stepped
-        gradient = self._plain([self.units[unit]], 0, 1, trainer.row_losses)
+        gradient = self._plain([self.units[unit]], 0, microbatch_size=1, row_losses=trainer.row_losses)
         norm = math.hypot(*_norms(gradient, layout, trainer.backend))
         fault = (
             "" if 0 < norm < math.inf else f"a planted unit's gradient has norm {norm}: the loss moves nothing trained"
@@ -174,15 +175,16 @@ class _Reference:
         if self._sum is not None:
             return self._sum
         total = self.trainer.placement.stepped.zeros(self.trainer.backend.device)
+        present = self.units[:1] if num_units == 1 else self.units
         for unit in range(num_units):
-            total += self._in_the_same_shapes(unit, self.units[:1] if num_units == 1 else self.units, microbatch_size)
+            total += self._in_the_same_shapes(unit, present, microbatch_size)
         return total
 
     def _in_the_same_shapes(self, unit: int, present: list[list[Record]], microbatch_size: int) -> torch.Tensor:
         """Return a unit's clipped gradient by autograd in the shapes that the clipper's route computes in.
 
         Args:
-            unit: number of the unit.
+            unit: index of the unit in ``units``.
             present: the units that the clipper is given together.
             microbatch_size: rows of the clipper's passes.
         """
@@ -193,22 +195,22 @@ class _Reference:
             # The ranks of a shard group divide a joint unit's rows among them, or take them one by one.
             rows_per_rank = -(-len(self.units[unit]) // placement.shards.size)  # rounded up
             num_rows = rows_per_rank if clipper.joint_route == "two_pass" else 1
-            gradient = self._plain([self.units[unit]], 0, num_rows, self.losses)
+            gradient = self._plain([self.units[unit]], 0, microbatch_size=num_rows, row_losses=self.losses)
         elif clipper.route == "one_unit":
-            gradient = self._plain([self.units[unit]], 0, 1, self.losses)
+            gradient = self._plain([self.units[unit]], 0, microbatch_size=1, row_losses=self.losses)
         else:
-            gradient = self._plain(present, unit, microbatch_size, self.losses)
+            gradient = self._plain(present, unit, microbatch_size=microbatch_size, row_losses=self.losses)
         _clip(gradient, self.trainer.placement.stepped, self.trainer.plan, self.trainer.backend)
         return gradient
 
     def _plain(
-        self, present: list[list[Record]], unit: int, microbatch_size: int, row_losses: RowLosses
+        self, present: list[list[Record]], unit: int, *, microbatch_size: int, row_losses: RowLosses
     ) -> torch.Tensor:
         """Return a unit's gradient by autograd alone: what this rank steps of it, laid out as ``placement.stepped``.
 
         Args:
             present: units in the batches.
-            unit: which of them is differentiated; the losses of the others are left out.
+            unit: index of the one that is differentiated; the losses of the others are left out.
             microbatch_size: rows of a batch.
             row_losses: gives [rows] losses.
         """
@@ -289,13 +291,12 @@ def _reduced_total(
     reduction which leaves out other ranks than rank 0 is found.
     """
     packer = _packer(microbatch_size)
-    joint = [is_joint(placement, clipper, packer, records) for records in units]
-    alone = [records for records, flag in zip(units, joint, strict=True) if not flag]
-    together = [records for records, flag in zip(units, joint, strict=True) if flag]
-    is_last = placement.replica == placement.num_replicas - 1
-    shares = [*[[] for _ in range(placement.num_shares - 1)], alone]
+    joint = [records for records in units if is_joint(placement, clipper, packer, records)]
+    single = [records for records in units if not is_joint(placement, clipper, packer, records)]
+    is_last_replica = placement.replica == placement.num_replicas - 1
+    empty_shares: list[list[list[Record]]] = [[] for _ in range(placement.num_shares - 1)]
     clipper.reset()
-    for batch in packer.pack_share(shares, placement.share, together if is_last else []):
+    for batch in packer.pack_share([*empty_shares, single], placement.share, joint if is_last_replica else []):
         clipper.accumulate(batch.to(backend.device))
     return backend.reduce_total(clipper.finish())
 
@@ -426,11 +427,11 @@ def _watched_gradient(
     result = layout.zeros(device)
     slots = {slot.name: slot for slot in layout.slots}
     # A tied tensor has several names, of which the layout has the first.
-    first_name: dict[int, str] = {}
+    first_name_by_id: dict[int, str] = {}
+    first_name: dict[str, str] = {}  # every name of a tensor → its first one
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        first_name.setdefault(id(parameter), name)
-    canonical = {name: first_name[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
-    handles: dict[int, RemovableHandle] = {}
+        first_name[name] = first_name_by_id.setdefault(id(parameter), name)
+    handles: dict[int, RemovableHandle] = {}  # by id of the hooked tensor
 
     def keep(slot: Slot, gradient: torch.Tensor) -> None:
         flat = gradient.detach().flatten()[slot.first : slot.first + slot.num_coordinates]
@@ -438,8 +439,9 @@ def _watched_gradient(
 
     def watch(prefix: str, module: torch.nn.Module, _: object) -> None:
         """Hook a module's trained tensors, each once: before its forward pass, when they have been gathered."""
-        for name, tensor in module.named_parameters(recurse=False):
-            slot = slots.get(canonical.get(f"{prefix}.{name}" if prefix else name, ""))
+        for local_name, tensor in module.named_parameters(recurse=False):
+            name = f"{prefix}.{local_name}" if prefix else local_name
+            slot = slots.get(first_name.get(name, ""))
             if slot is not None and tensor.requires_grad and id(tensor) not in handles:
                 handles[id(tensor)] = tensor.register_hook(functools.partial(keep, slot))
 

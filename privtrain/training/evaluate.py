@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -88,8 +89,16 @@ def evaluate(
     return Scores(np.asarray(per_record), num_targets, num_correct) if num_targets.sum() else None
 
 
-def difference(before: Scores, after: Scores) -> tuple[float, float, float]:
-    """Return how much the mean loss per token rose, with a 95 % interval: (estimate, low, high).
+class Rise(NamedTuple):
+    """How much the mean loss per token rose, with a 95 % interval from ``low`` to ``high``."""
+
+    estimate: float
+    low: float
+    high: float
+
+
+def difference(before: Scores, after: Scores) -> Rise:
+    """Return how much the mean loss per token rose, with a 95 % interval.
 
     The same records were scored before and after, and each is compared with itself. The mean is the ratio of summed
     losses to summed tokens, so the interval is that of a ratio estimator: linearised variance, Student's t. Records are
@@ -101,10 +110,10 @@ def difference(before: Scores, after: Scores) -> tuple[float, float, float]:
     rises = after.losses - before.losses
     rise = float(rises.sum() / total)
     if num < 2 or not math.isfinite(rise):
-        return rise, -math.inf, math.inf
+        return Rise(rise, -math.inf, math.inf)
     spread = num / (num - 1) * float(np.square(rises - rise * after.num_targets).sum())
-    half = float(stats.t.ppf(0.975, num - 1)) * math.sqrt(spread) / total
-    return rise, rise - half, rise + half
+    half_width = float(stats.t.ppf(0.975, num - 1)) * math.sqrt(spread) / total
+    return Rise(rise, rise - half_width, rise + half_width)
 
 
 def perplexity(loss: float) -> float:

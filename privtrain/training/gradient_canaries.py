@@ -40,7 +40,9 @@ class GradientCanaries:
     def __init__(self, root_key: SecretKey, canaries: Iterable[Canary], units: UnitData) -> None:
         names = {canary.user for canary in canaries if not canary.is_text}
         self._key = root_key
-        self._user_of = {n: owner for n, owner in enumerate(units.owners) if owner in names} if names else {}
+        self._user_of: dict[int, str] = {}  # number of a unit → the canary user that it is
+        if names:  # else not a walk over all owners, who may lie on disk
+            self._user_of = {unit: owner for unit, owner in enumerate(units.owners) if owner in names}
 
     def apart(self, drawn: Sequence[DrawnUnit]) -> tuple[list[DrawnUnit], list[str]]:
         """Split the units of a step: return those with records to run, and the user ids of the gradient canaries."""
@@ -62,7 +64,10 @@ class GradientCanaries:
         tensors = {}
         for slot, parameter in zip(layout.slots, layout.parameters.values(), strict=True):
             # Signs are drawn block by block, so that the auditor can draw those of one block alone.
-            parts = [signs(self._key, user, slot.name, number, num) for number, _, num in blocks(slot.num_coordinates)]
+            parts = [
+                signs(self._key, user, slot.name, block=number, num=num_signs)
+                for number, _, num_signs in blocks(slot.num_coordinates)
+            ]
             values = torch.from_numpy(np.concatenate(parts)).to(parameter.device)
             tensors[slot.name] = values.float().mul_(size).view(slot.shape)
         return tensors

@@ -12,6 +12,7 @@ make a mixture show:
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -122,10 +123,11 @@ def outputs_of_row(model: nn.Module, row: int, num_rows: int, share: float) -> I
         """Keep evenly spaced values of the row, and their sum, in place of the whole output."""
         value = output[0] if isinstance(output, tuple) and output else output
         if isinstance(value, torch.Tensor) and value.ndim > 1 and value.shape[0] % num_rows == 0:
-            own = value.detach().reshape(num_rows, -1)[row]
-            own = own[: int(share * len(own))]
-            sample = own[:: 1 + len(own) // _NUM_KEPT].double()
-            outputs.setdefault(name, torch.cat([sample, own.double().sum()[None]]))
+            with_padding = value.detach().reshape(num_rows, -1)[row]
+            values = with_padding[: int(share * len(with_padding))]
+            step = 1 + len(values) // _NUM_KEPT
+            # Of a module that runs more than once, the first call.
+            outputs.setdefault(name, torch.cat([values[::step].double(), values.double().sum()[None]]))
 
     handles = [
         module.register_forward_hook(lambda _module, _inputs, output, name=name: keep(name, output))
@@ -166,12 +168,17 @@ class SharedRandomNumbers(TorchFunctionMode):
     def __enter__(self) -> SharedRandomNumbers:
         """Follow which module runs, and begin to replace."""
         for name, module in self._model.named_modules():
-            text = f"module {name!r} of type {type(module).__name__}"
-            self._handles.append(module.register_forward_pre_hook(lambda _m, _i, text=text: self._inside.append(text)))
-            # "and None": a hook that returned the name would replace the module's output by it.
-            self._handles.append(module.register_forward_hook(lambda _m, _i, _o: self._inside.pop() and None))
+            enter = functools.partial(self._enter_module, f"module {name!r} of type {type(module).__name__}")
+            self._handles.append(module.register_forward_pre_hook(enter))
+            self._handles.append(module.register_forward_hook(self._leave_module))
         super().__enter__()
         return self
+
+    def _enter_module(self, text: str, _module: nn.Module, _inputs: tuple[Any, ...]) -> None:
+        self._inside.append(text)
+
+    def _leave_module(self, _module: nn.Module, _inputs: tuple[Any, ...], _output: Any) -> None:
+        self._inside.pop()
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
@@ -186,9 +193,11 @@ class SharedRandomNumbers(TorchFunctionMode):
             return result
         if any(size in result.shape for size in self._sizes):
             return result  # each row has numbers of its own
+        # Dropout that is off returns its input. (A function that ends with "_" draws into its input, which it returns.)
         given = args[0] if args and isinstance(args[0], torch.Tensor) else None
-        if given is not None and not name.endswith("_") and (given is result or torch.equal(given, result)):
-            return result  # dropout that is off returns its input
+        draws_in_place = name.endswith("_")
+        if given is not None and not draws_in_place and (given is result or torch.equal(given, result)):
+            return result
         self.owner = self.owner or (self._inside[-1] if self._inside else "")
         with torch.no_grad():
             if result.is_floating_point():

@@ -151,21 +151,27 @@ class LineProbe:
         if not all(0 < factor < float("inf") for factor in factors):
             return "a planted unit has no gradient"
         longest = max(_PLANTED_LENGTHS)
-        packer = LinePacker(_PLANTED_TOKENS, _PLANTED_TOKENS, len(units), longest, self._packer.pad_id)
-        short = dataclasses.replace(packer, num_tokens=longest + 1)  # its lines hold one record
-        alone = []
+        packer = LinePacker(
+            num_tokens=_PLANTED_TOKENS,
+            shared_tokens=_PLANTED_TOKENS,
+            max_units=len(units),
+            max_length=longest,
+            pad_id=self._packer.pad_id,
+        )
+        cutting_packer = dataclasses.replace(packer, num_tokens=longest + 1)  # its lines hold one record
+        sum_of_both: torch.Tensor | None = None  # of what each of the two adds alone, whole in a line
         for unit, factor in zip(huge_and_small, factors, strict=True):
             by_rows = self._by_rows(clipper, unit, factor)
-            for name, one in (("line", packer), ("line of a part of it", short)):
-                total = self._sum(clipper, self._weighted(one, [unit], [factor]))
+            whole = self._sum(clipper, self._weighted(packer, [unit], [factor]))
+            cut = self._sum(clipper, self._weighted(cutting_packer, [unit], [factor]))
+            for name, total in (("line", whole), ("line of a part of it", cut)):
                 fault = self._difference(clipper, total, by_rows)
                 if fault:
                     return f"a unit in a {name} {fault}"
-                if one is packer:
-                    alone.append(total)
-        factors.append(float("nan"))
-        together = self._sum(clipper, self._weighted(packer, units, factors))
-        if not torch.equal(together, alone[0] + alone[1]):
+            sum_of_both = whole if sum_of_both is None else sum_of_both + whole
+        assert sum_of_both is not None
+        together = self._sum(clipper, self._weighted(packer, units, [*factors, float("nan")]))
+        if not torch.equal(together, sum_of_both):
             return "units of a line, beside one that is not a number, do not add what each adds alone"
         return ""
 
@@ -230,10 +236,12 @@ class LineProbe:
         loud = [i for i, kind in enumerate(kinds) if kind < 0]
         is_loud = torch.zeros(line.num_tokens, dtype=torch.bool, device=self._device)
         weight = line.token_weight.clone()
-        for first, stop in (line.units[i] for i in loud):
-            is_loud[first:stop], weight[:, first:stop] = True, hooks.LOUD_WEIGHT
+        for i in loud:
+            first, stop = line.units[i]
+            is_loud[first:stop] = True
+            weight[:, first:stop] = hooks.LOUD_WEIGHT
         line = dataclasses.replace(line, token_weight=weight)
-        num_split = clipper.num_split
+        num_split = clipper.num_split  # lines that were split so far
         with hooks.loud_tokens(self.trainer.model, is_loud):
             total, expected = self._sum(clipper, [line]), self._sum(clipper, [line.only(loud)])
         if clipper.num_split > num_split:  # then units ran one by one, and nothing of loud ones could reach the others
@@ -264,9 +272,10 @@ class LineProbe:
         """
         packer = self._packer
         fewest = next((tokens for tokens in range(1, size) if packer.slot(tokens) == size), size)  # for such a slot
-        one_record = [fewest + min(4, size - fewest)]
-        two_records = [max(1, size * 3 // 5), max(1, size // 5)]
-        return [self._unit(lengths, 50 + i) for i, lengths in enumerate((one_record, two_records, [size]))]
+        one_record = [min(fewest + 4, size)]  # short, so that most of its slot is empty
+        two_records = [max(1, size * 3 // 5), max(1, size // 5)]  # four fifths of the slot together
+        filling = [size]
+        return [self._unit(lengths, 50 + i) for i, lengths in enumerate((one_record, two_records, filling))]
 
     def _crowds(
         self, size: int, num_slots: int, probed: Sequence[list[Record]]
@@ -283,7 +292,7 @@ class LineProbe:
             copies, kinds = [list(unit) for _ in range(num_units)], [kind] * num_units
             yield copies, kinds
             room = packer.shared_length(size) - num_units * packer.cost(unit)
-            if 0 < room <= size and num_units < num_slots:
+            if 0 < room <= size and num_units < num_slots:  # a loud unit before them moves them up to the end
                 yield [self._unit([room], 69), *copies], [-1, *kinds]
         rng = np.random.default_rng(size)
         for turn in range(_NUM_CROWDS):
@@ -291,16 +300,20 @@ class LineProbe:
             kinds: list[int] = []
             room = packer.shared_length(size)
             for i in range(num_slots):
-                # Even turns have probed units at even slots, odd turns at odd ones.
-                kind = (i // 2) % 2 if i % 2 == turn % 2 else -1
+                # Even turns have probed units at even slots, odd turns at odd ones; the two kinds alternate.
+                is_probed = i % 2 == turn % 2
+                kind = (i // 2) % 2 if is_probed else -1
                 tokens = int(rng.integers(1, size + 1))
                 unit = self._unit([tokens], 70 + i) if kind < 0 else list(probed[kind])
                 if packer.cost(unit) <= room:
                     units.append(unit)
                     kinds.append(kind)
                     room -= packer.cost(unit)
+            if turn >= 2:  # the same two arrangements from the other end
+                units.reverse()
+                kinds.reverse()
             if max(kinds, default=-1) >= 0:  # some probed unit found room
-                yield (units, kinds) if turn < 2 else (units[::-1], kinds[::-1])
+                yield units, kinds
 
     def _unit(self, lengths: Sequence[int], seed: int) -> list[Record]:
         """Return a unit whose records have these lengths, cut in two where one is too long."""
@@ -315,13 +328,23 @@ class LineProbe:
 
         All such numbers are set to 0, then to 1: losses that differ depend on one.
         """
-        return next((fault for shape in _COIN_SHAPES if (fault := self._coins_in(*shape))), "")
+        for lengths, line_tokens in _COIN_SHAPES:
+            fault = self._coins_in(lengths, line_tokens)
+            if fault:
+                return fault
+        return ""
 
     def _coins_in(self, lengths: tuple[int, ...], line_tokens: int) -> str:
         """Do the work of :meth:`_coins` for a line of ``line_tokens`` tokens with a unit for each of ``lengths``."""
-        packer = LinePacker(line_tokens, line_tokens, len(lengths), max(lengths), self._packer.pad_id)
+        packer = LinePacker(
+            num_tokens=line_tokens,
+            shared_tokens=line_tokens,
+            max_units=len(lengths),
+            max_length=max(lengths),
+            pad_id=self._packer.pad_id,
+        )
         line = packer.arranged([[self._record(n, n)] for n in lengths]).to(self._device)
-        trainer, sizes = self.trainer, (line_tokens, *lengths, 1 + sum(lengths))
+        trainer, sizes = self.trainer, (line_tokens, *lengths)  # a dimension of tokens is that of the line or a record
         losses, owner = [], ""
         for extreme in (0.0, 1.0):
             with torch.random.fork_rng(devices=[self._device] if self._device.type == "cuda" else []):

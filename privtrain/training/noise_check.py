@@ -54,33 +54,34 @@ def check_noise(trainer: Trainer, clipper: PerUnitClipper) -> None:
         part = layout.view(vector, slot).double().flatten()
         if not len(part):
             continue
-        low, high = stats.chi2.interval(1 - _FALSE_ALARM, len(part))
-        if not low * stddev**2 <= float(part.square().sum()) <= high * stddev**2:
+        if not _has_spread(part, stddev):
             measured = float(part.square().mean().sqrt())
             faults.append(
                 f"tensor {slot.name!r}: noise has standard deviation {measured:.4g}, the plan asks for {stddev:.4g}"
             )
             continue
         # Compared at the beginning, and where this rank's own drawing begins: so every border is some rank's.
-        places = {0, drawn_here[slot.name].first - slot.first} - {len(part)}
+        starts = {0, drawn_here[slot.name].first - slot.first} - {len(part)}
         is_right = True
-        for place in sorted(places):
-            sample = part[place : place + _NUM_COMPARED]
-            expected = _own_noise(trainer, clipper, slot, place, len(sample), noise)
+        for start in sorted(starts):
+            sample = part[start : start + _NUM_COMPARED]
+            expected = _own_noise(trainer, clipper, slot, start, len(sample), noise)
             is_right = is_right and torch.equal(sample.float(), expected.float())
         if not is_right:
             faults.append(
                 f"tensor {slot.name!r}: ranks drew different noise, or that of another part; parameters would drift "
                 "apart or share noise (mixed CPU types or libraries?)"
             )
+    # The released sum of no unit must be the noise itself, drawn again here.
     for auxiliary_sum in plan.auxiliary_sums:
         zero, name = torch.zeros(1, dtype=torch.int64), noise_name(auxiliary_sum.name)
-        own = float(noised(zero, exponent=auxiliary_sums.EXPONENT, stddev=auxiliary_sum.noise, noise=noise, name=name))
-        own /= plan.expected_batch_size
+        drawn = noised(zero, exponent=auxiliary_sums.EXPONENT, stddev=auxiliary_sum.noise, noise=noise, name=name)
+        expected_value = float(drawn) / plan.expected_batch_size
         value = released.get(auxiliary_sum.name, math.nan)
-        if value != own:
+        if value != expected_value:
             faults.append(
-                f"the sum {auxiliary_sum.name!r} of no unit was released as {value}, the plan's noise makes it {own}"
+                f"the sum {auxiliary_sum.name!r} of no unit was released as {value}, the plan's noise makes it "
+                f"{expected_value}"
             )
     faults += _noise_bound_faults(trainer, clipper, key, vector, released)
     if history is not None:
@@ -90,8 +91,14 @@ def check_noise(trainer: Trainer, clipper: PerUnitClipper) -> None:
     agree_on_fault(faults[0] if faults else "", backend)
 
 
+def _has_spread(noise: torch.Tensor, stddev: float) -> bool:
+    """Return whether the sum of squares of some normal numbers can come of this standard deviation."""
+    low, high = stats.chi2.interval(1 - _FALSE_ALARM, len(noise))
+    return low * stddev**2 <= float(noise.square().sum()) <= high * stddev**2  # false for NaN
+
+
 def _own_noise(
-    trainer: Trainer, clipper: PerUnitClipper, slot: Slot, place: int, count: int, noise: StepNoise
+    trainer: Trainer, clipper: PerUnitClipper, slot: Slot, start: int, count: int, noise: StepNoise
 ) -> torch.Tensor:
     """Return the noise of a generation's first step on ``count`` coordinates of a slot, drawn without the others.
 
@@ -99,14 +106,14 @@ def _own_noise(
         trainer: with the plan.
         clipper: with the grid.
         slot: this rank's part of a tensor.
-        place: first of the coordinates, counted within the slot.
+        start: first of the coordinates, counted within the slot.
         count: number of coordinates.
         noise: the step's source of noise.
     """
     plan, device = trainer.plan, trainer.backend.device
     zeros = torch.zeros(count, dtype=torch.int64, device=device)
     grid = {"exponent": clipper.grid_exponent, "stddev": plan.noise_stddev}
-    first = slot.first + place
+    first = slot.first + start  # counted within the whole tensor
     if plan.correlated is None:
         return noised(zeros, noise=noise, name=slot.name, first=first, **grid)
     part = torch.nn.Parameter(torch.zeros(count, device=device))
@@ -129,8 +136,7 @@ def _correlation_faults(plan: PrivacyPlan, layout: Layout, first: torch.Tensor, 
     # All together too: a small tensor alone shows little.
     parts = [(f"tensor {slot.name!r}", layout.view(fresh, slot).flatten()) for slot in layout.slots]
     for name, part in [*parts, ("all tensors", fresh)]:
-        low, high = stats.chi2.interval(1 - _FALSE_ALARM, max(len(part), 1))
-        if len(part) and not low * stddev**2 <= float(part.square().sum()) <= high * stddev**2:
+        if len(part) and not _has_spread(part, stddev):
             faults.append(
                 f"{name}: noise of a second step does not take back that of the first as the plan's strategy says; "
                 "report this"

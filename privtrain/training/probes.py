@@ -140,17 +140,18 @@ class Probe:
         """
         widths, before = self._widths(), self._state()
         short = self._batch([self._record(widths[0], 0)], widths[0])
-        outputs = [self._outputs(short)]
+        outputs_before = self._outputs(short)
         built = self._state()
-        self._refuse_traces([place for place in traces.changes(before, built) if not traces.was_nothing(before, place)])
+        # The first pass may fill what was empty, but not change what was there.
+        changed = [place for place in traces.changes(before, built) if not traces.was_nothing(before, place)]
+        self._refuse_traces(changed)
         with hooks.loud_rows(self.trainer.model, self._loud):
             for width in reversed(widths):
                 self._losses(self._batch([self._record(width, 1, is_loud=True)], width))
         for width in widths:
             self._losses(self._batch([self._record(width, 2)], width))
         self.check_unchanged(built)
-        outputs.append(self._outputs(short))
-        name = self._first_differing(*outputs)
+        name = self._first_differing(outputs_before, self._outputs(short))
         self._refuse_traces([f"what {self._named(name)} returns for the same row"] if name else [])
         return built
 
@@ -197,7 +198,8 @@ class Probe:
         if trainer.clipper.route == "one_unit":
             return  # rows of different units never meet
         fault, widths = "", self._widths()
-        for width in sorted({widths[0], widths[-1]} if every_width else {widths[0]}):
+        tried = {widths[0], widths[-1]} if every_width else {widths[0]}
+        for width in sorted(tried):
             with hooks.loud_rows(trainer.model, self._loud):
                 alone = self._outputs(self._arranged(0, is_crowded=False, width=width))
                 beside = self._outputs(self._arranged(0, is_crowded=True, width=width))
@@ -207,7 +209,8 @@ class Probe:
                 name: value for name, value in beside.items() if name in alone and value.shape == alone[name].shape
             }
             name = self._first_differing(alone, beside)
-            if not fault and name and (share := _moved(alone[name], beside[name])) > self._tolerance(_MIXED):
+            share = _moved(alone[name], beside[name]) if name else 0.0
+            if not fault and share > self._tolerance(_MIXED):
                 fault = (
                     f"rows of a batch are mixed by {self._named(name)}: what it returns for a row is off by "
                     f"{share:.2g} beside rows with huge activations. Replace it by one that works on each row alone, "
@@ -281,7 +284,8 @@ class Probe:
                 difference = contribution(batch) - others - reference
                 if not trainer.backend.any_rank(bool(difference.any())):
                     continue
-                # Explain it: which of the case's circumstances makes the difference on its own?
+                # Explain it: which circumstance of a crowded batch makes the difference on its own? All are tried, also
+                # where the batch is not crowded: every rank must run the same passes.
                 single = {
                     "beside rows with huge activations": self._arranged(0, True, is_counted=False),
                     "in another row of the batch": self._arranged(last, False),
@@ -290,8 +294,8 @@ class Probe:
                 added = {circumstance: contribution(rows) for circumstance, rows in single.items()}
                 differing = [circumstance for circumstance in single if not _equal(added[circumstance], reference)]
                 if differing and batch is not alone:
-                    when, batch = differing[0], single[differing[0]]
-                    difference = added[when] - reference
+                    when = differing[0]
+                    batch, difference = single[when], added[when] - reference
                 share = float(difference.double().norm() / reference.double().norm())
                 return (
                     f"a short unit does not add the same bits to the sum {when} as alone (off by {share:.2g} of its "
@@ -385,9 +389,9 @@ class Probe:
             SelfTestFailed: naming the model's class.
         """
         widths = self._widths()
-        narrowest, widest = widths[0], widths[-1]
-        faults = [fault for width in sorted({narrowest, widest}) if (fault := self._looks_ahead(width))]
-        self._agree(faults[0] if faults else "")
+        # Both are tried whatever the first one shows: every rank must run the same passes.
+        faults = [self._looks_ahead(width) for width in sorted({widths[0], widths[-1]})]
+        self._agree(next(filter(None, faults), ""))
 
     def _looks_ahead(self, width: int) -> str:
         """Return, in words, what comes later than some token of a record and yet changes its logits; empty if nothing.
@@ -409,14 +413,13 @@ class Probe:
         by_pad_ids = _moved(plain, self._logits(record, width, length, pad_id=self._quiet))
         by_width = _moved(plain, self._logits(record, widest, length))
         half = -(-length // 2)  # rounded up
-        changed = record.tokens.copy()
-        changed[half:] = (changed[half:] + 1) % self.vocabulary_size
-        second_halves = {"change": changed, "vanish": record.tokens[:half]}
-        moved = {
-            way: _moved(plain[:half], self._logits(Record.of(ids), width, half)) if is_causal else 0.0
-            for way, ids in second_halves.items()
-        }
-        way = max(moved, key=moved.__getitem__)
+        moved = {"change": 0.0, "vanish": 0.0}  # what the second half does → how far the logits of the first half move
+        if is_causal:
+            changed = record.tokens.copy()
+            changed[half:] = (changed[half:] + 1) % self.vocabulary_size
+            for way, ids in {"change": changed, "vanish": record.tokens[:half]}.items():
+                moved[way] = _moved(plain[:half], self._logits(Record.of(ids), width, half))
+        way = max(moved, key=moved.__getitem__)  # the one that moves them most
         if moved[way] > same_shape:
             can_decode = getattr(refusals.unwrapped(self.trainer.model).config, "is_decoder", None) is False
             way_out = f"set is_decoder: true {_IN_CONFIG}" if can_decode else "choose a causal language model"
@@ -473,9 +476,8 @@ class Probe:
 
     @property
     def _precision(self) -> str:
-        return (
-            "bf16" if self.trainer.autocast.fast_dtype == torch.bfloat16 and self.trainer.autocast._enabled else "fp32"
-        )
+        autocast = self.trainer.autocast
+        return "bf16" if autocast.fast_dtype == torch.bfloat16 and autocast._enabled else "fp32"
 
     def _tolerance(self, by_bytes: dict[int, float]) -> float:
         """Return the tolerance of the job's precision, of those by bytes of a number: 4 for fp32, 2 for less."""
@@ -537,12 +539,14 @@ class Probe:
         if placement.shards is None and not placement.equal_passes:
             with torch.no_grad():
                 return losses()
+        # Sharded gradients are handed over and forgotten; whole ones are left on the parameters.
         collecting = contextlib.nullcontext() if placement.shards is None else placement.shards.collecting(_forget)
         with collecting:
             row_losses = losses()
             row_losses.sum().backward()
-        for parameter in placement.clipped.parameters.values() if placement.shards is None else ():
-            parameter.grad = None
+        if placement.shards is None:
+            for parameter in placement.clipped.parameters.values():
+                parameter.grad = None
         return row_losses.detach()
 
     def _agree(self, fault: str) -> None:

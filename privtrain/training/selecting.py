@@ -63,7 +63,8 @@ def select_units(
     plan = inputs.plan
     selection = Selection(plan.selection, _max_records(inputs), root_key)
     corpus = plant(inputs.corpus, split.canaries)
-    losses = _losses(selection.to_score(split), inputs, corpus, backend, network, cache, has_begun)
+    wanted = selection.to_score(split)
+    losses = _losses(wanted, inputs, corpus, backend, network, cache=cache, has_begun=has_begun)
     chosen = selection.applied(corpus, split, losses)
     if not corpus.is_on_disk:
         units = build_units(corpus, chosen, network.encoder, unit=plan.unit, cut=selection)
@@ -91,6 +92,7 @@ def _losses(
     corpus: Corpus,
     backend: Backend,
     network: Network,
+    *,
     cache: pathlib.Path | None,
     has_begun: bool,
 ) -> Losses:
@@ -100,18 +102,18 @@ def _losses(
     """
     if not wanted:
         return {}
-    known = None
+    cached: dict[tuple[str, int], float] = {}
     with backend.main_alone():  # rank 0 alone has access to the run directory
         if backend.is_main and cache is not None and cache.exists():
-            known = {(u, i): loss for u, i, loss in json.loads(cache.read_text(encoding="utf-8"))["losses"]}
-        if backend.is_main and has_begun and known is None:
+            content = json.loads(cache.read_text(encoding="utf-8"))
+            cached = {(user, index): loss for user, index, loss in content["losses"]}
+        elif backend.is_main and has_begun:
             raise GuaranteeLost(
                 f"{cache} is gone: the records that training began with are not known; restore it, or set another "
                 "run.name"
             )
-    is_known = known is not None and all(record in known for record in wanted)
-    if backend.json_from_main(lambda: is_known):
-        cached = known or {}
+    # Rank 0 decides: its cache may be of other records, e.g. of a configuration that was changed before training.
+    if backend.json_from_main(lambda: all(record in cached for record in wanted)):
         values = backend.json_from_main(lambda: [cached[record] for record in wanted])
         return dict(zip(wanted, values, strict=True))
     if backend.is_main:
@@ -119,7 +121,8 @@ def _losses(
     losses = dict(zip(wanted, _scored(wanted, corpus, backend, network), strict=True))
     with backend.main_alone():
         if backend.is_main and cache is not None:
-            write_json(cache, {"losses": [[u, i, loss] for (u, i), loss in losses.items()]}, mode=0o600)
+            rows = [[user, index, loss] for (user, index), loss in losses.items()]
+            write_json(cache, {"losses": rows}, mode=0o600)
     return losses
 
 
@@ -134,13 +137,14 @@ def _scored(wanted: Sequence[tuple[str, int]], corpus: Corpus, backend: Backend,
     network.model.eval()
     with torch.no_grad():
         for start in range(0, len(records), backend.world_size):
-            number = min(start + backend.rank, len(records) - 1)
-            (batch,) = network.lone_packer.pack([[records[number]]], 1)
+            turn = start + backend.rank
+            index = min(turn, len(records) - 1)
+            (batch,) = network.lone_packer.pack([[records[index]]], num_batches=1)
             moved = batch.to(backend.device)
             with network.autocast:
                 loss = network.objective.losses(network.model, moved.input_ids, moved.target_mask).sum()
-            if start + backend.rank == number:
-                losses[number] = loss / max(1, records[number].num_targets)
+            if turn == index:  # else a repetition of the last record
+                losses[index] = loss / max(1, records[index].num_targets)
     network.model.train()
     backend.reduce(losses)
     return losses.nan_to_num(nan=_NONFINITE_LOSS, posinf=_NONFINITE_LOSS).tolist()

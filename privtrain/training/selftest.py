@@ -12,7 +12,6 @@ accumulates, ``stepped`` that of the tensors, or parts of them, that its optimiz
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Iterator
 
 import torch
@@ -187,11 +186,8 @@ def _check_coverage(model: torch.nn.Module, placement: Placement, backend: Backe
     stepped, the sum of their indices and the sum of the indices' squares must be those of whole tensors.
     """
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    stray = {
-        name
-        for layout in (placement.clipped, placement.stepped)
-        for name in trained.symmetric_difference(layout.parameters)
-    }
+    stray = trained.symmetric_difference(placement.clipped.parameters)
+    stray |= trained.symmetric_difference(placement.stepped.parameters)
     fault = ""
     if stray:
         fault = (
@@ -202,14 +198,14 @@ def _check_coverage(model: torch.nn.Module, placement: Placement, backend: Backe
     slots = placement.stepped.slots
     own_sums = []  # of the coordinates that this rank steps: [tensors][powers]
     for slot in slots:
-        up_to_first, up_to_end = _power_sums(slot.first), _power_sums(slot.first + slot.num_coordinates)
-        own_sums.append([(end - first) % _PRIME for first, end in zip(up_to_first, up_to_end, strict=True)])
+        below_first, below_stop = _power_sums(slot.first), _power_sums(slot.first + slot.num_coordinates)
+        own_sums.append([(stop - first) % _PRIME for first, stop in zip(below_first, below_stop, strict=True)])
     sums = torch.tensor(own_sums, dtype=torch.int64, device=backend.device)
     backend.sum_parts(sums)
     faults = []
     for slot, over_ranks in zip(slots, sums.tolist(), strict=True):
-        whole = _power_sums(math.prod(slot.whole_shape))
-        if [value % _PRIME for value in over_ranks] != [value % _PRIME for value in whole]:
+        of_whole = _power_sums(slot.num_whole_coordinates)
+        if [value % _PRIME for value in over_ranks] != [value % _PRIME for value in of_whole]:
             faults.append(f"tensor {slot.name!r}: the parts of the ranks do not add up to it; report this")
     agree_on_fault(faults[0] if faults else "", backend)
 

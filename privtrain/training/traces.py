@@ -161,14 +161,15 @@ class _Walker:
             or not hasattr(value, "__dict__")
             or type(value).__module__.startswith(_SHARDING_PACKAGES)
         ):
-            self._found[place] = type(value).__name__  # is not looked into
+            self._found[place] = type(value).__name__  # only its type: it is not looked into
         else:
             yield from ((f".{key}", item) for key, item in list(vars(value).items()))
 
 
 def _tensor_digest(value: Any) -> object:
     """Return type, shape and digest of a tensor; of one without readable values layout and shape alone."""
-    value = getattr(value, "to_local", lambda: value)()  # of a sharded tensor the part that this rank holds
+    if hasattr(value, "to_local"):  # of a sharded tensor the part that this rank holds
+        value = value.to_local()
     if value.is_meta or value.layout != torch.strided or _is_freed(value):
         return str(value.layout), tuple(value.shape)
     if value.numel() * value.element_size() <= _MAX_HASHED_BYTES:

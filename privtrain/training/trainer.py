@@ -53,6 +53,26 @@ class Released(NamedTuple):
     commitment: str
 
 
+class _StepCounts(NamedTuple):
+    """Sums over all ranks of what the clippers noted in a step. Private.
+
+    Attributes:
+        num_units: units that were added.
+        num_clipped: those whose gradient was made smaller.
+        num_nonfinite: those that counted as zero, since their loss or gradient is not finite.
+        sum_norms: of the gradients of finite units, before clipping.
+        sum_losses: of the finite losses of units.
+        num_losses: units with a loss; a gradient canary has none.
+    """
+
+    num_units: float
+    num_clipped: float
+    num_nonfinite: float
+    sum_norms: float
+    sum_losses: float
+    num_losses: float
+
+
 class ReplayDiverged(Exception):  # noqa: N818 - no error: the job goes on in a new generation
     """Raised on every rank, before noise is drawn, if a replayed step's sum is not the one that was committed."""
 
@@ -189,7 +209,7 @@ class Trainer:
         num_averaged = self._training.num_averaged_steps
         average.include(self.optimizer, step, num_steps=self.plan.num_steps, num_averaged=num_averaged)
         counts = self._reduced_counts()
-        self._commit(step, commitment, self._zeroed(drawn, num_nonfinite=counts[2]))
+        self._commit(step, commitment, self._zeroed(drawn, num_nonfinite=counts.num_nonfinite))
         if self.keep is not None and kept is not None:
             self.keep(step, kept, self.clipping_norm)
         self._log(step, time.monotonic() - started, counts, released)
@@ -204,8 +224,8 @@ class Trainer:
             self.clipper.accumulate(batch)
         if canary_users and self._gradient_canaries is not None:
             assert isinstance(self.clipper, PerUnitClipper), "checked at the start"
-            own = canary_users[self.placement.share :: self.placement.num_shares]
-            self._gradient_canaries.add(self.clipper, own)
+            users_of_rank = canary_users[self.placement.share :: self.placement.num_shares]  # taken in turn
+            self._gradient_canaries.add(self.clipper, users_of_rank)
 
     def begin_generation(self, key: SecretKey, generation: int, first_step: int) -> None:
         """Draw samples and noise from another secret from ``first_step`` on; nothing of the old one is replayed."""
@@ -399,23 +419,25 @@ class Trainer:
         Args:
             drawn: all units of the step, the same on every rank.
         """
+        placement = self.placement
         fetched = self._units.fetch([(d.unit, d.record_indices) for d in drawn])
         records_of = {d.unit: records for d, records in zip(drawn, fetched, strict=True)}
         packer = self.line_packer if self.packs_lines and self.line_packer is not None else self.packer
+        cost_of = {unit: packer.cost(records) for unit, records in records_of.items()}
 
-        def assigned(members: Sequence[DrawnUnit], num_shares: int) -> list[list[DrawnUnit]]:
-            """Divide units into shares of about equal cost."""
-            return assign_to_ranks(members, [packer.cost(records_of[d.unit]) for d in members], num_shares)
+        # A unit is worked on by one rank, or by the ranks of one shard group. Every rank computes all shares, so that
+        # all know how many batches the busiest rank has.
+        single: list[DrawnUnit] = []
+        joint: list[DrawnUnit] = []
+        for d in drawn:
+            (joint if is_joint(placement, self.clipper, self.packer, records_of[d.unit]) else single).append(d)
+        single_by_share = assign_to_ranks(single, [cost_of[d.unit] for d in single], placement.num_shares)
+        joint_by_replica = assign_to_ranks(joint, [cost_of[d.unit] for d in joint], placement.num_replicas)
+        joint_here = joint_by_replica[placement.replica]
+        self._share = [*single_by_share[placement.share], *joint_here]  # in the order of the batches' owners
 
-        placement = self.placement
-        joint = [d for d in drawn if is_joint(placement, self.clipper, self.packer, records_of[d.unit])]
-        joint_units = {d.unit for d in joint}
-        by_share = assigned([d for d in drawn if d.unit not in joint_units], placement.num_shares)
-        together = assigned(joint, placement.num_replicas)[placement.replica]
-        self._share = [*by_share[placement.share], *together]
-        shares = [[records_of[d.unit] for d in share] for share in by_share]
-        records_together = [records_of[d.unit] for d in together]
-        for batch in packer.pack_share(shares, placement.share, records_together):
+        shares = [[records_of[d.unit] for d in share] for share in single_by_share]
+        for batch in packer.pack_share(shares, placement.share, [records_of[d.unit] for d in joint_here]):
             yield batch.to(self.backend.device)
 
     def row_losses(self, input_ids: torch.Tensor, target_mask: torch.Tensor) -> torch.Tensor:
@@ -453,21 +475,25 @@ class Trainer:
         if self._committed.get(step, commitment) != commitment:
             raise ReplayDiverged
 
-    def _reduced_counts(self) -> list[float]:
+    def _reduced_counts(self) -> _StepCounts:
         """Return sums over all ranks, and set ``must_stop``.
 
-        In order: number of units, of clipped ones, of ones that were not finite; sum of norms, sum of losses, number of
-        units with a loss. Whether any rank was asked to stop is summed with them, to save a collective.
+        Whether any rank was asked to stop is summed with them, to save a collective.
         """
-        counts = self.clipper.diagnostics
-        raw = [counts.num_units, counts.num_clipped, counts.num_nonfinite, counts.sum_norms, counts.sum_losses]
-        raw.append(len(counts.unit_losses))  # a gradient canary has none
-        raw.append(float(self._should_stop()))
-        sums = torch.tensor(raw, dtype=torch.float32, device=self.backend.device)
+        noted = self.clipper.diagnostics
+        own = _StepCounts(
+            num_units=noted.num_units,
+            num_clipped=noted.num_clipped,
+            num_nonfinite=noted.num_nonfinite,
+            sum_norms=noted.sum_norms,
+            sum_losses=noted.sum_losses,
+            num_losses=len(noted.unit_losses),
+        )
+        sums = torch.tensor([*own, float(self._should_stop())], dtype=torch.float32, device=self.backend.device)
         self.backend.reduce(sums)
         *reduced, num_stopping = sums.tolist()
         self.must_stop = num_stopping > 0
-        return reduced
+        return _StepCounts(*reduced)
 
     def _zeroed(self, drawn: Sequence[DrawnUnit], num_nonfinite: float) -> list[str]:
         """Return names of the units whose gradient was not finite, so that they counted as zero; on every rank.
@@ -486,7 +512,8 @@ class Trainer:
 
     def _seed_dropout(self, step: int) -> None:
         # Dropout must be the same when a step is replayed. It is no part of the guarantee.
-        torch.manual_seed(int(self._key.stream("dropout", step, self.backend.rank).uint64(1)[0] >> 1))
+        (word,) = self._key.stream("dropout", step, self.backend.rank).uint64(1)
+        torch.manual_seed(int(word >> 1))  # a seed has 63 bits
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
         """Return AdamW's parameter groups, one a learning rate: of LoRA's B matrices, and of everything else.
@@ -503,7 +530,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = self._training.learning_rate_at(step, self.plan.num_steps) * group["rate_ratio"]
 
-    def _log(self, step: int, step_seconds: float, counts: Sequence[float], released: Mapping[str, float]) -> None:
+    def _log(self, step: int, step_seconds: float, counts: _StepCounts, released: Mapping[str, float]) -> None:
         """Log a step: released values, and private ones that the tracker keeps in ``secret/``; on rank 0.
 
         Args:
@@ -514,7 +541,7 @@ class Trainer:
         """
         if not self.backend.is_main:
             return
-        num_units, num_clipped, num_nonfinite, sum_norms, sum_losses, num_losses = counts
+        num_finite = counts.num_units - counts.num_nonfinite
         num_charged = self.ledger.state.num_charged
         epsilon = self.plan.epsilon_after(self.plan.accounted_steps(self.ledger.state.intents))
         adaptive = {}
@@ -532,11 +559,11 @@ class Trainer:
                 "privacy/budget_fraction": num_charged / self.plan.num_steps,
                 "perf/step_seconds": round(step_seconds, 4),
                 "perf/expected_units_per_second": finite(self.plan.expected_batch_size / max(step_seconds, 1e-9)),
-                "train/loss": finite(sum_losses / max(num_losses, 1)),
-                "train/num_units": int(num_units),
-                "train/clip_fraction": num_clipped / max(num_units, 1),
-                "train/mean_norm": finite(sum_norms / max(num_units - num_nonfinite, 1)),
-                "train/num_nonfinite_units": int(num_nonfinite),
+                "train/loss": finite(counts.sum_losses / max(counts.num_losses, 1)),
+                "train/num_units": int(counts.num_units),
+                "train/clip_fraction": counts.num_clipped / max(counts.num_units, 1),
+                "train/mean_norm": finite(counts.sum_norms / max(num_finite, 1)),
+                "train/num_nonfinite_units": int(counts.num_nonfinite),
             },
         )
 

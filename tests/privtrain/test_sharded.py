@@ -358,7 +358,7 @@ class Forgetful(shards.ScatteredSum):
     """The mutant: a tensor that waits begins at zero again."""
 
     def contribution(self, name):
-        self._pending.pop(self._number[name], None)
+        self._pending.pop(self._index_of[name], None)
         return super().contribution(name)
 
 
