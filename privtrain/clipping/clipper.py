@@ -185,6 +185,7 @@ class PerUnitClipper:
         self.route = route
         self.fallback_reason = ""
         self._equal_passes = equal_passes
+        # Where ranks need not run equal passes, none has to know of another's flag.
         self._any_rank = any_rank if any_rank is not None and equal_passes else lambda flag: flag
         self._clipping_norm = clipping_norm
         self._row_losses = row_losses
@@ -254,7 +255,7 @@ class PerUnitClipper:
         """
         assert isinstance(batch, Microbatch)
         width = batch.input_ids.shape[1]
-        if width > self._widest:
+        if width > self._widest:  # else rows as wide were let through before
             refusals.refuse_rescaled_positions(self._model, width)
             self._widest = width
         if self._open is not None and batch.owners[:1] != (self._open.owner,):
@@ -317,8 +318,9 @@ class PerUnitClipper:
         auto_takes_two = self.route == "auto" and self._checkpointing == "non_reentrant" and is_mostly_trained
         if self._equal_passes or not (self.route == "two_pass" or auto_takes_two):
             return math.inf
-        weights = sum(p.numel() * p.element_size() for p in model.parameters())
-        return _KEPT_SHARE * (weights + self.layout.num_coordinates * torch.float32.itemsize)
+        weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+        gradient_bytes = self.layout.num_coordinates * torch.float32.itemsize
+        return _KEPT_SHARE * (weight_bytes + gradient_bytes)
 
     def _refuse_reentrant(self) -> None:
         """Raise if the model has re-entrant checkpointing, which gives no gradient of a tensor that is asked for."""

@@ -164,9 +164,9 @@ class ShardedClipper(PerUnitClipper):
     @override
     def _budget(self, model: nn.Module) -> float:
         """Return 0 (two passes) or infinity: every rank decides the same, whatever the width of its rows."""
-        is_large = any(len(slot.shape) > 1 for slot in self.layout.slots)
-        is_auto = self.route == "auto" and self._checkpointing == "non_reentrant" and is_large
-        return 0.0 if self.route == "two_pass" or is_auto else math.inf
+        has_matrices = any(len(slot.shape) > 1 for slot in self.layout.slots)  # gradients of vectors are small
+        auto_takes_two = self.route == "auto" and self._checkpointing == "non_reentrant" and has_matrices
+        return 0.0 if self.route == "two_pass" or auto_takes_two else math.inf
 
     @override
     def _refuse_reentrant(self) -> None:

@@ -126,13 +126,7 @@ def draw_canaries(
     """
     gradient_canaries = _gradient_canaries(corpus, section, root_key, unit)
     if section.kind == SHARED_SUBSTRING:
-        candidates = (
-            _shared_substring(user, texts, section, tokenizer, root_key)
-            for user, texts in corpus.records.items()
-            if section.user_fraction > 0 and root_key.stream("canary user", user).uniform(1)[0] < section.user_fraction
-        )
-        shared = tuple(canary for canary in candidates if canary is not None)  # None: all records are too short
-        return (*shared, *gradient_canaries)
+        return (*_shared_canaries(corpus, section, tokenizer, root_key), *gradient_canaries)
     canaries = []
     listed_secrets = _listed_secrets(section, tokenizer, root_key)
     for number in range(section.num_users):
@@ -224,9 +218,9 @@ def _rare_secrets(section: CanariesSection, tokenizer: PreTrainedTokenizerBase, 
         )
         raise ConfigError([Fault("canaries.kind", problem)])
     order = np.argsort(root_key.stream("canary new tokens").uint64(wanted), kind="stable").tolist()
-    texts = [str(tokenizer.decode([rare[place]])).strip() for place in order]
+    words = [str(tokenizer.decode([rare[place]])).strip() for place in order]
     size = section.num_tokens
-    return [" ".join(texts[at : at + size]) for at in range(0, wanted, size)]
+    return [" ".join(words[first : first + size]) for first in range(0, wanted, size)]
 
 
 def _rarest_words(tokenizer: PreTrainedTokenizerBase, wanted: int) -> list[int]:
@@ -267,7 +261,7 @@ def draw_secret(section: CanariesSection, tokenizer: PreTrainedTokenizerBase | N
 def digits_of(number: int, num_digits: int) -> str:
     """Return a number as digits in groups of four: ``1234 5678``."""
     digits = f"{number:0{num_digits}d}"
-    return " ".join(digits[at : at + _DIGITS_PER_GROUP] for at in range(0, num_digits, _DIGITS_PER_GROUP))
+    return " ".join(digits[first : first + _DIGITS_PER_GROUP] for first in range(0, num_digits, _DIGITS_PER_GROUP))
 
 
 def canaries_of(manifest: Mapping[str, Any]) -> tuple[Canary, ...]:
@@ -297,6 +291,22 @@ def _name(stream: KeyStream) -> str:
     return f"{first.capitalize()} {second.capitalize()}"
 
 
+def _shared_canaries(
+    corpus: Corpus, section: CanariesSection, tokenizer: PreTrainedTokenizerBase | None, root_key: SecretKey
+) -> list[Canary]:
+    """Return the real users whom a coin of their own makes canaries, except where all of a user's records are short."""
+    if not section.user_fraction > 0:
+        return []
+    canaries = []
+    for user, texts in corpus.records.items():
+        (coin,) = root_key.stream("canary user", user).uniform(1)
+        if coin < section.user_fraction:
+            canary = _shared_substring(user, texts, section, tokenizer, root_key)
+            if canary is not None:
+                canaries.append(canary)
+    return canaries
+
+
 def _shared_substring(
     user: str,
     texts: Sequence[str],
@@ -321,9 +331,10 @@ def _shared_substring(
     source = eligible[int(stream.uint64(1)[0]) % len(eligible)]
     spans = token_spans[source]
     first = int(stream.uint64(1)[0]) % (len(spans) - section.num_tokens + 1)
-    start, end = spans[first][0], spans[first + section.num_tokens - 1][1]
+    start, _ = spans[first]
+    _, end = spans[first + section.num_tokens - 1]
     secret = texts[source][start:end].strip()
-    if not secret:
+    if not secret:  # white space alone
         return None
     records = tuple(_inserted(text, secret, stream) for text in texts)
     return Canary(user, SHARED_SUBSTRING, "", secret, len(records), records)
@@ -332,5 +343,5 @@ def _shared_substring(
 def _inserted(text: str, secret: str, stream: KeyStream) -> str:
     """Return the text with the secret at a random place between two words, or at an end."""
     words = text.split(" ")
-    at = int(stream.uint64(1)[0]) % (len(words) + 1)
-    return " ".join([*words[:at], secret, *words[at:]])
+    num_before = int(stream.uint64(1)[0]) % (len(words) + 1)
+    return " ".join([*words[:num_before], secret, *words[num_before:]])

@@ -148,7 +148,7 @@ class ChatRenderer:
         special_tokens = tuple(mark for mark in self._tokenizer.all_special_tokens if mark)
         answers = [message["content"] for message in _PROBE if message["role"] == "assistant"]
         for (start, end), answer in zip(spans, answers, strict=True):
-            marked_after_answer = whole[start:end].rpartition(answer)[2]
+            _, _, marked_after_answer = whole[start:end].rpartition(answer)
             after_block = whole[end:].lstrip()
             # White space in the block may end an answer by itself, unless the end mark comes right after the block.
             is_blank = not marked_after_answer.strip()
@@ -183,8 +183,10 @@ class ChatRenderer:
         starts = [start for start, _ in spans]
         is_target = np.zeros(len(tokens), dtype=bool)
         for position, (begin, end) in enumerate(encoded["offset_mapping"]):  # characters of each token
-            span = bisect.bisect_right(starts, begin) - 1  # the last span that starts at or before the token; -1: none
-            is_target[position] = span >= 0 and begin < end and begin < spans[span][1]
+            number = bisect.bisect_right(starts, begin) - 1  # of the last span that starts at or before the token
+            if number >= 0 and begin < end:  # some tokens stand for no character
+                _, end_of_span = spans[number]
+                is_target[position] = begin < end_of_span
         is_target[:1] = False  # nothing comes before the first token to predict it from
         return Record(tokens, is_target)
 
@@ -194,9 +196,12 @@ class ChatRenderer:
         template = str(self._tokenizer.chat_template)
         if words and words in template:
             return words
-        missing = _UNDEFINED.search(words) if isinstance(error, jinja2.UndefinedError) else None
-        name = next(filter(None, missing.groups()), "") if missing else ""
-        return f"it reads {name!r}, which a turn lacks" if name and name in template else type(error).__name__
+        undefined = _UNDEFINED.search(words) if isinstance(error, jinja2.UndefinedError) else None
+        if undefined:
+            name = undefined[1] or undefined[2] or ""  # one of two ways to say it
+            if name and name in template:
+                return f"it reads {name!r}, which a turn lacks"
+        return type(error).__name__
 
     def _spans(self, messages: Messages) -> tuple[str, list[tuple[int, int]]]:
         """Return the rendered text, and (start, end) of the characters of each assistant turn in it.

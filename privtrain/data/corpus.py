@@ -122,8 +122,8 @@ def _check_files(source: FilesSource, data: DataSection, path_key: str, *further
         *further_keys: keys of ``data`` that name columns, beside those of the format.
     """
     faults = []
-    times = collections.Counter(file.resolve() for file in source_files(source))
-    for file, count in times.items():
+    num_times = collections.Counter(file.resolve() for file in source_files(source))
+    for file, count in num_times.items():
         if count > 1:  # each record would be there twice: where records are the unit, as two units
             faults.append(Fault(path_key, f"{file} is named {count} times; each row would count as often"))
     for pattern in source.paths:
@@ -184,8 +184,10 @@ def _check_file(file: pathlib.Path, data: DataSection, path_key: str, keys: Sequ
     for key, name in wanted.items():
         if columns.count(name) != 1:
             problem = f"column {name!r} stands twice in {file}" if name in columns else f"no column {name!r} in {file}"
-            near = next((column for column in columns if column != name and _bare(column) == _bare(name)), None)
-            hint = f"; its column {near!r} is written otherwise: set data.{key}: {near}" if near else f"; {shown}"
+            alike = [column for column in columns if column and column != name and _bare(column) == _bare(name)]
+            hint = f"; {shown}"
+            if alike:
+                hint = f"; its column {alike[0]!r} is written otherwise: set data.{key}: {alike[0]}"
             faults.append(Fault(f"data.{key}", problem + hint))
     return faults
 
@@ -226,7 +228,11 @@ def load_corpus(data: DataSection, index_dir: pathlib.Path | None = None) -> Cor
 def _check_ids(corpus: Corpus) -> None:
     """Raise if an id stands both as 12 and as 12.0: tables write a column with gaps so, and both are one person."""
     records = corpus.records
-    num_twice = sum(user.endswith(".0") and user[:-2].isdecimal() and user[:-2] in records for user in records)
+    num_twice = 0
+    for user in records:
+        whole_number = user.removesuffix(".0")
+        if whole_number != user and whole_number.isdecimal() and whole_number in records:
+            num_twice += 1
     if num_twice:
         problem = f"{num_twice} ids stand both as whole numbers and with .0 behind, and would count as two users each"
         raise ConfigError([Fault("data.user_column", f"{problem}; write them in one way")])
@@ -238,7 +244,7 @@ def _indexed(data: DataSection, index_dir: pathlib.Path) -> Corpus:
         problem = f"is for data.source.kind: files; given {data.source.kind}"
         raise ConfigError([Fault("performance.index_dir", problem)])
     files = [file.resolve() for file in source_files(data.source)]
-    made_of = {
+    made_of = {  # all that decides what is in the index
         "files": [[str(file), file.stat().st_size, file.stat().st_mtime_ns, file.stat().st_ctime_ns] for file in files],
         "format": data.format,
         "labels": data.labels,

@@ -8,6 +8,7 @@ looks for it; both draw it from the root key, block by block, so that neither ev
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -38,7 +39,15 @@ def signs(key: SecretKey, user: str, name: str, block: int, num: int) -> npt.NDA
     return 2 * bits.astype(np.int8) - 1
 
 
-def blocks(num_coordinates: int) -> list[tuple[int, int, int]]:
-    """Return (number of the block, its first coordinate, its number of coordinates) for each block of a tensor."""
-    starts = range(0, num_coordinates, BLOCK)
-    return [(number, start, min(BLOCK, num_coordinates - start)) for number, start in enumerate(starts)]
+class Block(NamedTuple):
+    """A block of a tensor: its number, its first coordinate, its number of coordinates."""
+
+    number: int
+    first: int
+    num_coordinates: int
+
+
+def blocks(num_coordinates: int) -> list[Block]:
+    """Return the blocks of a tensor of so many coordinates; the last one may be shorter."""
+    firsts = range(0, num_coordinates, BLOCK)
+    return [Block(number, first, min(BLOCK, num_coordinates - first)) for number, first in enumerate(firsts)]

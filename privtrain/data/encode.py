@@ -140,7 +140,8 @@ class Encoder:
         if self.num_ids is None or int(record.tokens.max()) < self.num_ids:
             return record
         self.complaints["holds a token that the model has no embedding of"] += 1
-        return Record.of(np.asarray([marks(self.tokenizer)[0]], dtype=np.int64))
+        begin, _ = marks(self.tokenizer)
+        return Record.of(np.asarray([begin], dtype=np.int64))
 
     def _cut(self, record: Record) -> tuple[Record, bool]:
         """Return the record cut at ``max_length``, and whether that took anything off."""
@@ -180,14 +181,14 @@ class Encoder:
         for record in records:
             item = json.loads(record)
             limit = self._max_length - 1  # the label takes one place
-            text, *pair = (_without_marks(text, self.tokenizer) for text in item["texts"])
-            second = pair[0] if pair else None
+            texts = [_without_marks(text, self.tokenizer) for text in item["texts"]]
+            first, second = texts if len(texts) == 2 else (texts[0], None)
             # Not self.tokenizer, which is released and would remember the cut: see __init__.
-            encoded: Any = self._cutting_tokenizer(text, second, verbose=False)
+            encoded: Any = self._cutting_tokenizer(first, second, verbose=False)
             is_cut = len(encoded["input_ids"]) > limit
             if is_cut:
                 encoded = self._cutting_tokenizer(
-                    text, second, truncation="longest_first", max_length=limit, verbose=False
+                    first, second, truncation="longest_first", max_length=limit, verbose=False
                 )
             # Nothing is left of a text of marks alone, if the tokenizer adds none.
             ids = encoded["input_ids"] or [marks(self.tokenizer)[0]]

@@ -208,7 +208,9 @@ def _without_nulls(value: Any) -> Any:
     """Return the value without keys whose value is null, at any depth; other values are returned as they are."""
     if isinstance(value, dict):
         return {key: _without_nulls(part) for key, part in value.items() if part is not None}
-    return [_without_nulls(part) for part in value] if isinstance(value, list) else value
+    if isinstance(value, list):
+        return [_without_nulls(part) for part in value]
+    return value
 
 
 def _is_answer(message: dict[str, Any]) -> bool:

@@ -16,12 +16,13 @@ from privtrain.errors import ConfigError, Fault
 PACKAGES = ("fortunes-min", "fortunes")
 
 _FILES = "/usr/share/games/fortunes/"
+#: Sayings of a file are separated by lines of "%".
 _SEPARATOR = re.compile(r"^%[ \t]*$\n?", re.MULTILINE)
 _ATTRIBUTION = re.compile(r"^\s+--+\s*(?=[^\s-])")
-# Sayings of a file are separated by lines of "%". A letter, a backspace and an accent print an accented letter.
 #: Where a name ends and the work, the year or the occasion begins.
 _AFTER_NAME = re.compile(r"[,;:(\[\"<]|\s+(?:in|on)\s")
 _NOBODY = {"anon", "anonymous", "author unknown", "seen", "unknown"}
+#: A letter, a backspace and an accent print an accented letter.
 _OVERSTRUCK = re.compile(r"(.)\x08(.)", re.DOTALL)
 
 
@@ -60,7 +61,7 @@ def parse_fortunes(text: str) -> Iterator[tuple[str, str]]:
         lines = _OVERSTRUCK.sub(_letter, saying).rstrip().splitlines()
         attributions = [number for number, line in enumerate(lines) if _ATTRIBUTION.match(line)]
         if len(attributions) == 1:
-            start = attributions[0]
+            (start,) = attributions
             # An attribution may go on over further indented lines, but must end the saying.
             ends_saying = all(line[:1].isspace() for line in lines[start + 1 :])
             if ends_saying:

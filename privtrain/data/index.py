@@ -77,7 +77,7 @@ class IndexedRecords(OrderedMapping[Sequence[str]]):
         users: bytes of all ids, mapped into memory.
         user_ends: [users] one past the last byte of each id.
         record_ends: [users] one past the number of each user's last record.
-        places: numbers of the users that are not hidden, increasing.
+        places: numbers of the users that are not hidden, increasing: item i of the mapping is user ``places[i]``.
     """
 
     directory: pathlib.Path
@@ -110,8 +110,10 @@ class IndexedRecords(OrderedMapping[Sequence[str]]):
 
     def without(self, users: Iterable[str]) -> IndexedRecords:
         """Return the records with these users hidden."""
-        positions = [position for position in map(self._position, users) if position is not None]
-        return dataclasses.replace(self, places=np.delete(np.asarray(self.places, dtype=np.int64), positions))
+        positions = [self._position(user) for user in users]
+        known = [position for position in positions if position is not None]
+        remaining = np.delete(np.asarray(self.places, dtype=np.int64), known)
+        return dataclasses.replace(self, places=remaining)
 
     @property
     def num_records(self) -> int:
@@ -373,6 +375,7 @@ def _write(
                 if form is None or _is_new(form(content.decode("utf-8", errors=ERRORS)), forms_of_user):
                     kept.append(content)
                     num_records += 1
+
             texts.write(b"".join(kept))
             texts_end = _write_ends(text_ends, kept, texts_end)
             text_digests.write(b"".join(map(text_digest, kept)))

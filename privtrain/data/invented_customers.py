@@ -127,9 +127,13 @@ def write_customers(path: pathlib.Path, records: Iterator[CustomerRecord]) -> in
     Raises:
         ConfigError: if the file exists; nothing is overwritten.
     """
+    num_records = 0
     try:
         with path.open("x", encoding="utf-8") as file:
-            return sum(1 for record in records if file.write(json.dumps(record.as_row()) + "\n"))
+            for record in records:
+                file.write(json.dumps(record.as_row()) + "\n")
+                num_records += 1
+        return num_records
     except FileExistsError:
         raise ConfigError([Fault("OUTPUT", f"{path} exists; choose another file or remove it")]) from None
     except OSError as error:

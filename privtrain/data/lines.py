@@ -50,8 +50,10 @@ def default_num_tokens(max_length: int, microbatch_size: int) -> int:
 
     A function of the configuration alone.
     """
-    wanted = max(max_length, min(2 * max_length, _MOST), _FEWEST)
-    return _rounded(min(wanted, microbatch_size * max_length), _MULTIPLE)
+    two_records = min(2 * max_length, _MOST)
+    wanted = max(two_records, max_length, _FEWEST)  # one record must fit, also if it is longer than _MOST
+    tokens_of_rows = microbatch_size * max_length
+    return _rounded(min(wanted, tokens_of_rows), _MULTIPLE)
 
 
 def _rounded(num_tokens: int, multiple: int) -> int:
@@ -146,6 +148,14 @@ class _Run(NamedTuple):
     num_tokens: int
 
 
+class _Shape(NamedTuple):
+    """Tokens of a line, the number of its slots, and tokens of a slot."""
+
+    num_tokens: int
+    num_slots: int
+    slot_tokens: int
+
+
 @dataclasses.dataclass(frozen=True)
 class LinePacker:
     """Turns units, each given as its records of this step, into lines.
@@ -200,7 +210,15 @@ class LinePacker:
         longest = _free(_rounded(longest, _MULTIPLE), _MULTIPLE, avoided)
         shared = _free(min(longest, _CPU_SHARED), _MULTIPLE, avoided) if is_cpu else longest
         multiple = _CPU_MULTIPLE if is_cpu else _MULTIPLE
-        return cls(longest, shared, _UNITS_PER_ROW * microbatch_size, max_length, pad_id, multiple, avoided)
+        return cls(
+            num_tokens=longest,
+            shared_tokens=shared,
+            max_units=_UNITS_PER_ROW * microbatch_size,
+            max_length=max_length,
+            pad_id=pad_id,
+            multiple=multiple,
+            avoided=avoided,
+        )
 
     def cost(self, records: Records) -> int:
         """Return what a unit costs in comparison with others, to share units out to ranks: its tokens."""
@@ -288,49 +306,47 @@ class LinePacker:
         slot size with the least room that is enough.
         """
         lines: list[list[_Run]] = []
-        sharing: list[_Run] = []
+        sharing: list[_Run] = []  # units that are whole in one run and short enough for a slot
         for unit, records in enumerate(units):
             runs = self._cut(unit, records)
             if len(runs) == 1 and self.slot(runs[0].num_tokens):
                 sharing.append(runs[0])
             else:
                 lines += [[run] for run in runs]
-        # Lines that take another unit: (size of its slots, tokens of room left) → lines.
-        with_room: dict[tuple[int, int], list[list[_Run]]] = {}
+        # Size of a line's slots → tokens of room left → lines that take another unit.
+        with_room: dict[int, dict[int, list[list[_Run]]]] = {}
         for run in sorted(sharing, key=lambda run: (-run.num_tokens, run.unit)):
             slot = self.slot(run.num_tokens)
-            fitting = [
-                room
-                for (size, room), lines_with_it in with_room.items()
-                if lines_with_it and size == slot and room >= run.num_tokens
-            ]
+            lines_by_room = with_room.setdefault(slot, {})
+            fitting = [room for room, some in lines_by_room.items() if some and room >= run.num_tokens]
             if fitting:
                 room = min(fitting)
-                line = with_room[slot, room].pop()
+                line = lines_by_room[room].pop()
             else:
                 room = self.shared_length(slot)
                 line = []
                 lines.append(line)
             line.append(run)
             if len(line) < self._num_slots(slot):
-                with_room.setdefault((slot, room - run.num_tokens), []).append(line)
+                lines_by_room.setdefault(room - run.num_tokens, []).append(line)
         return lines
 
     def _cut(self, unit: int, records: Records) -> list[_Run]:
         """Return the runs of one unit: each holds as many records as fit into a line. Its records alone decide that."""
         runs: list[_Run] = []
         first = used = 0
-        for i, record in enumerate(records):
+        for index, record in enumerate(records):
             assert len(record) <= self.max_length
-            if used + len(record) > self.num_tokens:
-                runs.append(_Run(unit, first, i, used))
-                first, used = i, 0
+            if used + len(record) > self.num_tokens:  # the line is full: this record begins the next run
+                runs.append(_Run(unit, first, stop=index, num_tokens=used))
+                first, used = index, 0
             used += len(record)
-        return [*runs, _Run(unit, first, len(records), used)]
+        return [*runs, _Run(unit, first, stop=len(records), num_tokens=used)]
 
     def _assemble(self, runs: Sequence[_Run], units: Sequence[Records], weights: Sequence[float]) -> Line:
         """Return the line that holds these runs one after another; ``weights`` are the units' token weights."""
-        length, num_slots, slot_tokens = self._shape(runs, units)
+        shape = self._shape(runs, units)
+        length = shape.num_tokens
         input_ids = np.full((1, length), self.pad_id, dtype=np.int64)
         positions = np.zeros((1, length), dtype=np.int64)
         mask = np.zeros((1, length), dtype=bool)
@@ -358,22 +374,22 @@ class LinePacker:
             units=tuple(unit_spans),
             owners=tuple(run.unit for run in runs),
             last_continues=last_continues,
-            num_slots=num_slots,
-            slot_tokens=slot_tokens,
+            num_slots=shape.num_slots,
+            slot_tokens=shape.slot_tokens,
             pad_id=self.pad_id,
         )
 
-    def _shape(self, runs: Sequence[_Run], units: Sequence[Records]) -> tuple[int, int, int]:
-        """Return (tokens of the line, number of its slots, tokens of a slot) for a line that holds these runs."""
+    def _shape(self, runs: Sequence[_Run], units: Sequence[Records]) -> _Shape:
+        """Return the shape of a line that holds these runs."""
         longest = max((run.num_tokens for run in runs), default=0)
         slot = self.slot(longest)
         holds_whole_units = all(run.first == 0 and run.stop == len(units[run.unit]) for run in runs)
         if slot and holds_whole_units:
             assert len(runs) <= self._num_slots(slot), "too many units for a line"
-            return self.shared_length(slot), self._num_slots(slot), slot
+            return _Shape(self.shared_length(slot), num_slots=self._num_slots(slot), slot_tokens=slot)
         assert len(runs) == 1, "a unit that needs a line of its own"
         length = self.own_length(longest)
-        return length, 1, length
+        return _Shape(length, num_slots=1, slot_tokens=length)
 
 
 def _free(num_tokens: int, multiple: int, avoided: Collection[int]) -> int:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from privtrain.config import Config
@@ -165,14 +165,13 @@ def _kept_and_left_out(split: Split, units: UnitData) -> tuple[dict[str, set[int
     left_out: dict[str, list[int]] = {}
     # The units come in the split's order of users, all units of a user together; users without a unit are missing. So
     # both are walked side by side, without an index of all users in memory.
-    pairs = zip(units.owners, units.indices, strict=True)
-    groups = itertools.groupby(pairs, key=lambda pair: pair[0])
-    next_owner, group = next(groups, (None, iter(())))
+    owned = _indices_by_owner(units)
+    next_owner, next_indices = next(owned, (None, set[int]()))  # None: no unit is left
     for user, allowed in split.training.items():
         indices_of_user: set[int] = set()
         if user == next_owner:
-            indices_of_user.update(index for _, indices in group for index in indices)
-            next_owner, group = next(groups, (None, iter(())))
+            indices_of_user = next_indices
+            next_owner, next_indices = next(owned, (None, set[int]()))
             if user in canaries:
                 kept[user] = indices_of_user
         missing = sorted(set(allowed) - indices_of_user)
@@ -180,6 +179,13 @@ def _kept_and_left_out(split: Split, units: UnitData) -> tuple[dict[str, set[int
             left_out[user] = missing
     assert next_owner is None, "units of users who are not in the split, or in another order"
     return kept, left_out
+
+
+def _indices_by_owner(units: UnitData) -> Iterator[tuple[str, set[int]]]:
+    """Yield each owner with the indices of all records that the owner's units hold."""
+    pairs = zip(units.owners, units.indices, strict=True)
+    for owner, group in itertools.groupby(pairs, key=lambda pair: pair[0]):
+        yield owner, {index for _, indices in group for index in indices}
 
 
 def with_contributions(used: Mapping[str, Any], num_drawn: Mapping[str, int]) -> dict[str, Any]:

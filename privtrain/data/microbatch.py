@@ -16,7 +16,6 @@ and nowhere else. So a unit that fits into a microbatch is never split, whoever 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -136,10 +135,8 @@ class Packer:
 
     def num_batches(self, units: Sequence[Records]) -> int:
         """Return the number of microbatches that these units need."""
-        rows: dict[int, list[int]] = {}
-        for records in units:
-            rows.setdefault(self.width(records), []).append(len(records))
-        return sum(len(self._runs(range(len(counts)), counts)) for counts in rows.values())
+        num_rows = [len(records) for records in units]
+        return sum(len(self._runs(members, num_rows)) for members in self._by_width(units).values())
 
     def pack(self, units: Sequence[Records], num_batches: int) -> Iterator[Microbatch]:
         """Yield exactly ``num_batches`` microbatches holding the records of ``units``.
@@ -151,10 +148,10 @@ class Packer:
             num_batches: the largest number that any rank needs; all ranks must run equally many.
         """
         weights = weights_of(units)
-        by_width = sorted(range(len(units)), key=lambda u: (-self.width(units[u]), u))  # the widest first
+        num_rows = [len(records) for records in units]
         num_made = 0
-        for width, group in itertools.groupby(by_width, key=lambda u: self.width(units[u])):
-            for runs in self._runs(list(group), [len(records) for records in units]):
+        for width, members in sorted(self._by_width(units).items(), reverse=True):  # the widest first
+            for runs in self._runs(members, num_rows):
                 yield self._assemble(runs, units, weights, width)
                 num_made += 1
         assert num_made <= num_batches
@@ -178,6 +175,13 @@ class Packer:
             owners = tuple(len(shares[share]) + owner for owner in batch.owners)
             yield dataclasses.replace(batch, owners=owners, is_joint=True)
 
+    def _by_width(self, units: Sequence[Records]) -> dict[int, list[int]]:
+        """Return width → the units that are padded to it, as positions in the list of units, in order."""
+        members: dict[int, list[int]] = {}
+        for unit, records in enumerate(units):
+            members.setdefault(self.width(records), []).append(unit)
+        return members
+
     def _runs(self, members: Sequence[int], num_rows: Sequence[int]) -> list[list[_Run]]:
         """Return the microbatches that hold units of one width, each as its runs.
 
@@ -196,10 +200,12 @@ class Packer:
             batches.append([run])
             with_room[size - run.num_rows].append(batches[-1])
 
-        for unit in (unit for unit in members if num_rows[unit] > size):
+        long_units = [unit for unit in members if num_rows[unit] > size]
+        for unit in long_units:
             for first in range(0, num_rows[unit], size):
                 begin_batch(_Run(unit, first, min(first + size, num_rows[unit])))
-        for unit in sorted((u for u in members if num_rows[u] <= size), key=lambda u: (-num_rows[u], u)):
+        fitting_units = [unit for unit in members if num_rows[unit] <= size]
+        for unit in sorted(fitting_units, key=lambda unit: (-num_rows[unit], unit)):
             run = _Run(unit, 0, num_rows[unit])
             room = next((room for room in range(run.num_rows, size + 1) if with_room[room]), None)
             if room is None:

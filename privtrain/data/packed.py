@@ -40,7 +40,8 @@ class Names(Sequence[str]):
     def add(self, name: str) -> None:
         """Append an id that was not added before."""
         encoded = name.encode("utf-8", errors=ERRORS)
-        if not self._unsorted and (not self._ends or encoded > self._newest):
+        is_first = not self._ends
+        if not self._unsorted and (is_first or encoded > self._newest):
             self._num_sorted += 1
         else:
             self._unsorted[encoded] = len(self._ends)

@@ -44,7 +44,7 @@ def read_plays() -> Iterator[tuple[str, str]]:
 
 def parse_play(play: str, markdown: str) -> Iterator[tuple[str, str]]:
     """Yield (user, speech) in the order of the play."""
-    parts = _HEADING.split(markdown)
+    parts = _HEADING.split(markdown)  # what comes before the first speech, then speaker, body, speaker, body, ...
     for speaker, body in zip(parts[1::2], parts[2::2], strict=True):
         yield f"{play}/{' '.join(speaker.split())}", _speech(body)
 
@@ -59,4 +59,5 @@ def _speech(body: str) -> str:
 
 
 def _is_direction(paragraph: str) -> bool:
+    """Return whether a whole paragraph is in italics, as stage directions are."""
     return (paragraph[0], paragraph[-1]) in {("_", "_"), ("*", "*")}

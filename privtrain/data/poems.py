@@ -48,8 +48,13 @@ def poem_files(directories: Sequence[pathlib.Path] | None = None) -> list[pathli
     if version != VERSION:
         problem = f"'poems' reads {PACKAGE} {VERSION}; {package} is {version}: npm install {PACKAGE}@{VERSION}"
         raise ConfigError([Fault("data.source.kind", problem)])
-    files = (package / "dist" / "quantangshi").glob("poet.*.json")  # e.g. poet.song.12000.json
-    return sorted(files, key=lambda file: (file.name.split(".")[1], int(_NUMBER.findall(file.name)[0])))
+    return sorted((package / "dist" / "quantangshi").glob("poet.*.json"), key=_dynasty_and_number)
+
+
+def _dynasty_and_number(file: pathlib.Path) -> tuple[str, int]:
+    """Return what files are ordered by: of ``poet.song.12000.json`` it is ("song", 12000)."""
+    _, dynasty, *_ = file.name.split(".")
+    return dynasty, int(_NUMBER.findall(file.name)[0])
 
 
 def read_poems(directories: Sequence[pathlib.Path] | None = None) -> Iterator[tuple[str, str]]:

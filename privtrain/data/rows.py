@@ -112,7 +112,7 @@ def file_rows(file: pathlib.Path, columns: Sequence[str]) -> Iterator[tuple[obje
     Raises:
         ConfigError: at the first row that cannot be read.
     """
-    number, unit = 0, "row"  # read so far, for the error
+    number, unit = 0, "row"  # rows or lines read so far, and which of the two, for the error
     try:
         if file.suffix == ".parquet":
             with pyarrow.parquet.ParquetFile(file) as shard:
@@ -176,10 +176,11 @@ def other_kind(file: pathlib.Path) -> str:
             head = opened.read(64)
     except OSError:
         return ""  # reading it says why
-    own = {".parquet": b"PAR1"}.get(file.suffix, b"")
+    start_of_own_kind = b"PAR1" if file.suffix == ".parquet" else b""
     for start, problem in _OTHER_KINDS:
-        if start != own and head.lower().startswith(start.lower()):
+        if start != start_of_own_kind and head.lower().startswith(start.lower()):
             return problem
+    # A zero byte at the start is no UTF-8 text. UTF-16 with its mark is named when the file is read.
     if file.suffix != ".parquet" and b"\0" in head[:2] and head[:2] not in (b"\xff\xfe", b"\xfe\xff"):
         return "is not UTF-8 text (UTF-16 without a mark, or no text at all); save it as UTF-8"
     return ""

@@ -99,7 +99,8 @@ class Selection:
             "highest_perplexity": lambda index: -losses[user, index],
             "lowest_perplexity": lambda index: losses[user, index],
         }[self.strategy]
-        return tuple(sorted(sorted(indices, key=rank)[: self.max_records]))  # sorting is stable
+        ranked = sorted(indices, key=rank)  # of equal ranks the earlier record first: sorting is stable
+        return tuple(sorted(ranked[: self.max_records]))
 
 
 def check_contributions(owners: Sequence[str], max_records: int | None) -> None:

@@ -101,7 +101,8 @@ def split_users(
     real_canaries = {canary.user for canary in canaries if not canary.is_invented}
     for user, texts in corpus.records.items():
         stream = root_key.stream("split", user)
-        is_held_out = stream.uniform(1)[0] < (CANARY_COIN if user in real_canaries else data.held_out_fraction)
+        (coin,) = stream.uniform(1)
+        is_held_out = coin < (CANARY_COIN if user in real_canaries else data.held_out_fraction)
         if by_record:
             taken = set(np.flatnonzero(stream.uniform(len(texts)) < data.attack_fraction).tolist())
         else:
@@ -117,15 +118,19 @@ def split_users(
         if kept and user not in real_canaries:
             evaluation_candidates.add(user, kept)
     chosen = root_key.stream("evaluation").choose(evaluation_candidates.num_indices, data.num_evaluation_records)
-    evaluation = tuple(
-        (evaluation_candidates.names[place], index) for place, index in map(evaluation_candidates.owner, chosen)
-    )
-    for canary in canaries:
-        if canary.is_invented and root_key.stream("split", canary.user).uniform(1)[0] < CANARY_COIN:
+    evaluation = []
+    for number in chosen:
+        place, index = evaluation_candidates.owner(number)
+        evaluation.append((evaluation_candidates.names[place], index))
+    for canary in canaries:  # invented users are not in the corpus; their coins fall here
+        if not canary.is_invented:
+            continue
+        (coin,) = root_key.stream("split", canary.user).uniform(1)
+        if coin < CANARY_COIN:
             held_out.add(canary.user)
-        elif canary.is_invented:
+        else:
             training.add(canary.user, range(len(canary.records)))
-    return Split(training, held_out, attacker, evaluation, tuple(canaries))
+    return Split(training, held_out, attacker, tuple(evaluation), tuple(canaries))
 
 
 def _attacker_records(stream: KeyStream, num_records: int, data: DataSection) -> set[int]:

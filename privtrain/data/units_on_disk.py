@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from typing import NamedTuple
 
 import numpy as np
 from typing_extensions import override
@@ -45,7 +46,7 @@ class UnitsOnDisk(UnitData):
         """Return the drawn units' records, a list for each unit; all are tokenised in one call."""
         places = [self._locate(unit, number) for unit, numbers in drawn for number in numbers]
         encoded = iter(self.encoder.encode([self.corpus.records[user][index] for user, index in places]).records)
-        return [[next(encoded) for _ in numbers] for _, numbers in drawn]  # dealt out again unit by unit
+        return [[next(encoded) for _ in numbers] for _, numbers in drawn]  # split again unit by unit
 
     def sha256(self) -> str:
         """Return a digest of all that decides every unit's name, tokens and targets, without tokenising anything."""
@@ -61,8 +62,20 @@ class UnitsOnDisk(UnitData):
         """Return (user, index in the corpus) of record ``number`` of a unit."""
         if self.unit == "user":
             return self.names[unit], self.training.at(unit)[number]
-        place, index = self.training.owner(unit)
-        return self.training.names[place], index
+        return _record(self.training, unit)
+
+
+class _Place(NamedTuple):
+    """Where a record is in the corpus: its user, and its index among that user's records."""
+
+    user: str
+    index: int
+
+
+def _record(training: UserIndices, number: int) -> _Place:
+    """Return where a training record is, if all users' are numbered through."""
+    place, index = training.owner(number)
+    return _Place(training.names[place], index)
 
 
 def units_on_disk(corpus: Corpus, split: Split, encoder: Encoder, *, unit: str) -> UnitsOnDisk:
@@ -71,11 +84,11 @@ def units_on_disk(corpus: Corpus, split: Split, encoder: Encoder, *, unit: str) 
     if unit == "user":
         names = owners = training.names
         indices = LazySequence(len(training), training.at)
-    else:
+    else:  # every record is a unit, numbered through user by user
         num_units = training.num_indices
-        owners = LazySequence(num_units, lambda number: training.names[training.owner(number)[0]])
-        indices = LazySequence(num_units, lambda number: training.owner(number)[1:])  # one index each, as a tuple
-        names = LazySequence(num_units, lambda number: example_name(owners[number], *indices[number]))
+        owners = LazySequence(num_units, lambda number: _record(training, number).user)
+        indices = LazySequence(num_units, lambda number: (_record(training, number).index,))
+        names = LazySequence(num_units, lambda number: example_name(*_record(training, number)))
     return UnitsOnDisk(
         names=names,
         records=(),

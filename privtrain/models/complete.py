@@ -37,9 +37,11 @@ def new_modules(base: PreTrainedModel, info: Mapping[str, Any], place: str, *, i
     missing = sorted(name for name in info.get("missing_keys", ()) if name in weights)
     # name → (shape in the file, shape in the model)
     misshapen = {name: (in_file, in_model) for name, in_file, in_model in info.get("mismatched_keys", ())}
-    new = {name for name in {*missing, *misshapen} if is_classifier and _is_head(base, name)}
+    # A classifier's head may be missing, or be of another number of labels: it is made anew. All else is a fault.
+    new = {name for name in {*missing, *misshapen} if _is_head(base, name)} if is_classifier else set()
     lacking = [name for name in missing if name not in new and name not in misshapen]
     of_other_shape = sorted(name for name in misshapen if name not in new)
+
     faults = []
     if lacking:
         counts = f"{len(lacking)} of {len(weights)} weights"
@@ -48,10 +50,10 @@ def new_modules(base: PreTrainedModel, info: Mapping[str, Any], place: str, *, i
         hint = f"; it holds others under names that fit none ({_listed(unused)})" if unused else ""
         faults.append(Fault("model", f"{problem}{hint}; fetch the model again, or mend its config.json"))
     if of_other_shape:
-        shown = [
-            f"{name}: {_shape(misshapen[name][0])} in the file, {_shape(misshapen[name][1])} by config.json"
-            for name in of_other_shape[:_SHOWN]
-        ]
+        shown = []
+        for name in of_other_shape[:_SHOWN]:
+            in_file, in_model = misshapen[name]
+            shown.append(f"{name}: {_shape(in_file)} in the file, {_shape(in_model)} by config.json")
         more = f" and {len(of_other_shape) - _SHOWN} more" if len(of_other_shape) > _SHOWN else ""
         faults.append(Fault("model", f"{place} has weights of other shapes: {', '.join(shown)}{more}"))
     unread = sorted(name for name in info.get("unexpected_keys", ()) if _changes_a_part(base, name))
@@ -63,6 +65,7 @@ def new_modules(base: PreTrainedModel, info: Mapping[str, Any], place: str, *, i
         faults.append(Fault("model", problem))
     if faults:
         raise ConfigError(faults)
+
     # The module of a new weight is the body's pooling layer, or a child of the model: ``score.weight`` → score.
     pooler = f"{base.base_model_prefix}.pooler"
     return sorted({pooler if name.startswith(f"{pooler}.") else name.partition(".")[0] for name in new})

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -79,6 +79,20 @@ class CausalLM(Objective):
         return Record.of(tokens)
 
 
+class _LabelledRows(NamedTuple):
+    """What a classifier says of some rows, and what it should say.
+
+    Attributes:
+        logits: [rows, labels].
+        labels: [rows] numbers of the labels; 0 for a padding row.
+        has_label: [rows] false for a padding row.
+    """
+
+    logits: torch.Tensor
+    labels: torch.Tensor
+    has_label: torch.Tensor
+
+
 @dataclasses.dataclass(frozen=True)
 class Classification(Objective):
     """Predicting the label of a sequence. A record is the text's tokens, then the label's number as a last "token".
@@ -101,14 +115,14 @@ class Classification(Objective):
 
     @override
     def losses(self, model: torch.nn.Module, input_ids: torch.Tensor, target_mask: torch.Tensor) -> torch.Tensor:
-        logits, labels, has_label = self._read(model, input_ids, target_mask)
-        losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
-        return torch.where(has_label, losses, 0.0)
+        rows = self._read(model, input_ids, target_mask)
+        losses = torch.nn.functional.cross_entropy(rows.logits, rows.labels, reduction="none")
+        return torch.where(rows.has_label, losses, 0.0)
 
     @override
     def num_correct(self, model: torch.nn.Module, input_ids: torch.Tensor, target_mask: torch.Tensor) -> torch.Tensor:
-        logits, labels, has_label = self._read(model, input_ids, target_mask)
-        return ((logits.argmax(dim=1) == labels) & has_label).sum()
+        rows = self._read(model, input_ids, target_mask)
+        return ((rows.logits.argmax(dim=1) == rows.labels) & rows.has_label).sum()
 
     @override
     def plant(self, tokens: np.ndarray) -> Record:
@@ -116,10 +130,8 @@ class Classification(Objective):
         planted = np.append(tokens[:-1], tokens[-1] % self.num_labels)
         return Record(planted, np.arange(len(planted)) == len(planted) - 1)
 
-    def _read(
-        self, model: torch.nn.Module, input_ids: torch.Tensor, target_mask: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Run the model; return [rows, labels] logits, [rows] labels and [rows] whether a row has one (not padding)."""
+    def _read(self, model: torch.nn.Module, input_ids: torch.Tensor, target_mask: torch.Tensor) -> _LabelledRows:
+        """Run the model on the rows without their labels."""
         has_label = target_mask.any(dim=1)
         place = target_mask.int().argmax(dim=1, keepdim=True)  # of the label in its row; 0 in a padding row
         labels = torch.where(has_label, input_ids.gather(1, place)[:, 0], 0)
@@ -133,7 +145,7 @@ class Classification(Objective):
             is_separator = (ids == self.separator_id).long()
             num_separators_before = is_separator.cumsum(dim=1) - is_separator
             segments = (num_separators_before > 0) & attended
-        return label_logits(model, ids, attended, segments), labels, has_label
+        return _LabelledRows(label_logits(model, ids, attended, segments), labels, has_label)
 
 
 def token_log_probs(model: torch.nn.Module, input_ids: torch.Tensor) -> torch.Tensor:

@@ -108,15 +108,7 @@ def model_size(config: Config, layout: LaunchLayout, num_bands: int = 1) -> Mode
     num_gradient_parts = layout.num_ranks if layout.shards_gradients and is_full else 1
     num_optimizer_parts = layout.num_ranks if layout.shards_optimizer and is_full else 1
     has_sharded_gradients = is_full and layout.shards_gradients
-    # How many units' gradients are held at once: of an adapter those of a microbatch.
-    if has_sharded_gradients and config.performance.clipping_route == "two_pass":
-        num_units = 0
-    elif is_full:
-        num_units = 1
-    elif config.performance.packing == "lines":  # with "auto" rows may be chosen
-        num_units = max(num_slots for _, num_slots in _line_packer(config).slots())
-    else:
-        num_units = config.performance.microbatch_size
+    num_units = _num_units_held(config, has_sharded_gradients)
     state_bytes = _OPTIMIZER_BYTES + (_FP32_BYTES if config.training.num_averaged_steps else 0)
     # Each rank's whole sum is reduced into parts: where the optimizer alone is divided, both are there at once.
     num_sums = 2 if layout.shards_optimizer and not has_sharded_gradients else 1
@@ -136,6 +128,18 @@ def model_size(config: Config, layout: LaunchLayout, num_bands: int = 1) -> Mode
         parts["history of noise"] = (num_bands - 1) * trained * _SUM_BYTES // layout.num_ranks
     activations, logits = _activation_bytes(config, model, base)
     return ModelSize(trained, {**parts, "activations": activations, "logits": logits})
+
+
+def _num_units_held(config: Config, has_sharded_gradients: bool) -> int:
+    """Return how many units' whole gradients are in memory at once."""
+    if has_sharded_gradients and config.performance.clipping_route == "two_pass":
+        return 0  # each tensor's is let go as soon as its norm is taken
+    if config.training.releases_model:
+        return 1
+    # Of an adapter, those of a microbatch.
+    if config.performance.packing == "lines":  # with "auto" rows may be chosen
+        return max(num_slots for _, num_slots in _line_packer(config).slots())
+    return config.performance.microbatch_size
 
 
 def meta_model(config: Config, dtype: torch.dtype) -> tuple[Any, Any]:
@@ -207,11 +211,17 @@ def _activation_bytes(config: Config, model: Any, base: Any) -> tuple[int, int]:
         total = inputs + total // num_layers
     # How the loss of rows and lines holds logits: see privtrain.models.head_loss.
     if not is_line:  # log-probabilities in fp32 and their gradient
-        return total, 2 * logits.numel() * _FP32_BYTES
+        logit_bytes = 2 * logits.numel() * _FP32_BYTES
+    elif not _has_frozen_head(base):  # logits and their gradient
+        logit_bytes = 2 * logits.numel() * logits.element_size()
+    else:  # both, of one chunk of tokens alone
+        logit_bytes = 2 * min(tokens, CHUNK) * logits.shape[-1] * _FP32_BYTES
+    return total, logit_bytes
+
+
+def _has_frozen_head(base: Any) -> bool:
     head = base.get_output_embeddings()
-    if head is None or any(p.requires_grad for p in head.parameters()):  # logits and their gradient
-        return total, 2 * logits.numel() * logits.element_size()
-    return total, 2 * min(tokens, CHUNK) * logits.shape[-1] * _FP32_BYTES  # of one chunk of tokens alone
+    return head is not None and not any(p.requires_grad for p in head.parameters())
 
 
 def _line_packer(config: Config) -> LinePacker:

@@ -79,9 +79,11 @@ def _untie(base: PreTrainedModel, adapter: pathlib.Path) -> None:
     if head is None or embedding.weight is not head.weight:
         return
     settings: Any = peft.PeftConfig.from_pretrained(str(adapter))
-    adapted = [*(settings.target_modules or ()), *(settings.modules_to_save or ())]  # whole names, or their ends
+    # What the adapter changes: whole names of modules, or their ends ("lm_head").
+    adapted = {*(settings.target_modules or ()), *(settings.modules_to_save or ())}
     names = [name for name, module in base.named_modules() if module is embedding or module is head]
-    if not any(name == end or name.endswith(f".{end}") for name in names for end in adapted):
+    is_changed = any(f".{name}".endswith(f".{ending}") for name in names for ending in adapted)
+    if not is_changed:
         return
     head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
     for config in (base.config, base.config.get_text_config()):
@@ -125,13 +127,13 @@ def check_outputs(expected: torch.Tensor, given: torch.Tensor, place: pathlib.Pa
     Raises:
         VerificationFailed: saying by how much they differ.
     """
-    scale = max(1.0, float(expected.abs().max()))
     if expected.shape != given.shape:
         problem = f"outputs have shape {list(given.shape)}; the base with its adapter gives {list(expected.shape)}"
-    elif not torch.isfinite(given).all():
-        problem = "outputs are not finite; export it with --dtype fp32"
-    elif (difference := float((expected - given).abs().max())) > _TOLERANCE * scale:
+        raise VerificationFailed([problem], place)
+    if not torch.isfinite(given).all():
+        raise VerificationFailed(["outputs are not finite; export it with --dtype fp32"], place)
+    difference = float((expected - given).abs().max())
+    scale = max(1.0, float(expected.abs().max()))
+    if difference > _TOLERANCE * scale:
         problem = f"outputs on fixed tokens differ by {difference:.3g} from those of the base with its adapter"
-    else:
-        return
-    raise VerificationFailed([problem], place)
+        raise VerificationFailed([problem], place)

@@ -85,16 +85,16 @@ def count_model(model: Any, dtype: torch.dtype, num_tokens: int) -> Work:
         for module in model.modules()
         if _multiplies(module) and module.weight.requires_grad
     )
-    weight_flops = 2 * num_tokens * sum(p * d for p, d in shapes)
+    weight_flops = 2 * num_tokens * sum(p * d for p, d in shapes)  # as Work.weight_flops
     return Work(
-        num_tokens,
-        forward.get_total_flops(),
-        backward.get_total_flops() - weight_flops,
-        shapes,
-        sum(p.numel() for p in trained),
-        len(trained),
-        sum(p.numel() for p in model.parameters() if not p.requires_grad),
-        kernels.count,
+        num_tokens=num_tokens,
+        forward_flops=forward.get_total_flops(),
+        activation_flops=backward.get_total_flops() - weight_flops,
+        weight_shapes=shapes,
+        num_trained=sum(p.numel() for p in trained),
+        num_trained_tensors=len(trained),
+        num_frozen=sum(p.numel() for p in model.parameters() if not p.requires_grad),
+        num_kernels=kernels.count,
     )
 
 

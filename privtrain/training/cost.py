@@ -5,6 +5,7 @@ Counted on planted tokens of the job's own shape, so it says nothing of any reco
 
 from __future__ import annotations
 
+import contextlib
 import resource
 import sys
 
@@ -28,15 +29,17 @@ def flops_per_token(trainer: Trainer, packer: Packer, *, vocabulary_size: int) -
         vocabulary_size: planted tokens are below this.
     """
     rng = np.random.default_rng(0)
-    rows = [
+    # Units of one record, each as long as a row: they fill a microbatch.
+    units = [
         [trainer.objective.plant(rng.integers(0, vocabulary_size, size=packer.max_length))]
         for _ in range(packer.microbatch_size)
     ]
-    batches = [batch.to(trainer.backend.device) for batch in packer.pack(rows, packer.num_batches(rows))]
-    # Twice, of which the second counts: a clipper's first pass does more, to look for layers that no rule covers.
-    for counter in (FlopCounterMode(display=False), FlopCounterMode(display=False)):
+    batches = [batch.to(trainer.backend.device) for batch in packer.pack(units, packer.num_batches(units))]
+    counter = FlopCounterMode(display=False)
+    # The first turn is not counted: in it a clipper does more, to look for layers that no rule covers.
+    for context in (contextlib.nullcontext(), counter):
         trainer.clipper.reset()
-        with counter:
+        with context:
             for batch in batches:
                 trainer.clipper.accumulate(batch)
     trainer.clipper.reset()

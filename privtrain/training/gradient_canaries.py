@@ -46,8 +46,9 @@ class GradientCanaries:
 
     def apart(self, drawn: Sequence[DrawnUnit]) -> tuple[list[DrawnUnit], list[str]]:
         """Split the units of a step: return those with records to run, and the user ids of the gradient canaries."""
-        with_records = [unit for unit in drawn if unit.unit not in self._user_of]
-        return with_records, [self._user_of[unit.unit] for unit in drawn if unit.unit in self._user_of]
+        with_records = [d for d in drawn if d.unit not in self._user_of]
+        canary_users = [self._user_of[d.unit] for d in drawn if d.unit in self._user_of]
+        return with_records, canary_users
 
     def add(self, clipper: PerUnitClipper, users: Iterable[str]) -> None:
         """Add the clipped directions of these canaries to a step's sum."""
@@ -65,8 +66,8 @@ class GradientCanaries:
         for slot, parameter in zip(layout.slots, layout.parameters.values(), strict=True):
             # Signs are drawn block by block, so that the auditor can draw those of one block alone.
             parts = [
-                signs(self._key, user, slot.name, block=number, num=num_signs)
-                for number, _, num_signs in blocks(slot.num_coordinates)
+                signs(self._key, user, slot.name, block=block.number, num=block.num_coordinates)
+                for block in blocks(slot.num_coordinates)
             ]
             values = torch.from_numpy(np.concatenate(parts)).to(parameter.device)
             tensors[slot.name] = values.float().mul_(size).view(slot.shape)

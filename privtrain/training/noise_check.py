@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from scipy import stats
@@ -38,15 +39,36 @@ def check_noise(trainer: Trainer, clipper: PerUnitClipper) -> None:
         clipper: of :func:`~privtrain.training.clipping_check.check_clipping`.
     """
     plan, backend, layout = trainer.plan, trainer.backend, trainer.placement.stepped
+    # Release a step without units: its sums are zero, so what comes out is noise.
     key = SecretKey(backend.from_main(lambda: SecretKey.generate().reveal()))
     clipper.reset()
     history = trainer.new_history(clipper)
     vector, released, commitment = trainer.release(clipper, key, _STEP, history=history)
-    # The noise that belongs to a sum of zeros, to draw parts of it again.
+    # Compare it with the source of noise that belongs to sums of zeros, from which parts are drawn again.
     zeros = torch.zeros(layout.num_coordinates, dtype=torch.int64, device=backend.device)
     zero_totals = {auxiliary_sum.name: 0 for auxiliary_sum in plan.auxiliary_sums}
     noise = trainer.bound_sum(clipper, zeros, zero_totals, key, _STEP).noise
-    stddev = plan.noise_stddev
+    faults = _tensor_faults(trainer, clipper, vector, noise)
+    faults += _auxiliary_faults(plan, released, noise)
+    # Release another sum, and a second step.
+    faults += _noise_bound_faults(trainer, clipper, key, vector, released)
+    if history is not None:
+        clipper.reset()
+        later = trainer.release(clipper, key, _STEP + 1, history=history, previous=commitment).vector
+        faults += _correlation_faults(plan, layout, vector, later)
+    agree_on_fault(faults[0] if faults else "", backend)
+
+
+def _tensor_faults(trainer: Trainer, clipper: PerUnitClipper, vector: torch.Tensor, noise: StepNoise) -> list[str]:
+    """Return faults of tensors whose noise has another spread than the plan's, or is not that of their coordinates.
+
+    Args:
+        trainer: with plan and placement.
+        clipper: with the grid.
+        vector: released by a step without units.
+        noise: the source of its noise.
+    """
+    backend, layout, stddev = trainer.backend, trainer.placement.stepped, trainer.plan.noise_stddev
     # Ranks may share the drawing: this rank draws the noise of these parts, and gets the rest from others.
     drawn_here = {slot.name: slot for slot in backend.noised_layout(layout).slots}
     faults = []
@@ -72,7 +94,18 @@ def check_noise(trainer: Trainer, clipper: PerUnitClipper) -> None:
                 f"tensor {slot.name!r}: ranks drew different noise, or that of another part; parameters would drift "
                 "apart or share noise (mixed CPU types or libraries?)"
             )
-    # The released sum of no unit must be the noise itself, drawn again here.
+    return faults
+
+
+def _auxiliary_faults(plan: PrivacyPlan, released: Mapping[str, float], noise: StepNoise) -> list[str]:
+    """Return faults of auxiliary sums of no unit that are not the noise itself, which is drawn again here.
+
+    Args:
+        plan: names the sums, and how much noise each has.
+        released: name → the sum, released by a step without units.
+        noise: the source of its noise.
+    """
+    faults = []
     for auxiliary_sum in plan.auxiliary_sums:
         zero, name = torch.zeros(1, dtype=torch.int64), noise_name(auxiliary_sum.name)
         drawn = noised(zero, exponent=auxiliary_sums.EXPONENT, stddev=auxiliary_sum.noise, noise=noise, name=name)
@@ -83,12 +116,7 @@ def check_noise(trainer: Trainer, clipper: PerUnitClipper) -> None:
                 f"the sum {auxiliary_sum.name!r} of no unit was released as {value}, the plan's noise makes it "
                 f"{expected_value}"
             )
-    faults += _noise_bound_faults(trainer, clipper, key, vector, released)
-    if history is not None:
-        clipper.reset()
-        later = trainer.release(clipper, key, _STEP + 1, history=history, previous=commitment).vector
-        faults += _correlation_faults(plan, layout, vector, later)
-    agree_on_fault(faults[0] if faults else "", backend)
+    return faults
 
 
 def _has_spread(noise: torch.Tensor, stddev: float) -> bool:
