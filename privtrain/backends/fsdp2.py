@@ -126,7 +126,7 @@ class Fsdp2Backend(SharedNoise, ShardedBackend):
         """Split the step over all ranks if trained tensors are whole (LoRA); else step each rank's shards."""
         _reshard(model)
         trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self._split, self._shards, self._weights = None, None, {}
+        self._split, self._shards, self._weights = None, None, {}  # forget a model that was placed before
         if not any(isinstance(p, DTensor) for p in trainable.values()):
             self._split = SplitStep(model, self.device, equal_passes=True)
             return self._split.placement
@@ -134,12 +134,15 @@ class Fsdp2Backend(SharedNoise, ShardedBackend):
             if isinstance(module, FSDPModule):  # gradients are to be added up over ranks, where FSDP takes their mean
                 module.set_gradient_divide_factor(1.0)
                 module.set_force_sum_reduction_for_comms(True)
+
+        # The optimizer steps parameters of its own that share the memory of this rank's parts.
         stepped = {name: torch.nn.Parameter(_local(p)) for name, p in trainable.items()}
         # name → (first coordinate held, shape of the whole tensor)
         parts = {name: (_first(p), tuple(p.shape)) for name, p in trainable.items()}
         layout = Layout(stepped, parts)
         self._weights = {name: trainable[name] for name in layout.parameters}
         self._layout = layout
+
         reshard = functools.partial(_reshard, model)
         self._shards = ArrivingShards(trainable, layout, self._shard_group, self.device, reshard)
         return Placement(layout, layout, self.rank, self.world_size, self._shards, equal_passes=True)

@@ -146,7 +146,7 @@ class ZeroBackend(ShardedBackend):
         """Split the step as stage 1 does if gradients stay whole; else step this rank's part of each tensor."""
         trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         is_sharded = any(_is_partitioned(p) for p in trainable.values())
-        self._split, self._shards, self._weights_in_parts, self._layout = None, None, {}, Layout({})  # of another model
+        self._split, self._shards, self._weights_in_parts, self._layout = None, None, {}, Layout({})
         if self.settings.stage == 1 or not (is_sharded or _trains_everything(model)):
             self._split = SplitStep(model, self._optimizer_device, equal_passes=self.settings.stage == 3)
             return self._split.placement

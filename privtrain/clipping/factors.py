@@ -190,9 +190,10 @@ def _outer_squares(outer: Outer, grams: GramCache) -> tuple[torch.Tensor, torch.
     norms_left, norms_right = (gram.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt() for gram in (left, right))
     product = left * right
     # In fp32, where torch sums in pairs: what that rounds is part of the first term of E.
-    square, bias = product.sum(dim=(1, 2)).double(), product.abs_().sum(dim=(1, 2)).double()
-    scatter = _quadratic(left, norms_right) + _quadratic(right, norms_left)
-    error = 2.0**-24 * ((2 * _BIAS + _SUMMING) * bias + _SCATTER * scatter)
+    square = product.sum(dim=(1, 2)).double()
+    sum_of_sizes = product.abs_().sum(dim=(1, 2)).double()  # Σ_ts |L_ts R_ts|
+    scatter = _quadratic(left, norms_right) + _quadratic(right, norms_left)  # the other two terms
+    error = 2.0**-24 * ((2 * _BIAS + _SUMMING) * sum_of_sizes + _SCATTER * scatter)
     length = (norms_left.double() * norms_right).sum(dim=1)
     trace_left, trace_right = norms_left.square().sum(dim=1), norms_right.square().sum(dim=1)
     can_be_believed = (trace_left > _SMALLEST_TRACE) & (trace_right > _SMALLEST_TRACE)

@@ -70,14 +70,14 @@ def check_clipping(trainer: Trainer, units: list[list[Record]], precision: str, 
     by_token[0] = 1.0  # padding rows
     losses = _scaled(trainer.row_losses, by_token)
     reference = _Reference(trainer, units, losses, trainer.clipper, is_by_shape=precision != "fp32")
-    by_token[1] = reference.scale(0, _HUGE)
+    by_token[1] = reference.include(0, _HUGE)
     clipper = trainer.new_clipper(losses, _agreed_route(trainer, losses, units[0], route))
     reference.clipper, route = clipper, clipper.route
     for size in _ALONE_SIZES:
         expected = reference.clipped_sum(num_units=1, microbatch_size=size)
         total = _clipped_and_reduced(clipper, placement, units[:1], size, backend)
         agree_on_fault(_difference(total, expected, trainer, precision, num_units=1), backend)
-    by_token[2] = reference.scale(1, _SMALL)
+    by_token[2] = reference.include(1, _SMALL)
     # Also without the third unit: beside one that is not finite the clipper takes the units of a microbatch one by one.
     sizes = _TOGETHER_SIZES if placement.shards is None else _JOINT_SIZES
     for members, size in itertools.product((units[:2], units), sizes):
@@ -147,10 +147,11 @@ class _Reference:
     is_by_shape: bool
     _sum: torch.Tensor | None = None
 
-    def scale(self, unit: int, size: float) -> float:
-        """Return the factor that gives a unit's loss a gradient of ``size`` clipping norms.
+    def include(self, unit: int, size: float) -> float:
+        """Take the next unit into :meth:`clipped_sum`, scaled to a gradient of ``size`` clipping norms.
 
-        From now on :meth:`clipped_sum` includes the unit: planted units must be scaled in their order.
+        Returns:
+            The factor of its loss that gives it such a gradient.
         """
         trainer, layout = self.trainer, self.trainer.placement.stepped
         gradient = self._plain([self.units[unit]], 0, microbatch_size=1, row_losses=trainer.row_losses)
@@ -160,7 +161,7 @@ class _Reference:
         )
         agree_on_fault(fault, trainer.backend)
         factor = size * trainer.plan.clipping_norm / norm
-        if not self.is_by_shape:  # one sum serves for all shapes
+        if not self.is_by_shape:  # one sum serves for all shapes; else clipped_sum forms it for each
             _clip(gradient.mul_(factor), layout, trainer.plan, trainer.backend)
             self._sum = gradient if self._sum is None else self._sum.add_(gradient)
         return factor
@@ -433,26 +434,27 @@ def _watched_gradient(
         first_name[name] = first_name_by_id.setdefault(id(parameter), name)
     handles: dict[int, RemovableHandle] = {}  # by id of the hooked tensor
 
-    def keep(slot: Slot, gradient: torch.Tensor) -> None:
-        flat = gradient.detach().flatten()[slot.first : slot.first + slot.num_coordinates]
-        layout.view(result, slot).add_(flat.float())
+    def add_own_part(slot: Slot, gradient: torch.Tensor) -> None:
+        part = gradient.detach().flatten()[slot.first : slot.first + slot.num_coordinates]
+        layout.view(result, slot).add_(part.float())
 
-    def watch(prefix: str, module: torch.nn.Module, _: object) -> None:
+    def hook_tensors(prefix: str, module: torch.nn.Module, _inputs: object) -> None:
         """Hook a module's trained tensors, each once: before its forward pass, when they have been gathered."""
         for local_name, tensor in module.named_parameters(recurse=False):
             name = f"{prefix}.{local_name}" if prefix else local_name
             slot = slots.get(first_name.get(name, ""))
             if slot is not None and tensor.requires_grad and id(tensor) not in handles:
-                handles[id(tensor)] = tensor.register_hook(functools.partial(keep, slot))
+                handles[id(tensor)] = tensor.register_hook(functools.partial(add_own_part, slot))
 
-    entries = [
-        module.register_forward_pre_hook(functools.partial(watch, name)) for name, module in model.named_modules()
+    forward_handles = [
+        module.register_forward_pre_hook(functools.partial(hook_tensors, name))
+        for name, module in model.named_modules()
     ]
     try:
         for loss in losses:
             with shards.collecting(lambda _slot, _part: None):
                 loss().backward()
     finally:
-        for handle in [*entries, *handles.values()]:
+        for handle in [*forward_handles, *handles.values()]:
             handle.remove()
     return result

@@ -260,10 +260,7 @@ class Probe:
             clipper.accumulate(batch)
             return clipper.finish().clone()
 
-        last = trainer.packer.microbatch_size - 1
-        # Other ids than the packer's in the padding, which no token may read. Not with experts: these run on all tokens
-        # that are routed to them, padding among them, and how many there are decides how kernels round.
-        other_pad = trainer.packer.pad_id if self._has_experts() else self._quiet
+        last, other_pad = trainer.packer.microbatch_size - 1, self._other_pad
         alone = self._arranged(0, False)
         with hooks.loud_rows(trainer.model, self._loud):
             reference = contribution(alone)
@@ -272,28 +269,23 @@ class Probe:
                 contribution(self._batch([self._record(width, 3, is_loud=True)], width, [hooks.LOUD_WEIGHT]))
             # Sums are exact, so what the unit adds beside others is the sum with it less the sum of the others.
             without_unit = contribution(self._arranged(last, True, other_pad, is_member=False))
-            cases = {  # circumstance → (batch, what the other rows of it add)
-                "after a long row with huge activations": (alone, 0),
-                "in another row of the batch, beside rows with huge activations": (
-                    self._arranged(last, True, other_pad),
-                    without_unit,
-                ),
-                "after rows with gradients of their own": (alone, 0),
-            }
-            for when, (batch, others) in cases.items():
+            crowded = self._arranged(last, True, other_pad)
+            # Circumstance, batch, and what its other rows add. In this order: one may leave a trace for the next.
+            cases = (
+                ("after a long row with huge activations", alone, 0),
+                ("in another row of the batch, beside rows with huge activations", crowded, without_unit),
+                ("after rows with gradients of their own", alone, 0),
+            )
+            for when, batch, others in cases:
                 difference = contribution(batch) - others - reference
                 if not trainer.backend.any_rank(bool(difference.any())):
                     continue
-                # Explain it: which circumstance of a crowded batch makes the difference on its own? All are tried, also
-                # where the batch is not crowded: every rank must run the same passes.
-                single = {
-                    "beside rows with huge activations": self._arranged(0, True, is_counted=False),
-                    "in another row of the batch": self._arranged(last, False),
-                    "with other ids in its padding": self._arranged(0, False, other_pad),
-                }
+                # Of a crowded batch, name one circumstance that makes a difference by itself, if there is one. All
+                # are tried in any case, since every rank must run the same passes.
+                single = self._single_circumstances()
                 added = {circumstance: contribution(rows) for circumstance, rows in single.items()}
                 differing = [circumstance for circumstance in single if not _equal(added[circumstance], reference)]
-                if differing and batch is not alone:
+                if batch is crowded and differing:
                     when = differing[0]
                     batch, difference = single[when], added[when] - reference
                 share = float(difference.double().norm() / reference.double().norm())
@@ -302,6 +294,15 @@ class Probe:
                     f"norm; precision {self._precision}), first in the output of {self._first_module(alone, batch)}"
                 )
         return "" if route == "one_unit" else self._row_that_differs(contribution)
+
+    def _single_circumstances(self) -> dict[str, Microbatch]:
+        """Return the circumstances of a crowded batch one by one: in words → a batch in which only that one is so."""
+        last = self.trainer.packer.microbatch_size - 1
+        return {
+            "beside rows with huge activations": self._arranged(0, True, is_counted=False),
+            "in another row of the batch": self._arranged(last, False),
+            "with other ids in its padding": self._arranged(0, False, self._other_pad),
+        }
 
     def _row_that_differs(self, contribution: Callable[[Microbatch], torch.Tensor]) -> str:
         """Return, in words, that a unit adds other bits in some row of a batch than in the first; empty if in none.
@@ -473,6 +474,15 @@ class Probe:
     def _quiet(self) -> int:
         """Id of the first token of all other planted rows; also an id for padding other than the packer's."""
         return 2 if self.trainer.packer.pad_id != 2 else 3
+
+    @property
+    def _other_pad(self) -> int:
+        """Another id than the packer's for padding, which no token may read.
+
+        The packer's for a model with experts: these run on all tokens that are routed to them, padding among them, and
+        how many there are decides how kernels round.
+        """
+        return self.trainer.packer.pad_id if self._has_experts() else self._quiet
 
     @property
     def _precision(self) -> str:
