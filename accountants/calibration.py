@@ -108,7 +108,12 @@ def calibrate_noise(
     if judge.is_slow:
         return _few_evaluations(judge, lambda aim: math.ceil(find(aim) / step) * step, smaller_is_better=True)
     guess = math.ceil(find(target_epsilon) / step - 1e-9)  # in steps; a whole number of them stays, despite round-off
-    index = _first_allowed(lambda i: judge.allows(round(i * step, DECIMALS)), guess)
+
+    def is_allowed(index: int) -> bool:
+        noise = round(index * step, DECIMALS)
+        return noise >= SMALLEST_NOISE and judge.allows(noise)
+
+    index = _first_allowed(is_allowed, guess)
     return round(index * step, DECIMALS)
 
 

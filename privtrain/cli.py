@@ -263,7 +263,8 @@ def generate(
         num_texts, prompts, tuple(label or ()), template, temperature, top_p, top_k, max_new_tokens, min_new_tokens,
         batch_size, seed, engine, base_model, copy_tokens,
     )  # fmt: skip
-    typer.echo(sample(run, output, options))
+    if lines := sample(run, output, options):  # rank 0 alone has something to say
+        typer.echo(lines)
 
 
 @app.command()

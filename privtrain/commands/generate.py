@@ -10,14 +10,15 @@ as token ids.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import pathlib
 import shutil
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from privtrain.commands.corpus import sampling
 from privtrain.commands.corpus.conditions import Condition, Text, contexts_of, digest_input, ends_of, read_conditions
@@ -36,6 +37,11 @@ from privtrain.run import bundle, generated
 from privtrain.run.base_model import changed_base_files, check_model
 from privtrain.run.directory import RunDirectory
 from privtrain.run.release import banner
+
+if TYPE_CHECKING:
+    import torch
+
+    from privtrain.backends import Backend
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,11 +89,14 @@ def generate(run: pathlib.Path, output: pathlib.Path, options: GenerateOptions) 
         output: directory to make.
         options: what is sampled.
 
+    Every process of the job calls this: they share out the batches of texts, and rank 0 writes.
+
     Returns:
-        Lines that say what was written where, and what the owner should read.
+        Lines that say what was written where, and what the owner should read; nothing on other ranks than 0.
 
     Raises:
         ConfigError: with every fault; nothing is written then.
+        RankLost: if another process died; nothing is written then.
         VerificationFailed: if the run does not hold what was released.
     """
     directory = RunDirectory(run)
@@ -96,7 +105,7 @@ def generate(run: pathlib.Path, output: pathlib.Path, options: GenerateOptions) 
     config, section = _configuration(directory, options, manifest)
     _check_prompts(options.prompts, config.data)
     conditions = read_conditions(config.data, options.prompts, options.labels, options.template)
-    engine = sampling.chosen_engine(options.engine, config)
+    engine = sampling.chosen_engine(options.engine, config, is_alone=os.environ.get("WORLD_SIZE", "1") == "1")
     tokenizer = _tokenizer(directory)
     contexts = contexts_of(conditions, config.data, tokenizer, config.data.max_length)
     room = config.data.max_length - max(map(len, contexts))  # tokens left for a text after the longest context
@@ -110,25 +119,58 @@ def generate(run: pathlib.Path, output: pathlib.Path, options: GenerateOptions) 
         faults.append(Fault("--max-new-tokens", problem))
     if faults:
         raise ConfigError(faults)
-    sampler = _sampler(engine, config, section, directory, settings, tokenizer)
-    texts = _sampled(sampler, conditions, contexts, settings, tokenizer)
-    if not texts:
-        raise ConfigError([Fault("RUN", "its model wrote no text: every sample was empty. Give --min-new-tokens")])
-    described = _write(directory, manifest, output, config.data, conditions, texts, engine, settings)
+    with _ranks(engine, config) as backend:
+        sampler = _sampler(engine, config, section, directory, settings, tokenizer, backend.device)
+        texts = _sampled(sampler, conditions, contexts, settings, tokenizer, backend)
+        if not texts:
+            raise ConfigError([Fault("RUN", "its model wrote no text: every sample was empty. Give --min-new-tokens")])
+        lines = []
+        with backend.main_alone():
+            if backend.is_main:
+                described = _write(directory, manifest, output, config.data, conditions, texts, engine, settings)
+                lines = _lines(directory, config, output, texts, described, options, tokenizer)
+    return "\n".join(lines)
+
+
+def _lines(
+    run: RunDirectory,
+    config: Config,
+    output: pathlib.Path,
+    texts: Sequence[Text],
+    described: Mapping[str, Any],
+    options: GenerateOptions,
+    tokenizer: Any,
+) -> list[str]:
+    """Return what is said of a corpus that was written; where ``secret/`` is at hand, make the private report first."""
     lines = [f"wrote {len(texts)} different texts to {output}; check them with: privtrain verify {output}"]
-    if len(texts) < settings.num_texts:
-        lines.append(f"asked for {settings.num_texts}; the rest were empty or repeated. Raise --temperature")
-    if not directory.manifest.is_file():  # the manifest, in secret/, says which users were trained on
-        return "\n".join([*lines, "not compared with the training data: the run's secret/ is not here"])
-    report = report_of(directory, config, texts, described, tokenizer, options.copy_tokens)
-    return "\n".join([*lines, *report])
+    if len(texts) < options.num_texts:
+        lines.append(f"asked for {options.num_texts}; the rest were empty or repeated. Raise --temperature")
+    if not run.manifest.is_file():  # the manifest, in secret/, says which users were trained on
+        return [*lines, "not compared with the training data: the run's secret/ is not here"]
+    return lines + report_of(run, config, texts, described, tokenizer, options.copy_tokens)
+
+
+@contextlib.contextmanager
+def _ranks(engine: str, config: Config) -> Iterator[Backend]:
+    """Yield the job's processes, which share out the texts; vLLM, which takes its GPUs itself, is one process alone."""
+    import torch
+
+    from privtrain.backends import LocalBackend
+    from privtrain.job.stop import StopRequest
+    from privtrain.job.supervise import process_group
+
+    if config.performance.num_threads is not None:
+        torch.set_num_threads(config.performance.num_threads)
+    if engine == "vllm":
+        yield LocalBackend(torch.device("cpu"))
+        return
+    with process_group(config.performance, StopRequest()) as backend:  # nothing to save: a signal ends a rank at once
+        yield backend
 
 
 def _check(run: RunDirectory, output: pathlib.Path, options: GenerateOptions) -> None:
     """Raise ConfigError with everything that can be seen to be wrong before the run's files are read."""
     faults = output_faults(run, output)
-    if (num := os.environ.get("WORLD_SIZE", "1")) != "1":
-        faults.append(Fault("WORLD_SIZE", f"given {num}; texts are sampled by one process: start privtrain by itself"))
     if options.copy_tokens < 1:
         faults.append(Fault("--copy-tokens", f"given {options.copy_tokens}; must be at least 1"))
     if faults:
@@ -184,7 +226,13 @@ def _tokenizer(run: RunDirectory) -> Any:
 
 
 def _sampler(
-    engine: str, config: Config, section: ModelSection, run: RunDirectory, settings: SamplingSettings, tokenizer: Any
+    engine: str,
+    config: Config,
+    section: ModelSection,
+    run: RunDirectory,
+    settings: SamplingSettings,
+    tokenizer: Any,
+    device: torch.device,
 ) -> Sampler:
     """Load the released model into the chosen engine.
 
@@ -195,16 +243,14 @@ def _sampler(
         run: the run, with its adapter or model.
         settings: how to draw.
         tokenizer: the released one.
+        device: of this rank; vLLM chooses its own.
     """
     ends = ends_of(config.data, tokenizer)
     if engine == "vllm":
         return sampling.vllm_sampler(config, section, run, settings, ends)
-    import torch
-
     from privtrain.models.limits import num_embedded, padding_id
     from privtrain.models.load import base_dtype, load_adapter, load_base, resolve_precision
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = base_dtype(resolve_precision(config.performance.precision, device), device)
     if config.training.releases_model:
         model: Any = load_base(ModelSection(name_or_path=str(run.model)), dtype)
@@ -228,16 +274,22 @@ def _sampled(
     contexts: Sequence[Sequence[int]],
     settings: SamplingSettings,
     tokenizer: Any,
+    backend: Backend,
 ) -> list[Text]:
-    """Sample and decode different texts, each with its condition; ``contexts[i]`` are the tokens of condition i."""
+    """Sample and decode different texts, each with its condition; ``contexts[i]`` are the tokens of condition i.
+
+    Every rank returns all of them.
+    """
 
     def decode(tokens: Sequence[int]) -> str:
         return str(tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     texts: list[Text] = []
-    for number, text in sampling.distinct(sampler, contexts, settings, decode, normal_form):
+    shared = sampling.SharedSampler(sampler, settings, backend)
+    drawn = sampling.distinct(shared, contexts, settings, decode, normal_form, num_ranks=backend.world_size)
+    for number, text in drawn:
         texts.append(Text(conditions[number], text))
-        if len(texts) % 500 == 0:
+        if len(texts) % 500 == 0 and backend.is_main:
             say(f"{len(texts)} of {settings.num_texts} texts")
     return texts
 

@@ -340,6 +340,8 @@ def _unread_label(values: dict[str, list[Any]], text: str) -> str:
     for name in (by_name[name] for name in _LABEL_NAMES if name in by_name):
         if any(isinstance(value, bool | float | list) for value in values[name]):
             return f"; to train a classifier, convert column {name} to text or whole numbers"
+        if num := len({str(value).strip() for value in values[name] if value is not None} - {""}):
+            return f"; column {name} is not read: a label has several values, each for many rows; given {num}"
     return ""
 
 

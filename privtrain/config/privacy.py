@@ -22,6 +22,8 @@ from privtrain.config.section import Section
 
 #: Less noise than this gives an ε in the hundreds, which is no guarantee and takes minutes to account.
 _SMALLEST_NOISE = 0.1
+#: A larger ε is a slip of the pen: e^ε, by which it bounds what may be inferred, has hundreds of digits.
+_LARGEST_EPSILON = 1000
 
 #: Default number of records of a user in one step.
 _RECORDS_PER_USER = 4
@@ -187,7 +189,9 @@ class PrivacySection(Section):
         "defaults. Started with privtrain tune.",
     )
     target_epsilon: float | None = Field(
-        default=None, gt=0, description="ε that the noise is calibrated to; or give noise_multiplier."
+        default=None,
+        gt=0,
+        description="ε that the noise is calibrated to, at most 1,000; or give noise_multiplier. 8 is common.",
     )
     noise_multiplier: float | None = Field(
         default=None,
@@ -212,6 +216,16 @@ class PrivacySection(Section):
     def _sum_fits(cls, value: float) -> float:
         if value > MAX_UNITS:
             raise ValueError(f"given {value:g}; integers hold the sum of {MAX_UNITS:,} units: lower it")
+        return value
+
+    @pydantic.field_validator("target_epsilon")
+    @classmethod
+    def _means_something(cls, value: float | None) -> float | None:
+        if value is not None and value > _LARGEST_EPSILON:
+            raise ValueError(
+                f"given {value:g}, a guarantee that nobody could tell from none; 8 is common, 1 is strong, more than "
+                f"{_LARGEST_EPSILON:,} is refused. To train without privacy give privacy.noise_multiplier: 0"
+            )
         return value
 
     @pydantic.field_validator("noise_multiplier")

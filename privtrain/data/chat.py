@@ -31,10 +31,10 @@ Messages = list[dict[str, Any]]
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 #: What a template reads an undefined name or key of a turn as.
 _UNDEFINED = re.compile(r"has no (?:attribute|element) '?([^']+)'?$|^'([^']+)' is undefined$")
-#: Where a template writes today's date, by a format that stands in it.
-_DATE = re.compile(r"\bstrftime_now\(\s*(['\"])((?:(?!\1)[^\\])*)\1\s*\)")
 #: The day that is written instead: a record must be the same tokens on every rank and after a resume.
 _TODAY = datetime.datetime(2024, 7, 26, tzinfo=datetime.UTC)
+#: Letters of C's strftime, each also with a minus before it: without leading zeros.
+_DIRECTIVES = "aAbBcCdDeFgGhHIjklmMnpPrRStTuUVwWxXyYzZ"
 #: The public conversation that templates are tried on.
 _PROBE: Messages = [
     {"role": "user", "content": "Which way?"},
@@ -62,8 +62,19 @@ def rendered(tokenizer: PreTrainedTokenizerBase, messages: Messages, *, add_gene
 
 @functools.lru_cache(maxsize=8)
 def undated(template: str) -> str:
-    """Return a chat template that writes one fixed day where it would write today's."""
-    return _DATE.sub(lambda found: repr(_TODAY.strftime(found[2])), template)
+    """Return a chat template that writes one fixed day where it would write today's, in whatever form it asks for.
+
+    Templates ask a function of transformers, ``strftime_now(format)``. A macro of this name takes its place.
+    """
+    if "strftime_now" not in template:
+        return template
+    # {directive, such as %d: what it stands for on the fixed day}. %s alone would depend on the machine's time zone.
+    days = {f"%{flag}{letter}": _TODAY.strftime(f"%{flag}{letter}") for flag in ("", "-") for letter in _DIRECTIVES}
+    days["%s"] = str(int(_TODAY.timestamp()))
+    written = "".join(f" | replace({directive!r}, {value!r})" for directive, value in days.items())
+    # %% is a sign and no directive. The line break behind the macro is trimmed, as behind every statement.
+    macro = "{% macro strftime_now(format) %}{{ (format | replace('%%', '\\0')" + written
+    return macro + ") | replace('\\0', '%') }}{% endmacro %}\n" + template
 
 
 def end_marks(tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -12,7 +12,9 @@ import collections
 import dataclasses
 import glob
 import math
+import os
 import pathlib
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -34,6 +36,9 @@ _SUFFIX_HINTS = {
     ".tsv": "; separate its columns by commas, or convert it to Parquet",
     ".txt": "; make rows of it that name a user and a text",
 }
+
+#: How a path begins that was an address, such as ``s3://bucket``: as a path it has one slash.
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+]+:/")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,11 +108,11 @@ def check_source(data: DataSection) -> list[Fault]:
     if isinstance(data.evaluation, FilesSource):
         faults += _check_files(data.evaluation, data, "data.evaluation.paths")
         if isinstance(data.source, FilesSource):
-            private = {file.resolve() for file in source_files(data.source)}
+            private = {_real(file) for file in source_files(data.source)}
             faults += [
                 Fault("data.evaluation.paths", f"{file} is a file of data.source, and so is not public")
                 for file in source_files(data.evaluation)
-                if file.resolve() in private
+                if _real(file) in private
             ]
     return faults
 
@@ -122,7 +127,7 @@ def _check_files(source: FilesSource, data: DataSection, path_key: str, *further
         *further_keys: keys of ``data`` that name columns, beside those of the format.
     """
     faults = []
-    num_times = collections.Counter(file.resolve() for file in source_files(source))
+    num_times = collections.Counter(map(_real, source_files(source)))
     for file, count in num_times.items():
         if count > 1:  # each record would be there twice: where records are the unit, as two units
             faults.append(Fault(path_key, f"{file} is named {count} times; each row would count as often"))
@@ -135,8 +140,15 @@ def _check_files(source: FilesSource, data: DataSection, path_key: str, *further
     return faults
 
 
+def _real(file: pathlib.Path) -> pathlib.Path:
+    """Return the path without links; unlike ``resolve()`` also of a link that leads back to itself."""
+    return pathlib.Path(os.path.realpath(file))
+
+
 def columns_of(file: pathlib.Path, path_key: str = "data.source.paths") -> tuple[list[str], list[Fault]]:
     """Return the names of a file's columns, and why rows cannot be read from it; one of both is empty."""
+    if not file.is_file():  # opening a pipe would wait for ever
+        return [], [Fault(path_key, f"{file} is no file but a pipe, a device or a link to nothing")]
     if file.suffix not in _FORMATS:
         hint = _SUFFIX_HINTS.get(file.suffix, "")
         if file.suffix.lower() in _FORMATS:
@@ -462,8 +474,18 @@ def missing(pattern: pathlib.Path) -> str:
     """Return why a path or pattern of ``data.source.paths`` names no file."""
     if pattern.is_dir():
         return f"{pattern} is a directory; name its files, e.g. {pattern / '*.jsonl'}"
-    hint = "; write the home directory out" if str(pattern).startswith("~") else ""
-    return f"no such file: {pattern}{hint}"
+    name, hint = str(pattern), ""
+    if name.startswith("~"):
+        hint = "; write the home directory out"
+    elif _ADDRESS.match(name):
+        hint = "; files are read from disk: download them, or name a data set of the hub by data.source.kind: hub"
+    elif "$" in name:
+        hint = "; variables of the environment are not read in a configuration"
+    elif "{" in name:
+        hint = "; patterns are made of *, ? and [...]; name further files as further items"
+    elif pattern.is_symlink():
+        hint = "; it is a link to something that is not there"
+    return f"no such file: {name}{hint}"
 
 
 def _expand(pattern: pathlib.Path) -> list[pathlib.Path]:

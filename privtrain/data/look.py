@@ -24,6 +24,9 @@ from privtrain.errors import ConfigError, Fault
 NUM_LOOKED_AT = 512
 _AT_ONCE = 64
 
+#: What becomes of a missing id when a table is written as text.
+_NO_IDS = ("nan", "NaN", "None", "null", "NULL", "NA", "N/A", "<NA>", "NaT", "undefined")
+
 #: Shares of records above which truncation, or of tokens above which unknown words, are worth a warning.
 _MUCH_TRUNCATION = 0.2
 _MUCH_UNKNOWN = 0.01
@@ -74,7 +77,7 @@ def look_at(corpus: Corpus, encoder: Encoder, data: DataSection) -> Look:
         faults = [*_dropped(corpus, encoder, num_predicted, data)]
     complaints = dict(encoder.complaints.most_common())
     encoder.complaints.clear()  # so that training counts the complaints of its own records alone
-    warnings = [*_warnings(encoded.records, encoder, data, encoded.num_truncated, labels)]
+    warnings = [*_warnings(encoded.records, encoder, data, encoded.num_truncated, labels), *_absent_users(corpus)]
     return Look(lengths, num_predicted, encoded.num_truncated, complaints, dict(labels), tuple(faults), tuple(warnings))
 
 
@@ -148,6 +151,8 @@ def _warnings(
     num_tokens, num_ids = len(encoder.tokenizer), encoder.num_ids
     if num_ids is not None and num_tokens < _FEW_TOKENS * num_ids:
         yield f"the tokenizer has {num_tokens:,} tokens and the model embeds {num_ids:,}: is it this model's tokenizer?"
+    if data.format == "chat" and "strftime_now" in str(encoder.tokenizer.chat_template):
+        yield "the chat template writes today's date; here it is always 26 July 2024, so that records never change"
     unknown = encoder.tokenizer.unk_token_id
     if unknown is not None and unknown not in encoder.marks:
         num_unknown = sum(int((record.tokens == unknown).sum()) for record in records)
@@ -157,6 +162,16 @@ def _warnings(
     for number, name in enumerate(data.labels or ()):
         if labels[number] == 0:
             yield f"no record among {len(records)} has the label {name!r} of data.labels"
+
+
+def _absent_users(corpus: Corpus) -> Iterator[str]:
+    """Yield a warning for each user whose id is how tables write that there is none: it may stand for many people."""
+    for name in _NO_IDS:
+        if name in corpus.records:
+            yield (
+                f"{len(corpus.records[name])} records are of a user called {name!r}: if that stands for a missing id, "
+                "leave the cell empty; together they count as one person"
+            )
 
 
 def reasons_of(encoder: Encoder) -> str:

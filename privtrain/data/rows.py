@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import json
 import pathlib
+import re
 from collections.abc import Iterator, Sequence
 from typing import IO
 
@@ -26,17 +27,19 @@ _MOST_FIELD_CHARACTERS = (1 << 31) - 1
 #: What to do about a file that does not hold one object a line.
 _ONE_A_LINE = "a .jsonl file holds one object with named columns a line; convert an array with: jq -c '.[]' FILE"
 
-#: How files begin that are something else than their ending says, and what to do.
+#: How files begin that are something else than their ending says, and what to do. Texts may begin with the letters of a
+#: format's mark, so what follows these counts too.
 _OTHER_KINDS = (
-    (b"\x1f\x8b", "is compressed by gzip; unpack it: gunzip FILE"),
-    (b"\x28\xb5\x2f\xfd", "is compressed by zstd; unpack it: zstd -d FILE"),
-    (b"BZh", "is compressed by bzip2; unpack it: bunzip2 FILE"),
-    (b"PK\x03\x04", "is a ZIP archive or a spreadsheet (.xlsx); unpack it, or save it as CSV"),
-    (b"version https://git-lfs", "is a Git LFS pointer, not the file itself; fetch it with: git lfs pull"),
-    (b"<!DOCTYPE", "is a web page, not the file; download it again"),
-    (b"<html", "is a web page, not the file; download it again"),
-    (b"PAR1", "is Parquet; name it .parquet"),
-    (b"ARROW1", "is an Arrow file; convert it to Parquet"),
+    (rb"\x1f\x8b", "is compressed by gzip; unpack it: gunzip FILE"),
+    (rb"\x28\xb5\x2f\xfd", "is compressed by zstd; unpack it: zstd -d FILE"),
+    (rb"BZh[1-9](1AY&SY|\x17rE8P\x90)", "is compressed by bzip2; unpack it: bunzip2 FILE"),
+    (rb"\xfd7zXZ\0", "is compressed by xz; unpack it: unxz FILE"),
+    (rb"PK\x03\x04", "is a ZIP archive or a spreadsheet (.xlsx); unpack it, or save it as CSV"),
+    (rb"\xd0\xcf\x11\xe0", "is a spreadsheet of an old kind (.xls); save it as CSV"),
+    (rb"version https://git-lfs", "is a Git LFS pointer, not the file itself; fetch it with: git lfs pull"),
+    (rb"(?i)\s*<(!doctype|html)\b", "is a web page, not the file; download it again"),
+    (rb"PAR1[\0-\x1f]", "is Parquet; name it .parquet"),
+    (rb"ARROW1\0", "is an Arrow file; convert it to Parquet"),
 )
 
 #: What reading a damaged file of rows raises.
@@ -176,9 +179,9 @@ def other_kind(file: pathlib.Path) -> str:
             head = opened.read(64)
     except OSError:
         return ""  # reading it says why
-    start_of_own_kind = b"PAR1" if file.suffix == ".parquet" else b""
+    is_own_kind = file.suffix == ".parquet" and head.startswith(b"PAR1")
     for start, problem in _OTHER_KINDS:
-        if start != start_of_own_kind and head.lower().startswith(start.lower()):
+        if re.match(start, head) and not is_own_kind:
             return problem
     # A zero byte at the start is no UTF-8 text. UTF-16 with its mark is named when the file is read.
     if file.suffix != ".parquet" and b"\0" in head[:2] and head[:2] not in (b"\xff\xfe", b"\xfe\xff"):

@@ -60,3 +60,20 @@ def test_impossible_targets_are_refused(epsilon, message):
         accountants.calibrate_noise_multiplier(
             target_epsilon=epsilon, target_delta=1e-10, sampling_prob=1.0, num_steps=1000
         )
+
+
+def test_an_epsilon_without_end_is_answered_in_few_steps(monkeypatch):
+    """The least noise that is searched is enough; less is not tried, whose distributions are ever larger."""
+    tried = []
+    spent = calibration._Judge.spent
+
+    def counted(judge, value):
+        tried.append(value)
+        return spent(judge, value)
+
+    monkeypatch.setattr(calibration._Judge, "spent", counted)
+    noise = accountants.calibrate_noise_multiplier(
+        target_epsilon=1e9, target_delta=1e-5, sampling_prob=0.1, num_steps=4, accountant="tilted"
+    )
+    assert noise == calibration.SMALLEST_NOISE == min(tried)
+    assert len(tried) <= 10

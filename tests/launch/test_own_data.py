@@ -71,7 +71,7 @@ def on_processes(num: int, program: str, *words: str) -> None:
     assert done.returncode == 0, (words, done.output)
 
 
-def generate(kind: str, place: str, folder: pathlib.Path) -> None:
+def generate(kind: str, place: str, folder: pathlib.Path, num: int) -> None:
     """A corpus that verifies; of a classifier there is none, and the message says what to train instead."""
     words = ["generate", place, "corpus", "--num-texts", "6", "--min-new-tokens", "4"]
     if kind == "labelled":
@@ -81,7 +81,8 @@ def generate(kind: str, place: str, folder: pathlib.Path) -> None:
     if kind == "chats":
         (folder / "prompts.jsonl").write_text('{"prompt": "Say it."}\n')
         words += ["--prompts", "prompts.jsonl"]
-    assert "wrote 6 different texts" in run(privtrain_app, *words)
+    on_processes(num, "privtrain", *words)
+    assert len((folder / "corpus" / "corpus.jsonl").read_text().splitlines()) == 6
     run(privtrain_app, "verify", "corpus", "--released", place)
 
 
@@ -112,7 +113,7 @@ def journey(kind: str, precision: str, num_users: int, folder: pathlib.Path, *ov
     run(privtrain_app, "export", place, "merged", "--merge")
     assert (folder / "merged" / "model.safetensors").is_file()
     assert (folder / "merged" / "privacy.json").is_file()
-    generate(kind, place, folder)
+    generate(kind, place, folder, num)
 
 
 @pytest.mark.slow

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
+import lzma
+import os
+import pathlib
 import pickle
 import shutil
 
@@ -17,6 +21,7 @@ from privtrain.config.model import ModelSection
 from privtrain.data.chat import rendered
 from privtrain.data.corpus import check_source, load_corpus
 from privtrain.data.encode import Encoder
+from privtrain.data.look import look_at
 from privtrain.errors import ConfigError
 from privtrain.models.limits import num_ids_of
 from privtrain.models.load import load_base, load_tokenizer
@@ -55,7 +60,12 @@ def encoder_with(folder, template: str) -> Encoder:
         ("d.jsonl", POINTER, "git lfs pull"),
         ("d.jsonl", "<!doctype html>\n", "web page"),
         ("d.csv", "user,text\nu,x\n".encode("utf-16-le"), "save it as UTF-8"),
-        ("d.csv", b"PAR1\x00\x00", "name it .parquet"),
+        ("d.csv", b"PAR1\x15\x04", "name it .parquet"),
+        ("d.jsonl", bz2.compress(b"x"), "bunzip2"),
+        ("d.jsonl", bz2.compress(b""), "bunzip2"),
+        ("d.csv", lzma.compress(b"x"), "unxz"),
+        ("d.csv", b"\xd0\xcf\x11\xe0\xa1\xb1", ".xls"),
+        ("d.jsonl", "\n<HTML lang=en>\n", "web page"),
         ("d.parquet", b"ARROW1\x00\x00", "convert it to Parquet"),
     ],
 )
@@ -63,6 +73,62 @@ def test_a_file_that_its_ending_does_not_name_says_what_it_is(tmp_path, name, co
     faults = source_faults(tmp_path, name, content)
     assert list(faults) == ["data.source.paths"]
     assert words in faults["data.source.paths"]
+
+
+@pytest.mark.parametrize(
+    "name", ["par1", "PAR1", "Par1sian", "bzh", "BZh", "BZh9", "arrow1", "ARROW1", "pk\x03\x04", "Version", "<htmlid>"]
+)
+def test_a_table_may_begin_with_the_letters_of_a_mark(tmp_path, name):
+    """What follows the letters tells a mark from the name of a column."""
+    assert source_faults(tmp_path, "d.csv", f"{name},user,text\n1,u,x\n") == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("s3://bucket/x.parquet", "download them"),
+        ("https://host/x.jsonl", "download them"),
+        ("$HOME/x.jsonl", "variables of the environment"),
+        ("~/x.jsonl", "write the home directory out"),
+        ("{a,b}.jsonl", "further items"),
+        ("gone.jsonl", "link to something that is not there"),
+    ],
+)
+def test_a_path_that_names_no_file_says_why(tmp_path, monkeypatch, name, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "gone.jsonl").symlink_to(tmp_path / "nowhere")
+    (fault,) = check_source(section(name))
+    assert (fault.path, words in fault.problem) == ("data.source.paths", True), fault
+
+
+def test_pipes_and_links_without_an_end_are_no_files(tmp_path):
+    """A pattern finds them too; a pipe would be waited for, and such a link was a traceback."""
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    (tmp_path / "loop.jsonl").symlink_to(tmp_path / "loop.jsonl")
+    (tmp_path / "gone.jsonl").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "good.jsonl").write_text('{"user": "u", "text": "x"}\n')
+    faults = check_source(section(tmp_path / "*.jsonl"))
+    assert {pathlib.Path(fault.problem.split(" is no file")[0]).stem for fault in faults} == {"pipe", "loop", "gone"}
+
+
+@pytest.mark.parametrize(("name", "is_told"), [("nan", True), ("<NA>", True), ("Nan Goldin", False)])
+def test_a_user_called_like_a_missing_id_is_asked_about(tmp_path, name, is_told):
+    """A table written as text has such a cell for everybody without an id: many people would count as one."""
+    (tmp_path / "d.jsonl").write_text(json.dumps({"user": name, "text": "x y"}) + "\n")
+    data = section(tmp_path / "d.jsonl")
+    save_tokenizer(tmp_path / "t")
+    encoder = Encoder(data, load_tokenizer(ModelSection(name_or_path=str(tmp_path / "t"))))
+    warnings = look_at(load_corpus(data), encoder, data).warnings
+    assert any("missing id" in warning for warning in warnings) is is_told
+
+
+def test_the_day_that_a_template_is_told_is_said(tmp_path):
+    (tmp_path / "d.jsonl").write_text(json.dumps({"user": "u", "messages": TALK}) + "\n")
+    data = section(tmp_path / "d.jsonl", format="chat")
+    for dated, is_told in (("{{ strftime_now('%d') }}", True), ("", False)):
+        encoder = encoder_with(tmp_path, dated + ENDED)
+        warnings = look_at(load_corpus(data), encoder, data).warnings
+        assert any("26 July 2024" in warning for warning in warnings) is is_told
 
 
 @pytest.mark.parametrize("content", ["User, Text\nu,x\n", '"USER","Text "\nu,x\n'])
@@ -116,6 +182,29 @@ def test_a_template_with_todays_date_is_the_same_on_any_day(tmp_path, marks):
     assert record.num_targets
     context = Condition(messages=tuple(TALK[:1])).context(section("x.jsonl", format="chat"), encoder.tokenizer)
     assert text.startswith(str(encoder.tokenizer.decode(context)))
+
+
+#: How templates of known models, and others that could be, ask for the day, and what they are told.
+DATED = {
+    "{{ strftime_now('%d %b %Y') }}": "26 Jul 2024",
+    '{%- if not day is defined %}{%- if strftime_now is defined %}{%- set day = strftime_now("%d %b %Y") %}'
+    "{%- endif %}{%- endif %}{{ day }}": "26 Jul 2024",
+    "{%- set today = strftime_now('%Y-%m-%d') -%}{{ today.split('-')[0] | int - 1 }}": "2023",
+    "{{ strftime_now ('%B %d, %Y') }}": "July 26, 2024",
+    "{%- set form = '%A' ~ ', %-d %B' -%}{{ strftime_now(form) }}": "Friday, 26 July",
+    "{{ strftime_now(format='%H:%M:%S %j %u 100%% %%d %s') }}": "00:00:00 208 5 100% %d 1721952000",
+    "{% macro day() %}{{ strftime_now('%d.%m.') }}{% endmacro %}{{ day() }}": "26.07.",
+    "{% set now = strftime_now %}{{ now('%x') | upper }}": "07/26/24",
+    "\n  {% if strftime_now is callable %}\n yes{% endif %}": "\n yes",
+}
+
+
+@pytest.mark.parametrize("dated", DATED)
+def test_every_way_to_ask_for_the_day_is_told_the_fixed_one(tmp_path, dated):
+    """Also by a format that is computed; and nothing else of the template changes, white space included."""
+    tokenizer = save_tokenizer(tmp_path / "t", dated + ENDED)
+    assert rendered(tokenizer, TALK) == f"{DATED[dated]}[user]q</s>[assistant]a</s>"
+    assert tokenizer.chat_template == dated + ENDED
 
 
 def test_named_templates_with_todays_date_never_change(tmp_path):

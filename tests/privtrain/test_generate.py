@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import pathlib
 import shutil
+import signal
 import sys
 import time
 import types
@@ -28,6 +30,7 @@ from privtrain.config.load import validate
 from privtrain.errors import ConfigError, PlanMismatch, VerificationFailed
 from privtrain.job.train import train
 from privtrain.run import generated
+from tests import jobs
 from tests.conftest import write_config
 from tests.privtrain.bases import save_base, save_tokenizer
 from tests.privtrain.test_rows import TEMPLATE
@@ -86,6 +89,49 @@ def test_corpus_is_the_same_without_the_private_records(finished, tiny_llama, tm
     assert "secret/ is not here" in message
     for name in FILES:
         assert (tmp_path / "with" / name).read_bytes() == (tmp_path / "without" / name).read_bytes(), name
+
+
+def test_corpus_is_the_same_from_two_processes(finished, tmp_path):
+    """To the byte: batches are shared out whole, and each keeps its seed. Rank 0 alone writes, and speaks."""
+    options = ["--num-texts", "11", "--batch-size", "3", "--max-new-tokens", "6", "--copy-tokens", "4"]
+    done = jobs.run("privtrain", "generate", finished, tmp_path / "two", *options)
+    assert done.returncode == 0, done.output
+    assert done.output.count("wrote 11 different texts") == 1
+    given = GenerateOptions(num_texts=11, batch_size=3, max_new_tokens=6, copy_tokens=4)
+    generate(finished, tmp_path / "one", given)
+    for name in FILES:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
+    assert len(list((finished / "secret" / "corpora").iterdir())) == 1
+
+
+def die_at_the_second_batch(rank: int) -> None:
+    draw, drawn = TransformersSampler.draw, []
+
+    def draw_or_die(*arguments):
+        drawn.append(arguments)
+        if (rank, len(drawn)) == (1, 2):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return draw(*arguments)
+
+    TransformersSampler.draw = draw_or_die
+
+
+def test_a_killed_process_leaves_no_half_of_a_corpus(finished, tmp_path):
+    options = ["--num-texts", "12", "--batch-size", "2"]
+    done = jobs.run("privtrain", "generate", finished, tmp_path / "corpus", *options, before=die_at_the_second_batch)
+    assert done.returncode != 0
+    assert "Traceback" not in done.output
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+    assert not (finished / "secret" / "corpora").exists()
+
+
+def test_vllm_is_one_process_by_itself(tree, monkeypatch):
+    config = validate(tree)
+    monkeypatch.setattr(sampling, "why_not_vllm", lambda _: "")
+    assert sampling.chosen_engine("auto", config) == "vllm"
+    assert sampling.chosen_engine("auto", config, is_alone=False) == "transformers"
+    with pytest.raises(ConfigError, match="start privtrain by itself"):
+        sampling.chosen_engine("vllm", config, is_alone=False)
 
 
 def test_report_lies_in_secret_alone(finished, tmp_path):

@@ -75,6 +75,26 @@ def test_a_refusal_names_the_line_and_a_near_key(tmp_path):
         write_translation("trl", tmp_path / "t.yaml", tmp_path / "o.yaml")
 
 
+@pytest.mark.parametrize(
+    ("stack", "key", "near"),
+    [
+        ("trl", "max_seq_len", "max_seq_length"),
+        ("trl", "torchdtype", "torch_dtype"),
+        ("trl", "num_train_epoch", "num_train_epochs"),
+        ("axolotl", "lora_rank", "lora_r"),
+        ("axolotl", "seq_len", "sequence_len"),
+        ("axolotl", "learningrate", "learning_rate"),
+        ("llamafactory", "cutoff_length", "cutoff_len"),
+        *[("trl", key, None) for key in ("use_cpu", "use_lora", "jit_mode_eval", "parallelism_config", "label_names")],
+        *[("axolotl", key, None) for key in ("kd_alpha", "dpo_beta", "torchao", "lora_on_cpu", "train_on_eos", "")],
+        *[("llamafactory", key, None) for key in ("pissa_iter", "export_dir", "video_fps", "lora_plus")],
+    ],
+)
+def test_an_unknown_key_is_shown_a_near_one_or_none(stack, key, near):
+    found = translate(stack, {key: 1})
+    assert found.refused[key] == f"is not known here{f'; is it {near}?' if near else ''}"
+
+
 @pytest.mark.parametrize("module", [trl, axolotl, llamafactory])
 def test_rules_name_keys_that_exist(module):
     """Mutant-proof: a rule that gives a value to a key that we do not have is seen, whatever configuration is tried."""

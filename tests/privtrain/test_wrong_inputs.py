@@ -259,6 +259,12 @@ def write_rows(path, **columns):
     return path
 
 
+def test_init_says_that_one_label_is_none(tmp_path):
+    guess = guess_columns(write_rows(tmp_path / "r.jsonl", user=["u", "v"], text=["a", "b"], label=["x", "x"]))
+    assert guess.tree["format"] == "text"
+    assert "column label is not read" in guess.notes["text_column"]
+
+
 def test_init_keeps_labels_as_they_are_written(tmp_path):
     """01 is no number that a row could hold, an empty field is no label, and ² is no digit of ours."""
     names = ["01", "2", "10", "", "²", "-3"] * 4
@@ -421,3 +427,15 @@ def test_init_names_columns_that_other_stacks_would_read(tmp_path, columns, keys
     guess = guess_columns(write_rows(tmp_path / "rows.jsonl", user=["u", "v"], **columns))
     assert keys.items() <= guess.tree.items()
     assert f"; {unread}: not read" in guess.notes["format"]
+
+
+@pytest.mark.parametrize(("epsilon", "is_refused"), [(1000, False), (1000.5, True), (1e9, True)])
+def test_an_epsilon_that_means_nothing_is_refused(tree, epsilon, is_refused):
+    del tree["privacy"]["noise_multiplier"]
+    tree["privacy"]["target_epsilon"] = epsilon
+    if not is_refused:
+        assert validate(tree).privacy.target_epsilon == epsilon
+        return
+    with pytest.raises(ConfigError, match="8 is common, 1 is strong") as refused:
+        validate(tree)
+    assert [fault.path for fault in refused.value.faults] == ["privacy.target_epsilon"]

@@ -11,13 +11,16 @@ import dataclasses
 import importlib.util
 import pathlib
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from privtrain.config import Config
 from privtrain.config.model import ModelSection
 from privtrain.errors import ConfigError, Fault
 from privtrain.run.base_model import locate
 from privtrain.run.directory import RunDirectory
+
+if TYPE_CHECKING:
+    from privtrain.backends import Backend
 
 Engine = Literal["auto", "transformers", "vllm"]
 
@@ -137,6 +140,36 @@ class TransformersSampler:
         return [_until(row, self._ends) for row in new.tolist()]
 
 
+class SharedSampler:
+    """Draws several batches at once, one on each rank; all ranks get all texts.
+
+    A batch has the contexts and the seed that it has on one rank, so the texts do not depend on the number of ranks.
+
+    Args:
+        sampler: this rank's.
+        settings: the size of a batch, and the longest text.
+        backend: the job's processes; all of them draw together.
+    """
+
+    def __init__(self, sampler: Sampler, settings: SamplingSettings, backend: Backend) -> None:
+        self._sampler, self._settings, self._backend = sampler, settings, backend
+
+    def draw(self, contexts: Sequence[Sequence[int]], seed: int) -> list[list[int]]:
+        """Return the new tokens of each context, of which there is at most a batch for each rank."""
+        import torch
+
+        start = self._backend.rank * self._settings.batch_size  # of this rank's batch
+        mine = contexts[start : start + self._settings.batch_size]
+        # A row for each text: how many tokens it has, and these. Each rank fills its rows; the sum has them all.
+        table = torch.zeros(len(contexts), 1 + self._settings.max_new_tokens, dtype=torch.int64)
+        for row, tokens in zip(table[start:], self._sampler.draw(mine, seed + start) if mine else (), strict=False):
+            row[0] = len(tokens)
+            row[1 : 1 + len(tokens)] = torch.tensor(tokens, dtype=torch.int64)
+        table = table.to(self._backend.device)
+        self._backend.reduce(table)
+        return [row[1 : 1 + row[0]] for row in table.tolist()]
+
+
 class VllmSampler:
     """Draws texts by vLLM, which loads base and adapter itself.
 
@@ -214,8 +247,13 @@ def why_not_vllm(config: Config) -> str:
     return ""
 
 
-def chosen_engine(engine: Engine, config: Config) -> Literal["transformers", "vllm"]:
+def chosen_engine(engine: Engine, config: Config, *, is_alone: bool = True) -> Literal["transformers", "vllm"]:
     """Return the library that samples; ``auto`` chooses vLLM if it is installed and can serve the run.
+
+    Args:
+        engine: the one asked for.
+        config: of the run.
+        is_alone: whether the job is one process; vLLM starts its own.
 
     Raises:
         ConfigError: if vLLM is asked for and cannot.
@@ -223,6 +261,8 @@ def chosen_engine(engine: Engine, config: Config) -> Literal["transformers", "vl
     if engine == "transformers":
         return engine
     problem = why_not_vllm(config)
+    if not problem and not is_alone:
+        problem = "it starts its own processes, and a launcher has started several; start privtrain by itself"
     if not problem:
         return "vllm"
     if engine == "vllm":
@@ -240,7 +280,13 @@ def vllm_sampler(
 
 
 def distinct(
-    sampler: Sampler, contexts: Sequence[Sequence[int]], settings: SamplingSettings, decode: Any, key: Any
+    sampler: Sampler,
+    contexts: Sequence[Sequence[int]],
+    settings: SamplingSettings,
+    decode: Any,
+    key: Any,
+    *,
+    num_ranks: int = 1,
 ) -> Iterator[tuple[int, str]]:
     """Yield different texts, as many after each context as after the others, each as (number of the context, text).
 
@@ -253,6 +299,7 @@ def distinct(
         settings: how many, and how.
         decode: token ids → text.
         key: text → a normal form; two texts with the same one count as one text.
+        num_ranks: how many batches ``sampler`` draws at once.
     """
     share, rest = divmod(settings.num_texts, len(contexts))
     wanted = [share + (number < rest) for number in range(len(contexts))]  # texts still to draw, by context
@@ -260,8 +307,8 @@ def distinct(
     seed = settings.seed
     for _ in range(_MOST_ROUNDS):
         lacking = [number for number, count in enumerate(wanted) for _ in range(count)]
-        for start in range(0, len(lacking), settings.batch_size):
-            batch = lacking[start : start + settings.batch_size]
+        for start in range(0, len(lacking), num_ranks * settings.batch_size):
+            batch = lacking[start : start + num_ranks * settings.batch_size]
             drawn = sampler.draw([contexts[number] for number in batch], seed)
             seed += len(batch)  # a sampler may use seed, seed + 1, ... for the texts of a batch
             for number, tokens in zip(batch, drawn, strict=True):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from rich.console import Console
@@ -29,6 +29,9 @@ StackName = Literal["trl", "axolotl", "llamafactory"]
 
 _STACKS = {"trl": trl, "axolotl": axolotl, "llamafactory": llamafactory}
 _TITLES = {"trl": "TRL", "axolotl": "axolotl", "llamafactory": "LLaMA-Factory"}
+
+#: Two words that are more alike than this, from 0 to 1, may be one word.
+_ALIKE = 0.8
 
 #: What no other stack has, and the plan cannot do without.
 _PLAN_NEEDS = {
@@ -190,9 +193,32 @@ def _outcome(table: Mapping[str, Rule], key: str, value: Any, asked: Mapping[str
         return Outcome(reason="not set")
     rule = table.get(key) or next((r for prefix, r in rules.PREFIXES.items() if key.startswith(prefix)), None)
     if rule is None:
-        near = difflib.get_close_matches(key, sorted(table), n=1)
-        return rules.refused(f"is not known here{f'; is it {near[0]}?' if near else ''}")
+        near = _near_key(key, table)
+        return rules.refused(f"is not known here{f'; is it {near}?' if near else ''}")
     return _ruled(rule, value, asked)
+
+
+def _near_key(key: str, known: Iterable[str]) -> str | None:
+    """Return the known key that a key most probably stands for, with a slip of the hand in it; None if there is none.
+
+    Word by word the two are alike, or one is short for the other: ``max_seq_len`` is near ``max_seq_length``, but
+    ``lora_rank`` is no ``local_rank``.
+    """
+
+    def likeness(one: str, other: str) -> float:
+        return difflib.SequenceMatcher(None, one, other).ratio()
+
+    def are_alike(one: str, other: str) -> bool:
+        is_short = bool(one) and bool(other) and (one.startswith(other) or other.startswith(one))
+        return is_short or likeness(one, other) > _ALIKE
+
+    def is_near(other: str) -> bool:
+        words, others = key.split("_"), other.split("_")
+        if "".join(words) == "".join(others):
+            return True
+        return len(words) == len(others) and all(map(are_alike, words, others))
+
+    return max(filter(is_near, sorted(known)), key=lambda other: likeness(key, other), default=None)
 
 
 def _ruled(rule: Rule, value: Any, asked: Mapping[str, Any]) -> Outcome:
