@@ -190,12 +190,6 @@ def test_faults_of_generate_come_by_name_and_nothing_is_written(finished, tmp_pa
     assert not (finished / "secret" / "corpora").exists()
 
 
-def test_several_processes_are_refused(finished, tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match="WORLD_SIZE: given 2; texts are sampled by one process"):
-        generate(finished, tmp_path / "corpus", GenerateOptions(num_texts=2))
-
-
 def test_another_base_than_the_released_one_is_refused(finished, tmp_path):
     other = save_base(tmp_path / "other")
     with pytest.raises(ConfigError, match="is not the base model of the release"):
