@@ -151,6 +151,7 @@ class PerUnitClipper:
 
     Attributes:
         fallback_reason: why ``auto`` goes one unit at a time; empty if it does not.
+        num_split: microbatches (or lines) whose units ran one by one, since something in them was not finite.
 
     Raises:
         UnsupportedLayer: if a layer shares statistics between units, or on a route other than one unit at a time has no
@@ -184,6 +185,7 @@ class PerUnitClipper:
         self.diagnostics = ClippingDiagnostics()
         self.route = route
         self.fallback_reason = ""
+        self.num_split = 0
         self._equal_passes = equal_passes
         # Where ranks need not run equal passes, none has to know of another's flag.
         self._any_rank = any_rank if any_rank is not None and equal_passes else lambda flag: flag
@@ -342,6 +344,7 @@ class PerUnitClipper:
         before = RandomState.of(self._device)
         failure = self._add_batch(batch)
         if failure is _NOT_FINITE:
+            self.num_split += 1
             # Each unit alone. Where ranks must run equally many passes, one for each row: no rank has more units.
             num_turns = len(batch.owner) if self._equal_passes else len(batch.owners)
             for index in range(num_turns):

@@ -34,6 +34,9 @@ import torch
 #: more, since each piece costs them kernels.
 _CHUNK = {"cpu": 1 << 18}
 _LARGEST_CHUNK = 1 << 26
+#: Coordinates of a unit that are measured at a time, by device type; on a CPU fewer than torch cuts among threads.
+_MEASURED = {"cpu": 1 << 14}
+_LARGEST_MEASURED = 1 << 22
 #: Units whose contributions are added up in float64 before the sum is: 2**11 times 2**41 (1 + 1e-5) is below 2**53.
 _MOST_UNITS = 1 << 11
 
@@ -113,13 +116,16 @@ def _add_measured(total: torch.Tensor, values: torch.Tensor, weights: torch.Tens
     """Do :func:`add_measured` for as many units as are added up at once: ``values`` are [units, coordinates]."""
     assert len(weights) <= _MOST_UNITS
     squares = torch.zeros(len(weights), dtype=torch.float64, device=total.device)
-    wide = torch.empty(0, dtype=torch.float64, device=total.device)
     steps = _steps(weights, values)
-    for piece, columns in _pieces(total, values):
+    size = max(1, min(_MEASURED.get(values.device.type, _LARGEST_MEASURED), total.numel()))
+    # One buffer: to get it anew for each piece costs a CPU as much as to fill it.
+    buffer = torch.empty(len(weights), size, dtype=torch.float64, device=total.device)
+    for piece, columns in zip(total.view(-1).split(size), values.split(size, dim=1), strict=True):
         torch.div(columns, steps, rounding_mode="trunc", out=columns)
-        # One buffer: to get it anew for each piece costs a CPU as much as to fill it.
-        wide = wide.resize_(columns.shape).copy_(columns)
-        squares += torch.linalg.vector_norm(wide, dim=1).square()
+        wide = buffer[:, : columns.shape[1]].copy_(columns)
+        # A unit by itself, and as much of it whoever else is added: both decide in which order kernels add up, and the
+        # last bits decide whether the unit is taken back.
+        squares += torch.stack(torch._foreach_norm(list(wide.unbind(0)))).square()
         _add(piece, wide)
     return squares
 

@@ -147,15 +147,11 @@ class LineClipper(PerUnitClipper):
         token_losses: a line → [1, tokens] losses, each of its own record alone.
         arguments: of ``PerUnitClipper``.
         options: likewise.
-
-    Attributes:
-        num_split: lines whose units ran one by one, since something in them was not finite.
     """
 
     def __init__(self, token_losses: TokenLosses, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._token_losses = token_losses
-        self.num_split = 0
         self._longest = 0  # tokens of the longest record so far
         # Why attention cannot be kept within records, or nothing. Looked at once, before the self-test remembers the
         # state of the model: transformers keeps what it finds.

@@ -5,7 +5,9 @@ also change what the other units add. So, in training mode, before the first ste
 
 * no pass over rows of any width, loud or long, changes a buffer, an attribute or a weight (:mod:`.traces`);
 * what the clipper adds for a short unit has the same bits alone, after a long row, beside rows of huge activations that
-  add gradients of their own, in every row, and whatever ids stand in its padding;
+  add gradients of their own, in every row, and whatever ids stand in its padding; if the huge ones are not finite, that
+  proves nothing, since the clipper then runs each unit by itself;
+* a unit adds the same bits on every rank;
 * no random number is shared between rows (layer drop, router jitter): such a number is called a *coin*.
 
 *Loud* rows enter the model with huge activations (:func:`.hooks.loud_rows`), so that whatever of them reaches another
@@ -22,6 +24,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 
@@ -29,7 +32,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from privtrain.backends.base import all_equal, digest
 from privtrain.clipping import refusals
+from privtrain.data.lines import Line
 from privtrain.data.microbatch import NOBODY, Microbatch
 from privtrain.data.records import Record
 from privtrain.errors import UnsupportedLayer
@@ -248,8 +253,9 @@ class Probe:
     def _first_difference(self, route: str) -> str:
         """Return, in words, in which circumstance a short unit adds other bits than alone; empty if in none.
 
-        The circumstances are tried together, and one by one only if a difference is to be explained. Every rank runs
-        the same passes, as ranks that gather weights need, whether or not it sees a difference itself.
+        Also what kept that from being seen. The circumstances are tried together, and one by one only if a difference
+        is to be explained. Every rank runs the same passes, as ranks that gather weights need, whether or not it sees a
+        difference itself.
         """
         trainer, widths = self.trainer, self._widths()
         clipper = trainer.new_clipper(trainer.row_losses, route)
@@ -293,7 +299,62 @@ class Probe:
                     f"a short unit does not add the same bits to the sum {when} as alone (off by {share:.2g} of its "
                     f"norm; precision {self._precision}), first in the output of {self._first_module(alone, batch)}"
                 )
-        return "" if route == "one_unit" else self._row_that_differs(contribution)
+        if route == "one_unit":
+            return ""
+        fault = self._row_that_differs(contribution)
+        # Then each unit ran by itself, and nothing of the others could have reached it.
+        if trainer.backend.any_rank(clipper.num_split > 0) and not fault:
+            return (
+                f"rows of huge activations are not finite (precision {self._precision}), so that what rows of a batch "
+                "do to one another cannot be seen"
+            )
+        return fault
+
+    def check_ranks(self, route: str) -> None:
+        """Demand that a unit adds the same bits to the sum on every rank: who else is drawn decides on which it runs.
+
+        A unit in rows of every width, and in lines if units are packed so, is given to all ranks. Compared are the sum,
+        or the parts of it that several ranks hold alike, and, where a rank runs units of its own, their norm and loss.
+
+        Args:
+            route: clipping route of the job.
+
+        Raises:
+            SelfTestFailed: if a rank computes another one.
+        """
+        trainer, backend, shards = self.trainer, self.trainer.backend, self.trainer.placement.shards
+        if backend.world_size == 1:
+            return
+        clipper = trainer.new_clipper(trainer.row_losses, route)
+        own, sums = hashlib.sha256(), hashlib.sha256()
+        for batch in self._of_every_shape():
+            clipper.reset()
+            clipper.accumulate(batch)
+            sums.update(digest([clipper.finish()]))
+            counts = clipper.diagnostics
+            if shards is None or route != "one_unit":  # else ranks work on a unit together
+                own.update(repr((counts.sum_norms, counts.sum_losses)).encode())
+        num_parts = 1 if shards is None else shards.size  # ranks so far apart hold the same part of the sum
+        by_rank = backend.gather_digests(sums.digest())
+        differs = [value != by_rank[rank % num_parts] for rank, value in enumerate(by_rank)]
+        is_same = all_equal(backend.gather_digests(own.digest())) and not any(differs)
+        fault = (
+            "ranks do not add the same bits to the sum for one unit. Which rank a unit is on depends on the others, so "
+            "that a unit more would move them; give every rank the same type of machine, libraries, and settings of "
+            "kernels in its environment (such as MKL_CBWR)"
+        )
+        self._agree("" if is_same else fault)
+
+    def _of_every_shape(self) -> Iterator[Microbatch | Line]:
+        """Yield one unit in each shape that the job computes in, up to the length of a line of its own."""
+        for width in self._widths():
+            yield self._batch([self._record(width, 0)], width, num_rows=self.trainer.packer.microbatch_size)
+        packer = self.trainer.line_packer
+        if packer is None or not self.trainer.packs_lines:
+            return
+        for size in (packer.max_length, *(tokens for tokens, _ in packer.slots())):
+            record = self._record(min(size, packer.max_length), 0)
+            yield packer.arranged([[record]]).to(self.trainer.backend.device)
 
     def _single_circumstances(self) -> dict[str, Microbatch]:
         """Return the circumstances of a crowded batch one by one: in words → a batch in which only that one is so."""

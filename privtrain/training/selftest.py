@@ -108,6 +108,7 @@ def _check_probes(trainer: Trainer, probe: Probe, units: list[list[Record]], pre
         if not trainer.packs_lines:
             clipper = _check_rows(trainer, probe, units, precision, clipper)
         check_exact_sum(clipper, trainer, units)
+        probe.check_ranks(clipper.route)
         # Lines may be longer than any row that was tried before.
         probe.check_unchanged(state, "" if trainer.line_packer is None else "; or set performance.packing: rows")
     return clipper

@@ -235,6 +235,27 @@ def test_more_measured_units_than_float64_adds_exactly():
 
 # A unit's own numbers, whatever shares its microbatch.
 
+
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_measured_length_does_not_depend_on_mates(num_threads):
+    """Its last bits decide whether a unit is taken back and clipped by another number."""
+    gradients = torch.from_numpy(np.random.default_rng(2).standard_normal((9, 100_003)).astype(np.float32))
+    weights = torch.linspace(2.0**30, 2.0**31, len(gradients))
+
+    def measured(units) -> torch.Tensor:
+        total = torch.zeros(gradients.shape[1], dtype=torch.int64)
+        return exact_sum.add_measured(total, gradients[units].clone(), weights[units])
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        alone = torch.cat([measured([unit]) for unit in range(len(gradients))])
+        assert torch.equal(measured(list(range(9))), alone)
+        assert torch.equal(measured([7, 0, 3, 8]), alone[[7, 0, 3, 8]])
+    finally:
+        torch.set_num_threads(before)
+
+
 _USERS = [
     [np.random.default_rng([1, user, record]).integers(3, 250, size=4 * (user % 3) + 4) for record in range(count)]
     for user, count in enumerate((1, 3, 2, 1, 5, 1))

@@ -10,7 +10,7 @@ import torch
 import transformers as hf
 from torch import nn
 
-from privtrain.backends import LocalBackend
+from privtrain.backends import DdpBackend, LocalBackend
 from privtrain.clipping import PerUnitClipper
 from privtrain.config.model import LoraSection
 from privtrain.config.training import TrainingSection
@@ -30,11 +30,14 @@ from privtrain.training.trainer import Trainer
 from tests.privtrain.cells import Cell
 from tests.privtrain.models_for_tests import invented_users
 from tests.privtrain.test_parity import _SIZES, CAUSAL, CLASSIFIERS
+from tests.ranks import run_on_ranks
 
 CPU = torch.device("cpu")
 
 
-def trainer_of(model, *, route="auto", precision="fp32", max_length=32, microbatch_size=3, objective=None) -> Trainer:
+def trainer_of(
+    model, *, route="auto", precision="fp32", max_length=32, microbatch_size=3, objective=None, backend=None
+) -> Trainer:
     """A trainer of a default adapter on every linear layer of ``model``."""
     is_classifier = isinstance(objective, Classification)
     adapted = add_lora(
@@ -50,7 +53,7 @@ def trainer_of(model, *, route="auto", precision="fp32", max_length=32, microbat
         training=TrainingSection(),
         model=adapted.train(),
         units=UnitData(tuple(f"user-{i}" for i in range(7)), users, 0),
-        backend=LocalBackend(CPU),
+        backend=backend or LocalBackend(CPU),
         key=SecretKey.insecure(5, "probes"),
         generation=0,
         ledger=NullLedger(),
@@ -308,6 +311,88 @@ def test_rounding_of_rows_in_the_middle_is_found(route):
 def test_mutant_first_and_last_row_alone_are_compared(monkeypatch):
     monkeypatch.setattr(Probe, "_row_that_differs", lambda *_: "")
     assert start(with_layer(RoundsMiddleRows()), microbatch_size=5) == "auto"
+
+
+class RoundsByRank(nn.Module):
+    """What another machine, or MKL_CBWR on one of them, does: a rank rounds in a way of its own."""
+
+    rank = 0
+
+    def forward(self, hidden):
+        return hidden * (1 + 1e-6 * self.rank)
+
+
+def _started_on_a_rank(model, is_checked):
+    """The route that the self-test passes or its error, and the sum of one unit in grid steps, on this rank."""
+    if not is_checked:
+        Probe.check_ranks = lambda *_: None  # in a process of its own
+    backend = DdpBackend(CPU)
+    RoundsByRank.rank = backend.rank
+    trainer = trainer_of(model, backend=backend)
+    try:
+        outcome = run_self_test(trainer, vocabulary_size=200, precision="fp32")
+    except SelfTestFailed as failure:
+        outcome = str(failure)
+    for batch in trainer.packer.pack([[np.arange(9)]], 1):
+        trainer.clipper.accumulate(batch)
+    return outcome, trainer.clipper.finish()
+
+
+def test_ranks_that_round_otherwise_are_refused():
+    """Which rank a unit runs on depends on the others: with one more, they would be rounded otherwise."""
+    for outcome, _ in run_on_ranks(2, _started_on_a_rank, with_layer(RoundsByRank()), True):
+        assert "ranks do not add the same bits to the sum for one unit" in outcome
+
+
+def test_mutant_ranks_are_not_compared():
+    """What was so once: rounding is below every tolerance, and the same unit adds other bits on another rank."""
+    (first, here), (second, there) = run_on_ranks(2, _started_on_a_rank, with_layer(RoundsByRank()), False)
+    assert first == second == "auto"
+    assert not torch.equal(here, there)
+
+
+def with_outliers() -> nn.Module:
+    """A Llama that computes columns with an outlier anywhere in the batch otherwise, and overflows at loud rows."""
+    model = llama()
+
+    def columns(_module, inputs):
+        is_outlier = inputs[0].abs().amax(dim=(0, 1)) > 5
+        hidden = inputs[0] * torch.where(is_outlier, 1 + 1e-6, 1.0)
+        return (torch.where(hidden.abs() > 50, torch.inf, hidden), *inputs[1:])
+
+    model.model.layers[0].register_forward_pre_hook(columns)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[7] = 10.0  # what a unit may bring
+    return model
+
+
+def test_loud_rows_that_are_not_finite_prove_nothing():
+    trainer = trainer_of(with_outliers())
+    assert run_self_test(trainer, vocabulary_size=200, precision="fp32") == "one_unit"
+    assert "rows of huge activations are not finite" in trainer.clipper.fallback_reason
+    with pytest.raises(SelfTestFailed, match=r"not finite.*one_unit"):
+        start(with_outliers(), route="batched")
+
+
+def test_mutant_loud_rows_that_are_not_finite_count(monkeypatch):
+    """What was so once: the clipper ran each unit by itself and found no difference, and training coupled units."""
+    never = property(lambda _: 0, lambda _clipper, _value: None)
+    monkeypatch.setattr(PerUnitClipper, "num_split", never, raising=False)
+    trainer = trainer_of(with_outliers())
+    trainer.clipper.settle(run_self_test(trainer, vocabulary_size=200, precision="fp32"))
+    assert trainer.clipper.route == "auto"
+    with torch.no_grad():
+        for parameter in trainer.layout.parameters.values():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    units = [[np.arange(20, 30)], [np.arange(40, 50)], [np.full(10, 7)]]
+
+    def added(members) -> torch.Tensor:
+        trainer.clipper.reset()
+        for batch in trainer.packer.pack(members, trainer.packer.num_batches(members)):
+            trainer.clipper.accumulate(batch)
+        return trainer.clipper.finish().clone()
+
+    assert (added(units) - added(units[:2]) - added(units[2:])).count_nonzero() > 0
 
 
 class MasksTheLabelAlone(Classification):
