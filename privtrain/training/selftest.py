@@ -32,6 +32,9 @@ from privtrain.training.trainer import Trainer
 #: Sums over coordinates are taken modulo this prime, so that they are exact in int64 for tensors of any size.
 _PRIME = 2**31 - 1
 
+#: A dropout rate above zero at which nothing is dropped and nothing scaled: 1 less this is 1.
+_NO_DROPOUT = 1e-30
+
 
 def run_self_test(trainer: Trainer, *, vocabulary_size: int, precision: str) -> str:
     """Check coverage, clipping, reduction, noise and agreement of the ranks.
@@ -155,9 +158,11 @@ def _nudge(key: SecretKey, slot: Slot) -> torch.Tensor:
 
 @contextlib.contextmanager
 def _without_dropout(model: torch.nn.Module) -> Iterator[None]:
-    """Set all dropout to zero in the block, also what a module or its config keeps as a number.
+    """Let all dropout drop nothing in the block, also what a module or its config keeps as a number.
 
-    The model stays in training mode: in ``eval()`` transformers does not checkpoint gradients, as training may.
+    The rate is not set to zero, where models and kernels take another way than in training: with dropout, torch's
+    attention on a CPU runs another kernel. The model stays in training mode: in ``eval()`` transformers does not
+    checkpoint gradients, as training may.
     """
     owners: dict[int, object] = {}  # by id, so that a config that several modules share is looked at once
     for module in model.modules():
@@ -173,7 +178,7 @@ def _without_dropout(model: torch.nn.Module) -> Iterator[None]:
                 rates.append((owner, name, value))
     try:
         for owner, name, _ in rates:
-            setattr(owner, name, 0.0)
+            setattr(owner, name, _NO_DROPOUT)
         yield
     finally:
         for owner, name, value in rates:

@@ -23,7 +23,7 @@ from privtrain.models.losses import CausalLM, Classification, label_logits
 from privtrain.models.trainable import add_lora
 from privtrain.privacy.secret import SecretKey
 from privtrain.tracking import NullTracker
-from privtrain.training import traces
+from privtrain.training import selftest, traces
 from privtrain.training.probes import Probe
 from privtrain.training.selftest import run_self_test
 from privtrain.training.trainer import Trainer
@@ -393,6 +393,27 @@ def test_mutant_loud_rows_that_are_not_finite_count(monkeypatch):
         return trainer.clipper.finish().clone()
 
     assert (added(units) - added(units[:2]) - added(units[2:])).count_nonzero() > 0
+
+
+class RoundsWithDropout(RoundsMiddleRows):
+    """Takes another way where there is dropout, as torch's attention on a CPU does."""
+
+    def __init__(self):
+        super().__init__()
+        self.dropout = nn.Dropout(0.1)
+
+    def forward(self, x):
+        return super().forward(self.dropout(x)) if self.dropout.p > 0 else x
+
+
+def test_what_is_computed_with_dropout_alone_is_found():
+    assert start(with_layer(RoundsWithDropout()), microbatch_size=5) == "one_unit"
+
+
+def test_mutant_dropout_is_set_to_zero(monkeypatch):
+    """What was so once: the kernels of the self-test were not those of training."""
+    monkeypatch.setattr(selftest, "_NO_DROPOUT", 0.0)
+    assert start(with_layer(RoundsWithDropout()), microbatch_size=5) == "auto"
 
 
 class MasksTheLabelAlone(Classification):
