@@ -27,7 +27,7 @@ from accountants.protocol import NormalFormAccountant, UnsupportedEventError
 #: The error in epsilon that is asked of the method, relative to an approximate answer, and its limits.
 RELATIVE_ERROR = 0.01
 
-#: The implementation takes exp(epsilon), and whatever the truth answers 709 where that ends.
+#: The implementation takes exp(epsilon). From 709 on, where float64 ends, it answers 709 whatever the truth.
 _LARGEST_EPSILON = 650.0
 
 
@@ -50,13 +50,14 @@ class PrvAccountant(NormalFormAccountant):
         """Return the interval of epsilon in the remove direction."""
         error = self.eps_error or _scaled_error(composed, delta)
         accountant = _opacus_accountant(composed)
+        delta_error = delta / 1000  # moves epsilon very little
         try:
-            # The public method gives the upper end alone; an error of delta / 1000 in delta moves epsilon very little.
-            discrete: Any = accountant._get_dprv(eps_error=error, delta_error=delta / 1000)
-            ends = discrete.compute_epsilon(delta, delta / 1000, error)
+            # Opacus' public method gives the upper end alone.
+            discrete: Any = accountant._get_dprv(eps_error=error, delta_error=delta_error)
+            lower_estimate_upper = discrete.compute_epsilon(delta, delta_error=delta_error, eps_error=error)
         except (RuntimeError, ValueError, MemoryError) as failure:
             raise ValueError(f"prv: {failure}; use 'tilted'") from failure
-        lower, estimate, upper = (max(float(end), 0.0) for end in ends)
+        lower, estimate, upper = (max(float(value), 0.0) for value in lower_estimate_upper)
         if upper > _LARGEST_EPSILON:
             raise ValueError(f"prv: epsilon {upper:.4g} is where exponentials leave float64; use 'tilted'")
         return Bounds(lower, upper, Direction.REMOVE, estimate, note="remove direction only")
@@ -74,8 +75,9 @@ class PrvAccountant(NormalFormAccountant):
 
 def _scaled_error(composed: Composition, delta: float) -> float:
     """Return the error in epsilon to ask for: 1 % of an approximate answer, between 0.001 and 0.1."""
-    law = saddle.directed_loss(composed, add=False, log_mass=math.log(delta) - 16)
-    return min(max(RELATIVE_ERROR * saddle.saddle_for_delta(law, delta).epsilon, 1e-3), 0.1)
+    law = saddle.directed_loss(composed, add=False, log_mass=math.log(delta) - 16)  # without tails of e^-16 delta
+    approximate = saddle.saddle_for_delta(law, delta).epsilon
+    return min(max(RELATIVE_ERROR * approximate, 1e-3), 0.1)
 
 
 def _opacus_accountant(composed: Composition) -> Any:

@@ -61,10 +61,15 @@ def step_log_delta(step: MixtureStep, epsilon: float, *, add: bool, side: int = 
 
 
 def loss_rounding(step: MixtureStep, loss: float, z: float) -> float:
-    """Return a bound on the round-off of ``step.loss``, which gave ``loss`` at ``z``."""
-    from_z = step.slope(z) * (abs(z) + step.shifts[-1]) if math.isfinite(z) else 0.0
+    """Return a bound on the round-off of ``step.loss``, which gave ``loss`` at ``z``.
+
+    The loss is log sum_i p_i exp(x_i) with x_i = mu_i z - mu_i^2/2. It is off by a few units in the last place of three
+    things: itself; z and the shifts, times the slope; and, where it is near 0 and computed as log1p(sum_i p_i
+    expm1(x_i)), the probabilities in that sum, to which a shift of 0 adds nothing.
+    """
+    from_exponents = step.slope(z) * (abs(z) + step.shifts[-1]) if math.isfinite(z) else 0.0
     from_probs = 1.0 if step.shifts[0] > 0 else math.fsum(step.probs[1:])
-    return 16 * UNIT * (abs(loss) + from_z + from_probs)
+    return 16 * UNIT * (abs(loss) + from_exponents + from_probs)
 
 
 def _cut(step: MixtureStep, epsilon: float, add: bool, side: int) -> float | None:

@@ -1,7 +1,8 @@
 """Texts drawn from the base model at a high temperature, for canaries that a LoRA can learn (arXiv 2606.10481).
 
 Drawn once, before training, into a file: text that depends on the public base model, a public seed and nobody's data.
-The coins stay the run's secret. A file, not a draw at each start, since another processor would round another text.
+Which of them are planted is decided later, by coins that stay the run's secret. A file, not a draw at each start, since
+another processor would round another text.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def write_samples(
     num_ids = int(embeddings.num_embeddings)
     # Marks, and ids that the model embeds but the tokenizer does not know.
     banned = [*tokenizer.all_special_ids, *range(len(tokenizer), num_ids)]
-    texts: dict[str, None] = {}
+    texts: dict[str, None] = {}  # a set in order
     for _ in range(_MOST_ROUNDS):
         for ids in _draw_tokens(model, marks(tokenizer)[0], banned, num_tokens, temperature, generator).tolist():
             text = str(tokenizer.decode(ids))

@@ -48,12 +48,12 @@ class Placement:
 
     @property
     def num_replicas(self) -> int:
-        """Number of shard groups; units that ranks work on together are divided among these."""
+        """How many shard groups there are; units that ranks work on together are divided among these."""
         return 1 if self.shards is None else self.num_shares // self.shards.size
 
     @property
     def replica(self) -> int:
-        """Number of this rank's shard group; ranks of a group follow each other."""
+        """Index of this rank's shard group: a group is ``shards.size`` ranks whose shares follow each other."""
         return 0 if self.shards is None else self.share // self.shards.size
 
 

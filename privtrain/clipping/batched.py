@@ -231,7 +231,7 @@ class UnitGradients:
             if len(names) == 1:  # nothing to share a kernel with; measured by itself afterwards
                 continue
             group = torch.stack([self._dense.pop(name) for name in names], dim=1)
-            # Also of rows without a unit: their number is a constant, so kernels have one shape.
+            # Norms also of rows without a unit: a microbatch always has as many rows, so kernels have one shape.
             squares = self._of_units(grouped_squared_norms(group))
             group = self._of_units(group)
             self._groups.append((names, group))
@@ -363,7 +363,7 @@ class UnitGradients:
     def _by_unit(self, per_row: torch.Tensor) -> torch.Tensor:
         """Return [rows, …] with each unit's sum over its rows, one after another, in the place of its first row."""
         value = per_row.float()
-        if len(self._singles) == self._num_units:
+        if len(self._singles) == self._num_units:  # every unit is one row: nothing to add up
             return value
         if self._first_of_row is None:
             first_of_row = np.arange(len(value))
@@ -372,8 +372,11 @@ class UnitGradients:
         return torch.zeros_like(value).index_add_(0, self._first_of_row, value)
 
     def _of_units(self, by_row: torch.Tensor) -> torch.Tensor:
-        """Return [units, …], each unit's sum, from [rows, …] of :meth:`_by_unit`."""
-        if len(self._singles) == self._num_units:
+        """Return [units, …] of [rows, …]: what stands in the place of each unit's first row.
+
+        ``by_row`` is what :meth:`_by_unit` returned, or the norms of its rows.
+        """
+        if len(self._singles) == self._num_units:  # every row of a unit is a first one: a view will do
             return by_row[self.rows]
         return by_row.index_select(0, self._first_rows)
 

@@ -9,6 +9,7 @@ lies. (A layout's slots, the places of trainable tensors, are another thing of t
 
 from __future__ import annotations
 
+import collections
 import contextlib
 from collections.abc import Callable
 from typing import Any
@@ -38,21 +39,24 @@ _NUM_RECENT = 2
 
 
 class Slots:
-    """Moves tokens of a line into slots, a row for each unit: of constant length if units share the line, else its own.
+    """Moves tokens of a line into slots, a row for each unit.
+
+    In a line that units share all slots have one length, a constant. A line for one unit is one slot as it is.
 
     Args:
-        line: the line.
+        line: the line; its ``units`` are pairs of a unit's first token and one past its last.
         device: where its tensors are.
     """
 
     def __init__(self, line: Line, device: torch.device) -> None:
         self._shape = line.num_slots, line.slot_tokens
-        # Of a line for one unit: its tokens without the padding behind them.
-        self._num_own = line.units[0][1] if line.units and line.num_slots == 1 else line.num_tokens
+        # Of a line for one unit: where its tokens stop and padding begins.
+        self._stop = line.units[0][1] if line.units and line.num_slots == 1 else line.num_tokens
         #: What tells a tensor from others, the tensor, and its slots.
-        self._recent: list[tuple[tuple[object, ...], torch.Tensor, torch.Tensor]] = []
+        self._recent: collections.deque[tuple[tuple[object, ...], torch.Tensor, torch.Tensor]]
+        self._recent = collections.deque(maxlen=_NUM_RECENT)
         if line.num_slots > 1:
-            place = torch.arange(line.slot_tokens)
+            place = torch.arange(line.slot_tokens)  # of a token in its slot
             bounds = [*line.units, *[(0, 0)] * (line.num_slots - len(line.units))]  # slots without a unit are empty
             first, stop = (torch.tensor(side)[:, None] for side in zip(*bounds, strict=True))
             is_empty = place >= stop - first
@@ -70,7 +74,8 @@ class Slots:
         """
         num_slots, _ = self._shape
         if num_slots == 1:
-            return tokens[:, : self._num_own]
+            return tokens[:, : self._stop]
+        # The same memory in the same shape, not written to since.
         key = tokens.data_ptr(), tokens.shape, tokens.stride(), tokens.dtype, tokens._version, is_zero_beyond
         for known, _, rows in self._recent:
             if known == key:
@@ -79,7 +84,7 @@ class Slots:
         if is_zero_beyond:
             rows.masked_fill_(self._is_empty.view(*self._shape, *[1] * (rows.dim() - 2)), 0)
         # Holding the tensor keeps its address from being given to another one.
-        self._recent = [*self._recent[1 - _NUM_RECENT :], (key, tokens, rows)]
+        self._recent.append((key, tokens, rows))
         return rows
 
 

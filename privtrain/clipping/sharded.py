@@ -253,7 +253,7 @@ class ShardedClipper(PerUnitClipper):
         """
         gradients, num_units = passes.gradients, len(batch.owners)
         apart = sorted(self._cancelled(measured.squares, measured.uncancelled)) if num_units else []
-        squares = self._measured(passes, calls, measured.squares, apart)
+        squares = self._remeasured(passes, calls, measured.squares, apart)
         every_unit = torch.ones(num_units, dtype=torch.bool)
         factors = self._factors(squares, batch.owners)
         weights = self._on_grid(factors, every_unit)
@@ -264,7 +264,7 @@ class ShardedClipper(PerUnitClipper):
         is_measured_by_factors[apart] = False
         longer = self._longer(gradients, squares, is_measured_by_factors) if num_units else []
         if self._any_rank(bool(longer)):  # the other ranks take part, with nothing to add
-            squares = self._measured(passes, calls, squares, longer)
+            squares = self._remeasured(passes, calls, squares, longer)
             factors = self._factors(squares, batch.owners)
             is_longer = torch.zeros(num_units, dtype=torch.bool)
             is_longer[longer] = True
@@ -273,29 +273,31 @@ class ShardedClipper(PerUnitClipper):
         if num_units:
             self._count(squares, factors, every_unit, batch.owners)
 
-    def _measured(self, passes: Passes, calls: Calls, squares: torch.Tensor, units: Sequence[int]) -> torch.Tensor:
+    def _remeasured(self, passes: Passes, calls: Calls, squares: torch.Tensor, units: Sequence[int]) -> torch.Tensor:
         """Return ``squares`` ([slots, units]) with some ``units`` measured anew, multiplied out tensor by tensor.
 
         All ranks call it, since deferred tensors take another pass, which ranks run together.
         """
-        # Without a pass every rank decides for itself.
+        # Where nothing was deferred, no pass follows, and what another rank does is of no account.
         is_needed = bool(units) if passes.is_complete else self._any_rank(bool(units))
         if not is_needed:
             return squares
         squares, gradients, deferred = squares.clone(), passes.gradients, passes.deferred
         with exact_fp32(self._device):
             for i, slot in enumerate(self.layout.slots):
-                for unit in units if slot.name not in deferred else ():
+                if slot.name in deferred:
+                    continue
+                for unit in units:
                     tensor = gradients.tensor_of_unit(slot, unit)
                     squares[i, unit] = 0.0 if tensor is None else float(squared_norms(tensor[None])[0])
-        number = {slot.name: i for i, slot in enumerate(self.layout.slots)}
+        index_of = {slot.name: i for i, slot in enumerate(self.layout.slots)}
 
         def measure(slot: Slot, gradient: Gradient) -> None:
             """Store each unit's squared norm of a deferred slot, one tensor at a time."""
             for unit in units:
                 tensor = torch.zeros(slot.shape, dtype=torch.float32, device=self._device)
                 gradients.add_unit(tensor, gradient, unit)
-                squares[number[slot.name], unit] = float(squared_norms(tensor[None])[0])
+                squares[index_of[slot.name], unit] = float(squared_norms(tensor[None])[0])
 
         if not passes.is_complete:
             used = torch.zeros(gradients.num_units, dtype=torch.bool)  # empty ``units`` are for the other ranks' sake

@@ -294,17 +294,22 @@ def _private_seconds(job: Job, cluster: Cluster) -> dict[str, float]:
     schedule = _private_schedule(job, cluster.num_ranks)
     norm_flops, second_pass_flops = _clipping_flops(job)
     extra_flops = norm_flops + second_pass_flops
-    num_passes_each = 2 if second_pass_flops > 0 else 1
-    kernels = num_passes_each * work.num_kernels + _extra_kernels(job) * work.num_trained_tensors
-    # Coordinates of one unit's gradient that this rank holds, and those of the clipped sum that a pass adds to.
+    # A second backward pass is taken to launch as many kernels as the first pass, forward and backward.
+    plain_kernels = work.num_kernels * (2 if second_pass_flops > 0 else 1)
+    kernels = plain_kernels + _extra_kernels(job) * work.num_trained_tensors
+    # Coordinates of each unit's gradient that this rank holds, and those of the clipped sum that each pass adds to.
     if job.is_cooperative:
-        held = added = trained / cluster.num_ranks  # each rank has its part of every unit's gradient
+        held_of_unit = added_by_pass = trained / cluster.num_ranks  # each rank has its part of every unit's gradient
     elif job.is_full:
-        held, added = 0, trained  # no unit's gradient is held: matrix products add all units of a pass to the sum
+        # No unit's gradient is held: matrix products add all units of a pass to the sum.
+        held_of_unit, added_by_pass = 0, trained
     else:
-        held = added = trained
-    sum_bytes = schedule.num_units * held * _UNIT_BYTES + schedule.num_passes * added * _SUM_BYTES
-    reduction = _reduction(job, cluster, INT64_BYTES, sends_once=job.sends_once and not job.is_cooperative)
+        held_of_unit = added_by_pass = trained
+    unit_bytes = schedule.num_units * held_of_unit * _UNIT_BYTES
+    sum_bytes = unit_bytes + schedule.num_passes * added_by_pass * _SUM_BYTES
+    # Cooperating ranks have sent each other the parts of gradients in every pass: no gradient is left for the end.
+    sends_at_end = job.sends_once and not job.is_cooperative
+    reduction = _reduction(job, cluster, INT64_BYTES, sends_once=sends_at_end)
     if not job.layout.shards_optimizer:
         # Every rank holds the whole sum, draws the noise of an equal share of it, and gathers the noised shares.
         reduction += cluster.collect(_FP32_BYTES * trained)

@@ -91,7 +91,7 @@ def _fixed_keys(config: Config) -> dict[str, Any]:
     """Return the keys besides the plan that a run cannot change: what is trained, on what, and what is published."""
     published = ("private_metrics", "release_held_out_metrics", "release_measurements")
     tracking = {f"tracking.{key}": getattr(config.tracking, key) for key in published}
-    # The mean over a run's tail is kept from its first step on: one of another tail is not what a checkpoint holds.
+    # Checkpoints hold the mean of the weights over the last steps: it cannot become the mean over fewer or more steps.
     training = {f"training.{key}": getattr(config.training, key) for key in ("method", "num_averaged_steps")}
     return _dotted(config, *_TRAINED_SECTIONS) | training | tracking
 

@@ -82,17 +82,13 @@ class SeenFile:
         Raises:
             DamagedFile: if the file is damaged.
         """
-        if not self.path.exists() and not self.path.is_symlink():
+        if not self.path.exists() and not self.path.is_symlink():  # a link to nothing is damage, not a missing file
             return {}
         remedy = "restore it, or remove it if you know that the registry was not restored from a backup"
         content = reading.read_json(self.path, remedy=remedy, max_bytes=1 << 20)
-        numbers = [
-            number
-            for counts in content.values()
-            for number in (counts.values() if isinstance(counts, dict) else [None])
-        ]
-        if not all(type(number) is int for number in numbers):
-            raise DamagedFile(self.path, "does not hold numbers of changes", remedy)
+        for counts in content.values():
+            if not isinstance(counts, dict) or not all(type(count) is int for count in counts.values()):
+                raise DamagedFile(self.path, "does not hold numbers of changes", remedy)
         return content
 
     def missing(self, known: dict[str, dict[str, int]], extent: Extent) -> str:

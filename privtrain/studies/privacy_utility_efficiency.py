@@ -132,13 +132,18 @@ class _View:
     Args:
         results: everything that is complete.
         values: ``model`` → its name; empty if the grid has one model.
+
+    Attributes:
+        name: the model's name, as a key; "here" if the grid has one model.
+        words: names the model at the end of a claim or title.
+        plain: training methods without DP: full fine-tuning, then LoRAs.
+        private: methods under user-level DP: full fine-tuning first, a LoRA last.
     """
 
     def __init__(self, results: Results, values: Mapping[str, str]) -> None:
         self.results, self.values = results, dict(values)
         self.name = values.get("model", "here")
         self.words = f" ({self.name})" if values else ""
-        # Methods without DP, full fine-tuning first; and those under user-level DP, full first and a LoRA last.
         self.plain: list[str] = results.recipe.settings["plain"]
         self.private: list[str] = results.recipe.settings["private"]
 

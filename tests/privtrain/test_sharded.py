@@ -85,7 +85,7 @@ def test_a_sharded_product_longer_than_its_norm_is_taken_back(route, monkeypatch
 
 
 def test_mutant_sharded_units_that_cancel_are_not_measured(monkeypatch):
-    monkeypatch.setattr(ShardedClipper, "_measured", lambda self, passes, calls, squares, units: squares)
+    monkeypatch.setattr(ShardedClipper, "_remeasured", lambda self, passes, calls, squares, units: squares)
     monkeypatch.setattr(PerUnitClipper, "_longer", lambda *_: [])
     model, layout = build("llama", "full")
     monkeypatch.setattr(batched, "_is_cheap", lambda *_: False)

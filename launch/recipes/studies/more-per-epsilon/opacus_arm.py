@@ -1,5 +1,6 @@
-"""Train a cell with Opacus: its engine, optimizer, Poisson sampling and PRV accountant, on privtrain's model and split.
+"""Train one cell of a study's grid with Opacus, on privtrain's model and split.
 
+Engine, optimizer, Poisson sampling and PRV accountant are Opacus'.
 ``python opacus_arm.py CONFIG`` writes ``metrics.jsonl`` and ``privacy.json`` into the run directory of a configuration
 of ``privtrain train``, in the names that studies read. Base model, LoRA and its initial weights, users that are held
 in and evaluation records are what privtrain has at that seed. With ``unit: user`` each user gives one record, drawn
@@ -48,22 +49,23 @@ def main(path: pathlib.Path) -> None:
     network = load_network(config, backend)
     split = draw_split(config, inputs.corpus, network.tokenizer, key)
     units = select_units(inputs, backend, network, split, key, cache=None)
-    chosen = np.random.default_rng(seed)
-    records = [unit[int(chosen.integers(len(unit)))] for unit in units.records]
-    texts = [inputs.corpus.records[user][index] for user, index in split.evaluation]
-    evaluation = network.encoder.encode(texts).records
-    before = _loss(network, evaluation, backend)
+    generator = np.random.default_rng(seed)
+    # One record of each unit; where the unit is the example, it has no other.
+    records = [unit[int(generator.integers(len(unit)))] for unit in units.records]
+    evaluation_texts = [inputs.corpus.records[user][index] for user, index in split.evaluation]
+    evaluation_records = network.encoder.encode(evaluation_texts).records
+    loss_before = _loss(network, evaluation_records, backend)
     facts = _train(config, network, records, seed)
+    loss_after = _loss(network, evaluation_records, backend)
     run = config.run.directory
     run.mkdir(parents=True, exist_ok=True)
-    rows = [(0, before), (config.privacy.num_steps, _loss(network, evaluation, backend))]
-    lines = [
+    metrics = [
         {"train/step": step, "eval/held_out_loss": loss, "eval/held_out_perplexity": perplexity(loss)}
-        for step, loss in rows
+        for step, loss in ((0, loss_before), (config.privacy.num_steps, loss_after))
     ]
     commitment = split_commitment(key, split.manifest(inputs.corpus)["sha256"])
     write_json(run / "privacy.json", {**facts, "split_commitment": commitment})
-    write_atomically(run / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    write_atomically(run / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in metrics))
 
 
 def target_of_record(config: Config) -> tuple[float, float]:
@@ -106,27 +108,27 @@ def _train(config: Config, network: Network, records: list[Record], seed: int) -
         noise_multiplier=noise,
         max_grad_norm=privacy.clipping_norm,
     )
-    model, private, batches = made
+    model, dp_optimizer, batches = made  # a batch is a Poisson sample of the records
     step = 0
     while step < privacy.num_steps:
         for input_ids, is_target in batches:
             if step == privacy.num_steps:
                 break
-            for group in private.param_groups:
+            for group in dp_optimizer.param_groups:
                 group["lr"] = training.learning_rate_at(step, privacy.num_steps)
-            private.zero_grad()
+            dp_optimizer.zero_grad()
             losses = row_losses(model, input_ids, is_target) / is_target[:, 1:].sum(dim=1).clamp(min=1)
             losses.mean().backward()
-            private.step()
+            dp_optimizer.step()
             step += 1
     spent = engine.get_epsilon(delta)
     model.to_standard_module()
     return {
-        "private": False,
+        "private": False,  # its random numbers follow from a seed
         "by": f"opacus {opacus.__version__}, accountant {ACCOUNTANT}, of a sampled record",
         "epsilon": spent,
         "delta": delta,
-        "mechanism": {"noise_multiplier": noise, "expected_batch_size": private.expected_batch_size},
+        "mechanism": {"noise_multiplier": noise, "expected_batch_size": dp_optimizer.expected_batch_size},
         "num_rows": len(records),
     }
 
@@ -143,6 +145,7 @@ def _rows(network: Network, records: list[Record]) -> tuple[torch.Tensor, torch.
 
 
 def _loss(network: Network, records: list[Record], backend: LocalBackend) -> float:
+    """Return the mean loss per predicted token over some records."""
     scores = evaluate(
         network.model,
         records,
