@@ -46,8 +46,9 @@ class SensitivePanel:
     """Gathers what the panel needs from the signals, one document at a time; ``facts`` then makes the panel."""
 
     def __init__(self) -> None:
-        # Split ("train" or "test") to pseudonym to sums; (split, model) to the losses of all sensitive tokens.
+        #: Split ("train" or "test") to pseudonym to the user's sums.
         self._users: dict[str, dict[str, _User]] = {split: collections.defaultdict(_User) for split in SPLITS}
+        #: (split, "base" or "tuned") to the losses of all sensitive tokens, an array a record.
         self._losses: dict[tuple[str, str], list[FloatArray]] = collections.defaultdict(list)
 
     def watch(self, row: DocumentSignals) -> None:
@@ -56,21 +57,27 @@ class SensitivePanel:
             return
         split = next(name for name, side in SPLITS.items() if side == row.side)
         tuned, base = -row.target_logp.astype(np.float64), -row.base_logp.astype(np.float64)
-        for number, chosen in enumerate((row.sensitive, ~row.sensitive)):
+        for number, chosen in enumerate((row.sensitive, ~row.sensitive)):  # in the order of TOKENS
             sums = [float(chosen.sum()), float(tuned[chosen].sum()), float(base[chosen].sum())]
             self._users[split][row.user].sums[number] += sums
         self._losses[split, "tuned"].append(tuned[row.sensitive])
         self._losses[split, "base"].append(base[row.sensitive])
 
     def facts(self) -> dict[str, Any] | None:
-        """Return the panel, or None without labelled tokens of at least two users on both splits."""
-        totals = {split: _stack(users) for split, users in self._users.items()}
-        if any(total.shape[0] < 2 or total.sum(axis=0)[0, 0] == 0.0 for total in totals.values()):
-            return None
+        """Return the panel; None unless each split has at least two users with labelled records, and a sensitive token.
+
+        A cell of it is a kind of tokens, a split and a model.
+        """
+        by_user = {split: _stack(users) for split, users in self._users.items()}  # [users, 2, 3] each
+        totals = {split: sums.sum(axis=0) for split, sums in by_user.items()}  # [2, 3] each, as in _User
+        for split in SPLITS:
+            num_sensitive = totals[split][0, 0]
+            if len(by_user[split]) < 2 or num_sensitive == 0.0:
+                return None
         cells = []
         for number, kind in enumerate(TOKENS):
             for split, total in totals.items():
-                count, tuned, base = total.sum(axis=0)[number]
+                count, tuned, base = total[number]
                 for model, loss in (("base", base), ("tuned", tuned)):
                     cell: dict[str, Any] = {"tokens": kind, "split": split, "model": model, "num_tokens": int(count)}
                     cell["nll"] = float(loss / count) if count else None
@@ -80,7 +87,7 @@ class SensitivePanel:
                         cell |= {name: float(np.quantile(values, level)) for name, level in _QUANTILES.items()}
                         cell["lowest"] = round(float(values.min()), 1)
                     cells.append(cell)
-        return {"cells": cells, **_differences(totals["train"], totals["test"])}
+        return {"cells": cells, **_differences(by_user["train"], by_user["test"])}
 
 
 def _stack(users: dict[str, _User]) -> FloatArray:

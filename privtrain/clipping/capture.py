@@ -28,8 +28,9 @@ class Calls:
     Attributes:
         anchors: a leaf of the graph for each module; ``backward(inputs=anchors)`` runs only what leads to them.
         sink: what every backward pass feeds; may be changed between two passes over one graph.
-        num_calls: how often each module was called in the forward pass, in the order of first calls.
-        num_values: how many numbers the inputs and outputs of these calls have, by module.
+        num_calls: how often each module was called in the forward pass, in the order of first calls: a module that is
+            called once is complete when a backward pass reaches it.
+        num_values: how many numbers the inputs and outputs of these calls have, by module: the memory to keep them.
         last: the module that was called last, and its input, part of the graph.
         is_forward: whether calls are those of the forward pass; cleared before the first backward pass.
     """
@@ -73,7 +74,8 @@ def captured(modules: Mapping[str, nn.Module], parameters: list[nn.Parameter], n
     The block is one forward pass and one or more backward passes over its graph; the caller clears the result's
     ``is_forward`` in between, since gradient checkpointing calls modules once more during a backward pass.
 
-    The parameters are frozen meanwhile: an unclipped gradient never exists anywhere that could leak it. A layer that is
+    The parameters are frozen meanwhile: an unclipped gradient never exists anywhere that could leak it. Backward passes
+    reach the modules all the same, by their anchors. A layer that is
     called once for all rows, as learned positions are with ids of shape [1, tokens], has its output expanded to
     ``num_rows``: what autograd would have summed over rows when it broadcasts stays apart.
     """
@@ -96,7 +98,7 @@ def captured(modules: Mapping[str, nn.Module], parameters: list[nn.Parameter], n
             )
         if calls.is_forward:
             calls.last = module, activation
-        activation = activation.detach()
+        activation = activation.detach()  # kept for the sink alone, which needs no gradient of it
         if num_rows > 1 and output.shape[0] == 1 == activation.shape[0]:
             activation = activation.expand(num_rows, *activation.shape[1:])
             output = output.expand(num_rows, *output.shape[1:])

@@ -254,9 +254,10 @@ class CooperativeClipper:
         gradient, size = self._gradient.zero_(), self._shards.size
 
         def keep(slot: Slot, part: torch.Tensor) -> None:
+            """Add this rank's part of a pass's gradient of one tensor."""
             self.layout.view(gradient, slot).add_(part)
 
-        for first in range(0, len(rows), size):
+        for first in range(0, len(rows), size):  # a row for each rank
             self._run(rows.cut(first, first + size), keep)
         with exact_fp32(self._device):
             squares = self._zero_squares()
@@ -267,7 +268,7 @@ class CooperativeClipper:
             if weights is not None:
                 for i, slot in enumerate(self.layout.slots):
                     exact_sum.add_unit(self.layout.view(self.total, slot), self.layout.view(gradient, slot), weights[i])
-        if self.route == "two_pass":
+        if self.route == "two_pass":  # few units come here on this route: do not hold memory for the next one
             self._gradient = None
 
     def _add_in_two_passes(self, owner: int, rows: _Rows) -> None:

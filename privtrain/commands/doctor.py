@@ -92,6 +92,7 @@ def examine(config_path: pathlib.Path | None, overrides: Sequence[str], *, as_js
 
 
 def _print(findings: list[Finding], is_well: bool) -> None:
+    """Print a line for each finding, its fix below it, and the conclusion."""
     console = Console(highlight=False, soft_wrap=True)
     for finding in findings:
         console.print(f"{_MARKS[finding.status]} {finding.name}: {finding.what}")

@@ -103,7 +103,8 @@ def install(run: RunDirectory, manifest: ReleaseManifest) -> None:
     Raises:
         GuaranteeLost: if, after the move, a file is not in its place as it was recorded.
     """
-    for name in sorted({path.partition("/")[0] for path in manifest.files} - set(_WRITTEN_BEFORE)):
+    top_level_names = {path.partition("/")[0] for path in manifest.files}
+    for name in sorted(top_level_names - set(_WRITTEN_BEFORE)):
         _move(run.staged / name, run.root / name)
     for path, digest in manifest.files.items():
         try:
@@ -114,7 +115,7 @@ def install(run: RunDirectory, manifest: ReleaseManifest) -> None:
             raise GuaranteeLost(
                 f"{run.root / path} is not what the release record of {run.ledger} holds; restore it from a backup"
             )
-    run.show()
+    run.show()  # from here on other users may read what is released
     _move(run.staged / bundle.NAME, run.release)
     set_file_times(run, manifest)
     with contextlib.suppress(FileNotFoundError):

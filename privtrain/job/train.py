@@ -164,8 +164,8 @@ def _run(
         run_id = _tracker_id(inputs, backend)
         with backend.main_alone():
             tracker = _open_tracker(inputs, backend, run_id, session.continuation.start_step, on_step)
-        directions = GradientCanaries(root_key, split.canaries, units)
-        trainer = _build_trainer(inputs, backend, ledger, network, units, session, tracker, stop, directions)
+        gradient_canaries = GradientCanaries(root_key, split.canaries, units)
+        trainer = _build_trainer(inputs, backend, ledger, network, units, session, tracker, stop, gradient_canaries)
         if backend.is_main:
             for warning in learning_rate_warnings(inputs.config, inputs.plan, _num_trained(trainer)):
                 say(f"[yellow]warning[/]: {warning}")
@@ -246,8 +246,10 @@ def rehearse(inputs: Inputs, backend: Backend, stop: StopRequest) -> int:
     units = select_units(inputs, backend, network, split, key, cache=None)
     nothing_done = Continuation(generation=0, start_step=0, end_step=0, num_replayed=0, num_abandoned=0, first_step=0)
     session = Session(key, nothing_done, environment="", state=None)
-    directions = GradientCanaries(key, split.canaries, units)
-    trainer = _build_trainer(inputs, backend, NullLedger(), network, units, session, NullTracker(), stop, directions)
+    gradient_canaries = GradientCanaries(key, split.canaries, units)
+    trainer = _build_trainer(
+        inputs, backend, NullLedger(), network, units, session, NullTracker(), stop, gradient_canaries
+    )
     _self_test(trainer, network, backend, inputs.config.performance)
     return _num_trained(trainer)
 
@@ -314,9 +316,13 @@ def _build_trainer(
     session: Session,
     tracker: Tracker,
     stop: StopRequest,
-    directions: GradientCanaries,
+    gradient_canaries: GradientCanaries,
 ) -> Trainer:
-    """Return the trainer of this session, after checks that audits can be served on this placement of tensors."""
+    """Return the trainer of this session.
+
+    Raises:
+        ConfigError: if the configuration asks for an audit of whole sums or gradients, and the backend shards them.
+    """
     trainer = Trainer(
         plan=inputs.plan,
         training=inputs.config.training,
@@ -335,9 +341,9 @@ def _build_trainer(
         should_stop=stop.requested.is_set,
         objective=network.objective,
         first_step=session.continuation.first_step,
-        committed=session.committed,
-        gradient_canaries=directions,
-        past=session.past,
+        committed=session.committed,  # to the sums of steps that are replayed
+        gradient_canaries=gradient_canaries,
+        past=session.past,  # commitments to the sums of the steps before these
     )
     if inputs.config.audit.keep_noised_sums:
         check_whole(trainer.layout)

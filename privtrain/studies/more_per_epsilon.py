@@ -203,27 +203,29 @@ class _View:
         return [claim for epsilon in self.results.values_of("epsilon") for claim in self._claims_at(epsilon)]
 
     def _claims_at(self, epsilon: str) -> list[Claim]:
+        """Return the targets at one ε, judged by held-out losses: all are about the plan with correlated noise."""
         at, claims = f"on {self.corpus} at ε = {epsilon}", []
-        for of, bar in self._bars(float(epsilon)):
-            words = f"correlated noise and the optimised plan win back {bar:.0%} of what noise costs {_COSTS[of]} {at}"
-            claims.append(
-                judge_at_least(_target(words, f"at least {bar:.0%}"), self.closed("banded", epsilon, of), bar)
+        for plan, share in self._shares(float(epsilon)):
+            words = (
+                f"correlated noise and the optimised plan win back {share:.0%} of what noise costs {_COSTS[plan]} {at}"
             )
-        if float(epsilon) <= 1:
+            closed = self.closed("banded", epsilon, of=plan)
+            claims.append(judge_at_least(_target(words, f"at least {share:.0%}"), closed, share))
+        if float(epsilon) <= 1:  # no share is asked for here, only that correlated noise does no harm
             claim = _target(f"correlated noise is not worse than independent noise {at}", "within the interval")
             sides = self.cell("banded", epsilon), self.cell("optimised", epsilon)
             claims.append(judge_not_worse(claim, self.results.difference(_LOSS, *sides)))
         for other in self.results.values_of("plan"):
             if other == "optimised" or other.startswith("opacus"):
                 claim = _target(f"correlated noise has a lower loss than {NAMES[other]} {at}", "lower")
-                sides = self.cell(other, epsilon), self.cell("banded", epsilon)
+                sides = self.cell(other, epsilon), self.cell("banded", epsilon)  # the first loss is to be the larger
                 claims.append(judge_direction(claim, self.results.difference(_LOSS, *sides)))
         return claims
 
-    def _bars(self, epsilon: float) -> list[tuple[str, float]]:
-        """Return the plans whose cost of noise is to be won back at an ε, and which share of it."""
-        bars = [("old", 0.3), ("rate", 0.3)] if epsilon >= 4 else []
-        return [*bars, ("old", 0.5)] if epsilon >= 8 else bars
+    def _shares(self, epsilon: float) -> list[tuple[str, float]]:
+        """Return (plan, share): at this ε that share of what noise costs the plan is to be won back."""
+        shares = [("old", 0.3), ("rate", 0.3)] if epsilon >= 4 else []
+        return [*shares, ("old", 0.5)] if epsilon >= 8 else shares
 
     def table(self) -> Table:
         """Return a table with a row for each plan and ε: settings, perplexity, and the shares of two gaps it closes."""
@@ -285,4 +287,5 @@ class _View:
 
 
 def _target(statement: str, bar: str) -> Statement:
+    """Return a claim of the study itself; ``bar``: what counts as reaching it, in words."""
     return Statement(statement, "target of the study", bar)

@@ -69,7 +69,8 @@ def auroc_p_value(held_in: FloatArray, held_out: FloatArray, owners: Owners | No
 def effective_users(held_in: FloatArray, held_out: FloatArray, owners: Owners | None = None) -> float:
     """Return how many users of the smaller side the test effectively rests on.
 
-    Users whose records are unequal in number count less (Kish's effective number), and so do scores that all tie.
+    A side whose users have unequal numbers of records counts as fewer users (Kish's effective number). Of equal scores
+    the largest group is left out, since it says nothing of who is who.
 
     Args:
         held_in: one score per held-in user, or record.
@@ -77,11 +78,16 @@ def effective_users(held_in: FloatArray, held_out: FloatArray, owners: Owners | 
         owners: of the records; None where each score is of a user of its own.
     """
     scores = np.concatenate([held_in, held_out])
-    share_untied = 1.0 - float(np.unique(scores, return_counts=True)[1].max()) / scores.size  # outside the largest tie
+    _, num_equal = np.unique(scores, return_counts=True)  # scores of each value
+    share_untied = 1.0 - float(num_equal.max()) / scores.size
     if owners is None:
         return share_untied * min(held_in.size, held_out.size)
-    num_records = [np.unique(owner, return_counts=True)[1].astype(np.float64) for owner in owners]  # by side and user
-    return share_untied * min(float(counts.sum() ** 2 / (counts**2).sum()) for counts in num_records)
+    num_effective: list[float] = []  # users of each side
+    for side in owners:
+        _, counts = np.unique(side, return_counts=True)
+        num_records = counts.astype(np.float64)  # of each user
+        num_effective.append(float(num_records.sum() ** 2 / (num_records**2).sum()))
+    return share_untied * min(num_effective)
 
 
 def no_narrower_than_test(
