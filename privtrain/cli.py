@@ -118,12 +118,12 @@ def plan(
     from privtrain.commands.plan_view import print_plan
 
     options = PlanOptions(
-        num_users,
-        accelerate,
-        tokens_per_second,
-        prices,
-        num_ranks,
-        optimize,
+        num_users=num_users,
+        accelerate=accelerate,
+        tokens_per_second=tokens_per_second,
+        prices=prices,
+        num_ranks=num_ranks,
+        optimize=optimize,
         user_draws=user_draws,
         hours=hours,
         cluster=cluster,
@@ -260,10 +260,23 @@ def generate(
     from privtrain.commands.generate import generate as sample
 
     options = GenerateOptions(
-        num_texts, prompts, tuple(label or ()), template, temperature, top_p, top_k, max_new_tokens, min_new_tokens,
-        batch_size, seed, engine, base_model, copy_tokens,
-    )  # fmt: skip
-    if lines := sample(run, output, options):  # rank 0 alone has something to say
+        num_texts=num_texts,
+        prompts=prompts,
+        labels=tuple(label or ()),
+        template=template,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        max_new_tokens=max_new_tokens,
+        min_new_tokens=min_new_tokens,
+        batch_size=batch_size,
+        seed=seed,
+        engine=engine,
+        base_model=base_model,
+        copy_tokens=copy_tokens,
+    )
+    lines = sample(run, output, options)
+    if lines:  # rank 0 alone has something to say
         typer.echo(lines)
 
 
@@ -290,7 +303,8 @@ def verify(
     if public_key is not None and certificate:
         raise PrivtrainError("give --public-key or --certificate")
     keys = Keys(key=public_key, chain=tuple(certificate or ())) if public_key or certificate else None
-    print_verified(directory, Anchors(digest, keys, released, base_model), as_json=as_json)
+    anchors = Anchors(digest=digest, keys=keys, released=released, base_model=base_model)
+    print_verified(directory, anchors, as_json=as_json)
 
 
 @app.command()
@@ -338,7 +352,7 @@ def sign(
     from privtrain.run.signing import sign as sign_files
 
     verify_directory(directory)
-    keys = Keys(private_key, certificate, tuple(chain or ()))
+    keys = Keys(key=private_key, certificate=certificate, chain=tuple(chain or ()))
     signature = sign_files(directory, keys, signed_files(directory), password)
     typer.echo(f"wrote {signature}; check it with: privtrain verify {directory} --public-key FILE")
 
@@ -361,7 +375,17 @@ def study(
     """Run a paper's grid of trainings and attacks, resume what is done, and report what reproduced."""
     from privtrain.studies.runner import StudyOptions, run_study
 
-    options = StudyOptions(scale, recipe, output, jobs, threads, tuple(only or ()), dry_run, here, submit)
+    options = StudyOptions(
+        scale=scale,
+        recipe=recipe,
+        output=output,
+        num_jobs=jobs,
+        num_threads=threads,
+        only=tuple(only or ()),
+        dry_run=dry_run,
+        here=here,
+        submit=submit,
+    )
     run_study(name, options)
 
 

@@ -122,7 +122,11 @@ def read_inputs(config: Config) -> Inputs:
     """Load the rows and build the plan."""
     corpus = load_corpus(config.data, config.performance.index_dir)
     plan = PrivacyPlan.build(config.privacy, config.training)
-    run = RunDirectory(config.run.directory)
-    evaluation = load_evaluation(config.data, corpus)
-    fingerprint = plan.fingerprint(corpus.manifest_sha256)
-    return Inputs(config, corpus, plan, fingerprint, run, evaluation=evaluation)
+    return Inputs(
+        config=config,
+        corpus=corpus,
+        plan=plan,
+        fingerprint=plan.fingerprint(corpus.manifest_sha256),
+        run=RunDirectory(config.run.directory),
+        evaluation=load_evaluation(config.data, corpus),
+    )

@@ -215,9 +215,10 @@ _FP32_BYTES, INT64_BYTES, _BF16_BYTES = 4, 8, 2
 # Llama of two layers):
 #: For an adapter by the batched route.
 _EXTRA_KERNELS = 15
-#: Where all weights are trained: once, and for each unit of the microbatch. Each pair is (units of one row, units of
-#: several rows, which are joined to one).
-_FULL_KERNELS, _UNIT_KERNELS = (89, 31), (11, 30)
+#: Where all weights are trained: for the microbatch as a whole, and for each of its units.
+_FULL_KERNELS, _UNIT_KERNELS = 89, 11
+#: The same for units of several rows, whose rows are joined to one.
+_FULL_KERNELS_JOINED, _UNIT_KERNELS_JOINED = 31, 30
 
 #: The norm of a unit's gradient of a weight [p, d], over n tokens: the gradient is multiplied out where p·d is at most
 #: this times n (p + d); else its norm comes from Gram matrices [n, n] of inputs and output gradients, without it.
@@ -227,8 +228,11 @@ _GRAM_FACTOR = 1.25
 def predict(job: Job, cluster: Cluster) -> Prediction:
     """Predict a step of private and of plain training on a cluster."""
     num_rows = job.num_units * job.records_per_unit
-    useful = cluster.compute(job.work.plain_flops) * num_rows / cluster.num_ranks
-    return Prediction(_private_seconds(job, cluster), _plain_seconds(job, cluster), useful)
+    return Prediction(
+        parts=_private_seconds(job, cluster),
+        plain_parts=_plain_seconds(job, cluster),
+        useful_seconds=cluster.compute(job.work.plain_flops) * num_rows / cluster.num_ranks,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -282,7 +286,7 @@ def _plain_seconds(job: Job, cluster: Cluster) -> dict[str, float]:
     """Return seconds of a step of plain training, by part."""
     schedule = _plain_schedule(job, cluster.num_ranks)
     return {
-        **_passes(job, cluster, schedule, job.work.num_kernels, 0.0),
+        **_passes(job, cluster, schedule, num_kernels=job.work.num_kernels, extra_flops=0.0),
         "reduction and update of weights": _reduction(job, cluster, _FP32_BYTES, sends_once=job.reduces_once),
         "optimizer": cluster.touch(_OPTIMIZER_BYTES * job.work.num_trained / _num_parts(job, cluster)),
     }
@@ -366,9 +370,10 @@ def _extra_kernels(job: Job) -> float:
     """Return how many kernels clipping launches for each trained tensor in a pass, beyond plain training's."""
     if not job.is_full or job.is_cooperative:
         return _EXTRA_KERNELS
-    is_joined = job.records_per_unit > 1  # False and True index the pairs
     units_in_pass = job.microbatch_size / job.records_per_unit
-    return _FULL_KERNELS[is_joined] + _UNIT_KERNELS[is_joined] * units_in_pass
+    if job.records_per_unit > 1:
+        return _FULL_KERNELS_JOINED + _UNIT_KERNELS_JOINED * units_in_pass
+    return _FULL_KERNELS + _UNIT_KERNELS * units_in_pass
 
 
 def _clipping_flops(job: Job) -> tuple[float, float]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
 
-from privtrain.commands.cluster import INT64_BYTES, Cluster, Job, Prediction, predict
+from privtrain.commands.cluster import INT64_BYTES, Cluster, Job, predict
 from privtrain.config import Config
 from privtrain.models.memory import LaunchLayout, model_size
 from privtrain.privacy.plan import PrivacyPlan
@@ -21,6 +21,20 @@ _WORTHWHILE = 0.02
 _NUM_SHOWN = 3
 #: Parts of the memory (names of :func:`privtrain.models.memory.model_size`) that grow with the rows of a microbatch.
 _BY_ROW = ("activations", "logits", "gradients of units")
+
+
+class _Change(NamedTuple):
+    """A setting that may shorten the step.
+
+    Attributes:
+        setting: in words.
+        job: the job with it.
+        memory_bytes: device memory of one rank with it.
+    """
+
+    setting: str
+    job: Job
+    memory_bytes: int
 
 
 def describe_cluster(config: Config, plan: PrivacyPlan, layout: LaunchLayout, cluster_text: str) -> dict[str, Any]:
@@ -40,31 +54,34 @@ def describe_cluster(config: Config, plan: PrivacyPlan, layout: LaunchLayout, cl
     cluster = Cluster.parse(cluster_text)
     layout = dataclasses.replace(layout, num_ranks=cluster.num_ranks)
     is_full, performance = config.training.releases_model, config.performance
+    checkpoints = performance.gradient_checkpointing
     job = Job(
-        count_work(config),
-        layout,
-        plan.expected_batch_size,
-        plan.records_per_unit,
-        performance.microbatch_size,
-        is_full,
-        performance.gradient_checkpointing,
-        _is_two_pass(performance.clipping_route, is_full, checkpoints=performance.gradient_checkpointing),
-        performance.reduce_once,
+        work=count_work(config),
+        layout=layout,
+        num_units=plan.expected_batch_size,
+        records_per_unit=plan.records_per_unit,
+        microbatch_size=performance.microbatch_size,
+        is_full=is_full,
+        checkpoints=checkpoints,
+        is_two_pass=_is_two_pass(performance.clipping_route, is_full, checkpoints=checkpoints),
+        reduces_once=performance.reduce_once,
     )
     prediction = predict(job, cluster)
     num_bands = 1 if plan.strategy is None else plan.strategy.num_bands
     memory = model_size(config, layout, num_bands).memory_bytes
     usable = _USABLE_MEMORY * cluster.gpu.memory_bytes
     changes = list(_changes(job, memory))
-    if job.checkpoints:  # without gradient checkpointing: by itself, and together with each further setting
+    if checkpoints:  # without gradient checkpointing: by itself, and together with each further setting
         without = performance.model_copy(update={"gradient_checkpointing": False})
         memory_without = model_size(config.model_copy(update={"performance": without}), layout, num_bands).memory_bytes
         is_two_pass = _is_two_pass(performance.clipping_route, is_full, checkpoints=False)
         job_without = dataclasses.replace(job, checkpoints=False, is_two_pass=is_two_pass)
         setting = "performance.gradient_checkpointing: false"
-        changes.append((setting, job_without, sum(memory_without.values())))
-        for further_setting, other_job, num_bytes in _changes(job_without, memory_without):
-            changes.append((f"{setting}, {further_setting}", other_job, num_bytes))
+        changes.append(_Change(setting, job_without, sum(memory_without.values())))
+        changes.extend(
+            further._replace(setting=f"{setting}, {further.setting}")
+            for further in _changes(job_without, memory_without)
+        )
     return {
         "cluster": f"{cluster.num_ranks} x {cluster.name.upper()}",
         "predicted_step_seconds": prediction.seconds,
@@ -75,10 +92,7 @@ def describe_cluster(config: Config, plan: PrivacyPlan, layout: LaunchLayout, cl
         "predicted_efficiency": prediction.efficiency,
         "memory_bytes": sum(memory.values()),
         "usable_memory_bytes": usable,
-        "faster_settings": [
-            {"setting": setting, "predicted_step_seconds": other.seconds, "memory_bytes": num_bytes}
-            for setting, other, num_bytes in _faster(changes, cluster, prediction, usable)
-        ],
+        "faster_settings": _faster(changes, cluster, seconds_now=prediction.seconds, usable_bytes=usable),
     }
 
 
@@ -88,30 +102,30 @@ def _is_two_pass(route: str, is_full: bool, *, checkpoints: bool) -> bool:
 
 
 def _faster(
-    changes: list[tuple[str, Job, int]], cluster: Cluster, prediction: Prediction, usable: float
-) -> list[tuple[str, Prediction, int]]:
+    changes: list[_Change], cluster: Cluster, *, seconds_now: float, usable_bytes: float
+) -> list[dict[str, Any]]:
     """Return the settings that fit into memory and shorten the step enough to be worth it, the fastest first.
 
     Args:
-        changes: setting in words, the job with it, and its bytes of memory of one rank.
+        changes: settings to choose from.
         cluster: where the job runs.
-        prediction: of the job as configured.
-        usable: bytes of a GPU's memory that a job can use.
+        seconds_now: predicted seconds of a step as configured.
+        usable_bytes: of a GPU's memory, what a job can use.
 
     Returns:
-        Setting, its prediction, and its bytes of memory of one rank.
+        For each setting its words, ``predicted_step_seconds`` and ``memory_bytes``, for JSON.
     """
-    candidates = [(setting, predict(other, cluster), size) for setting, other, size in changes]
-    worthwhile = [
-        (setting, other, size)
-        for setting, other, size in candidates
-        if size <= usable and other.seconds < (1 - _WORTHWHILE) * prediction.seconds
-    ]
-    return sorted(worthwhile, key=lambda item: item[1].seconds)[:_NUM_SHOWN]
+    worthwhile = []
+    for change in changes:
+        seconds = predict(change.job, cluster).seconds
+        if change.memory_bytes <= usable_bytes and seconds < (1 - _WORTHWHILE) * seconds_now:
+            row = {"setting": change.setting, "predicted_step_seconds": seconds, "memory_bytes": change.memory_bytes}
+            worthwhile.append(row)
+    return sorted(worthwhile, key=lambda row: row["predicted_step_seconds"])[:_NUM_SHOWN]
 
 
-def _changes(job: Job, memory: dict[str, int]) -> Iterator[tuple[str, Job, int]]:
-    """Yield settings that may shorten the step: in words, the job with it, and its bytes of memory of one rank.
+def _changes(job: Job, memory: dict[str, int]) -> Iterator[_Change]:
+    """Yield settings that may shorten the step, each with the job and the memory that it leads to.
 
     Args:
         job: the job as configured.
@@ -119,19 +133,20 @@ def _changes(job: Job, memory: dict[str, int]) -> Iterator[tuple[str, Job, int]]
     """
     for factor in (2, 4, 8):
         rows = factor * job.microbatch_size
-        size = sum(num_bytes * (factor if part in _BY_ROW else 1) for part, num_bytes in memory.items())
-        if rows <= job.num_units * job.records_per_unit / job.layout.num_ranks:
-            yield f"performance.microbatch_size: {rows}", dataclasses.replace(job, microbatch_size=rows), size
+        bytes_by_row = sum(memory.get(part, 0) for part in _BY_ROW)
+        size = sum(memory.values()) + (factor - 1) * bytes_by_row
+        if rows <= job.num_units * job.records_per_unit / job.layout.num_ranks:  # a rank has as many in a step
+            yield _Change(f"performance.microbatch_size: {rows}", dataclasses.replace(job, microbatch_size=rows), size)
     layout = job.layout
     if layout.shards_gradients and job.is_full and not job.reduces_once:
         # The rank's own whole sum is held, in place of the one tensor that is just being reduced.
         size = sum(memory.values()) - memory.get("tensor on its way", 0) + INT64_BYTES * job.work.num_trained
-        yield "performance.reduce_once: true", dataclasses.replace(job, reduces_once=True), size
+        yield _Change("performance.reduce_once: true", dataclasses.replace(job, reduces_once=True), size)
     if layout.shards_parameters and not job.is_full:
         # Each rank then holds the whole frozen base. An adapter's memory stays: its gradients were never sharded.
-        size = sum(n * (layout.num_ranks if part == "frozen base" else 1) for part, n in memory.items())
+        size = sum(memory.values()) + (layout.num_ranks - 1) * memory.get("frozen base", 0)
         replicated = dataclasses.replace(layout, shards_parameters=False, shards_gradients=False)
-        yield "launch/accelerate/zero1.yaml", dataclasses.replace(job, layout=replicated), size
+        yield _Change("launch/accelerate/zero1.yaml", dataclasses.replace(job, layout=replicated), size)
 
 
 def print_cluster(console: Console, d: dict[str, Any]) -> None:

@@ -77,7 +77,8 @@ def examine(config_path: pathlib.Path | None, overrides: Sequence[str], *, as_js
     config = load_checked(config_path, overrides) if config_path is not None else None
     findings = [*_versions(), *_launcher(), _disk(config), _wandb(config), _registry(config)]
     # Libraries may print on the way; with --json stdout is for the report alone.
-    with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+    kept_clean = contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
+    with kept_clean:
         try:
             findings += _findings_of_all_ranks(config)
         except PrivtrainError as error:
@@ -253,8 +254,8 @@ def _gather(backend: Backend, text: bytes, num_pieces: int = 4) -> list[bytes]:
     Backends gather only digests of 32 bytes, so the text is sent in pieces of 32.
     """
     padded = text[: 32 * num_pieces].ljust(32 * num_pieces, b"\0")
-    pieces_of_ranks = [backend.gather_digests(padded[32 * i : 32 * (i + 1)]) for i in range(num_pieces)]
-    return [b"".join(pieces).rstrip(b"\0") for pieces in zip(*pieces_of_ranks, strict=True)]
+    gathered = [backend.gather_digests(padded[32 * i : 32 * (i + 1)]) for i in range(num_pieces)]  # [piece][rank]
+    return [b"".join(pieces).rstrip(b"\0") for pieces in zip(*gathered, strict=True)]
 
 
 def _agreement(backend: Backend) -> Finding:

@@ -125,9 +125,11 @@ def write_config(
         raise ConfigError([Fault("--output", problem)])
     guessed = guess_configuration(model, paths, user_column=user_column, num_users=num_users)
     config = validate(guessed.tree, str(output))  # before anything is written
+    first_files = ", ".join(path.name for path in paths[:3])
+    more = " ..." if len(paths) > 3 else ""
     head = (
-        f"Written by privtrain init from {model} and {', '.join(path.name for path in paths[:3])}"
-        f"{' ...' if len(paths) > 3 else ''}.\nEvery key is here; those behind a # stand at their defaults.\n"
+        f"Written by privtrain init from {model} and {first_files}{more}.\n"
+        "Every key is here; those behind a # stand at their defaults.\n"
         f"Next: privtrain preview {output}; privtrain plan {output}; privtrain train {output}"
     )
     write_atomically(output, commented_yaml(guessed.tree, head, guessed.notes))
@@ -213,26 +215,31 @@ def guess_columns(file: pathlib.Path, user_column: str | None = None) -> Guess:
         ConfigError: if there is no column that could be a user's, or none to learn from.
     """
     columns = file_columns(file)
-    if twice := sorted(name for name, count in collections.Counter(columns).items() if count > 1):
+    twice = sorted(name for name, count in collections.Counter(columns).items() if count > 1)
+    if twice:
         problem = f"the columns of {file.name} must have different names; given twice: {_shown(file, twice)}"
         raise ConfigError([Fault("data.source.paths", problem)])
     rows = list(itertools.islice(file_rows(file, columns), _NUM_ROWS))
-    values = {name: [row[index] for row in rows] for index, name in enumerate(columns)}  # by column
     if not rows:
         raise ConfigError([Fault("data.source.paths", f"{file} holds no row")])
+    values = {name: [row[index] for row in rows] for index, name in enumerate(columns)}  # column → its values
+
+    # Whose rows these are.
     user = user_column or _user_column(values)
     if user is None or user not in values:
         what = f"no column {user!r}" if user else "no column that looks like a user's id"
         problem = f"{what} among {_shown(file, columns)}; name it with --user-column, or add one: ε is for its users"
         raise ConfigError([Fault("data.user_column", problem)])
+
+    # What is learned from the other columns, and which of them would be expected to be read, but are not.
     learned = _guess_format({name: column for name, column in values.items() if name != user})
     if learned is None:
         problem = f"no text, conversation or prompt among the columns {', '.join(columns)}"
         raise ConfigError([Fault("data.format", problem)])
     keys, notes = learned.tree, learned.notes
-    if unread := [
-        name for name in columns if name.lower() in _UNREAD and name not in keys.values() and any(values[name])
-    ]:
+    expected = [name for name in columns if name.lower() in _UNREAD and any(values[name])]
+    unread = [name for name in expected if name not in keys.values()]
+    if unread:
         notes["format"] = (
             f"{notes.get('format', 'texts')}; {', '.join(unread)}: not read, though the column says so. Put into the "
             "records what the model is to be told"
@@ -287,17 +294,22 @@ def _guess_format(values: dict[str, list[Any]]) -> Guess | None:
         _refuse_other_kinds(values, _TEXT_NAMES, "data.text_column", "something else than text; convert it")
     if text is None:
         return None
-    label = _first({k: v for k, v in values.items() if k != text}, _LABEL_NAMES, _is_label, others=False)
+    without_text = {name: column for name, column in values.items() if name != text}
+    label = _first(without_text, _LABEL_NAMES, _is_label, others=False)
     if label is None:
-        return Guess({"format": "text", "text_column": text}, {"text_column": f"texts{_unread_label(values, text)}"})
-    names = {str(value).strip() for value in values[label] if value is not None} - {""}
-    # 01 is a name: as a number it would be 1, and no row has that label.
-    labels: list[int | str] = [int(name) if _NUMBER.fullmatch(name) else name for name in names]
-    # Numbers by value, then names by letters.
-    labels.sort(key=lambda name: (isinstance(name, str), name if isinstance(name, int) else 0, str(name)))
+        return Guess({"format": "text", "text_column": text}, {"text_column": f"texts{_unread_label(without_text)}"})
+    labels = _labels_of(values[label])
     keys = {"format": "classification", "text_column": text, "label_column": label, "labels": labels}
     labels_note = "those of the first rows. The list is published: check that it is complete and no secret"
     return Guess(keys, {"format": f"{label} holds {len(labels)} values", "labels": labels_note})
+
+
+def _labels_of(column: list[Any]) -> list[int | str]:
+    """Return the different labels of a column: numbers by value, then names by letters; empty ones are no labels."""
+    texts = {str(value).strip() for value in column if value is not None} - {""}
+    # 01 is a name: as a number it would be 1, and no row has that label.
+    numbers = {text for text in texts if _NUMBER.fullmatch(text)}
+    return [*sorted(map(int, numbers)), *sorted(texts - numbers)]
 
 
 def _refuse_unread_turns(values: dict[str, list[Any]]) -> None:
@@ -334,11 +346,12 @@ def _refuse_other_kinds(values: dict[str, list[Any]], names: Sequence[str], key:
             raise ConfigError([Fault(key, f"column {name} holds {what}")])
 
 
-def _unread_label(values: dict[str, list[Any]], text: str) -> str:
+def _unread_label(values: dict[str, list[Any]]) -> str:
     """Return an addition to the note on texts: which column is named like a label but holds no labels; often empty."""
-    by_name = {name.lower(): name for name in values if name != text}
-    for name in (by_name[name] for name in _LABEL_NAMES if name in by_name):
-        if any(isinstance(value, bool | float | list) for value in values[name]):
+    by_name = {name.lower(): name for name in values}
+    for label_name in _LABEL_NAMES:
+        name = by_name.get(label_name)
+        if name is not None and any(isinstance(value, bool | float | list) for value in values[name]):
             return f"; to train a classifier, convert column {name} to text or whole numbers"
         if num := len({str(value).strip() for value in values[name] if value is not None} - {""}):
             return f"; column {name} is not read: a label has several values, each for many rows; given {num}"
@@ -384,11 +397,10 @@ def _is_text(column: list[Any]) -> bool:
 
 def _is_label(column: list[Any]) -> bool:
     """Return whether a column has few plain values: at least two, and at most half as many as rows."""
-    names = collections.Counter(str(value).strip() for value in column if value is not None and value != "")
-    is_plain = all(
-        isinstance(value, int | str) and not isinstance(value, bool) for value in column if value is not None
-    )
-    return is_plain and 2 <= len(names) <= min(_MOST_LABELS, len(column) // 2)
+    values = [value for value in column if value is not None]
+    is_plain = all(isinstance(value, int | str) and not isinstance(value, bool) for value in values)
+    num_labels = len({str(value).strip() for value in values if value != ""})
+    return is_plain and 2 <= num_labels <= min(_MOST_LABELS, len(column) // 2)
 
 
 def _is_conversation(column: list[Any]) -> bool:
@@ -418,5 +430,5 @@ def _max_length(config: Config, records: Sequence[str]) -> int:
 
 
 def _run_name(file: pathlib.Path) -> str:
-    name = "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "-" for c in file.stem).strip("._-")
+    name = re.sub(r"[^A-Za-z0-9._-]", "-", file.stem).strip("._-")
     return name or "run"

@@ -8,9 +8,10 @@ plan's.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import accountants
 from privtrain.config import Config
@@ -113,20 +114,20 @@ def optimize(config: Config, num_units: float, num_trained: int, record_draws: f
         faults.append(Fault("privacy.sampling", problem))
     if faults:
         raise ConfigError(faults)
-    now = _choice(
-        config,
-        num_trained,
-        privacy.num_steps,
-        round(privacy.expected_batch_size),
-        records_in_step(privacy),
-        _bands_now(config),
-        None,
+    shape_now = _Shape(
+        num_steps=privacy.num_steps,
+        batch=round(privacy.expected_batch_size),
+        records_per_unit=records_in_step(privacy),
+        num_bands=_bands_now(config),
     )
+    now = _choice(config, num_trained, shape_now)
     rate_scale = 1.0
     if now is not None and num_trained > MOST_TRAINED:
+        # The law's own rates are too large for so many weights: the given rate is changed as the law changes.
         rate_scale = config.training.learning_rate / now.learning_rate
         now = dataclasses.replace(now, learning_rate=config.training.learning_rate)
-    tried = [_choice(config, num_trained, *shape, rate_scale) for shape in _shapes(config, num_units, record_draws)]
+    shapes = _shapes(config, num_units, record_draws)
+    tried = [_choice(config, num_trained, shape, num_units=num_units, rate_scale=rate_scale) for shape in shapes]
     choices = [choice for choice in tried if choice is not None]
     if not choices:
         problem = f"no batch of {num_units:.0f} users within {record_draws:.0f} records meets it"
@@ -142,9 +143,12 @@ def ranked(choices: Sequence[Choice], num_trained: int) -> tuple[tuple[Choice, .
         choices: at least one, and with any that has bands the same one without.
         num_trained: trained weights.
     """
-    offered = _where_bands_help(choices, num_trained)
-    steps = sorted({choice.num_steps for choice in offered})
-    frontier = tuple(max((c for c in offered if c.num_steps == n), key=lambda c: c.predicted_gain) for n in steps)
+    best_by_steps: dict[int, Choice] = {}
+    for choice in _where_bands_help(choices, num_trained):
+        best = best_by_steps.get(choice.num_steps)
+        if best is None or choice.predicted_gain > best.predicted_gain:
+            best_by_steps[choice.num_steps] = choice
+    frontier = tuple(best_by_steps[num_steps] for num_steps in sorted(best_by_steps))
     return frontier, max(frontier, key=lambda choice: choice.predicted_gain)
 
 
@@ -158,20 +162,31 @@ def records_in_step(privacy: PrivacySection) -> int:
     return 1 if privacy.unit == "example" else privacy.records_per_user or 1
 
 
-def _shapes(config: Config, num_units: float, record_draws: float) -> Iterator[tuple[int, int, int, int, float]]:
-    """Yield (steps, batch, records, bands, users) that spend the budget."""
+class _Shape(NamedTuple):
+    """What is chosen of a plan, with the field names of :class:`Choice`; ``batch`` is the expected one."""
+
+    num_steps: int
+    batch: int
+    records_per_unit: int
+    num_bands: int
+
+
+def _shapes(config: Config, num_units: float, record_draws: float) -> Iterator[_Shape]:
+    """Yield the shapes that spend the budget: steps x batch x records of a unit are about ``record_draws``."""
     privacy = config.privacy
     choices_of_k = {1} if privacy.unit == "example" else {records_in_step(privacy), *_RECORDS}
-    bands = BANDS if can_be_banded(config) else (1,)
-    for records in sorted(choices_of_k):
-        # Beyond both the law only says that more steps are better, down to a batch of one.
-        for num_steps in sorted(n for n in {*_STEPS, privacy.num_steps} if n <= max(_MOST_MEASURED, privacy.num_steps)):
-            batch = int(record_draws / (num_steps * records))
-            if not 1 <= batch <= min(num_units, MAX_UNITS):
-                continue
-            for num_bands in bands:
-                if num_steps % num_bands == 0 and num_bands * batch <= num_units:
-                    yield num_steps, batch, records, num_bands, num_units
+    choices_of_bands = BANDS if can_be_banded(config) else (1,)
+    # With more steps than these the law only says that more are better, down to a batch of one.
+    most_steps = max(_MOST_MEASURED, privacy.num_steps)
+    choices_of_steps = sorted(num_steps for num_steps in {*_STEPS, privacy.num_steps} if num_steps <= most_steps)
+    for records, num_steps in itertools.product(sorted(choices_of_k), choices_of_steps):
+        batch = int(record_draws / (num_steps * records))
+        if not 1 <= batch <= min(num_units, MAX_UNITS):
+            continue
+        for num_bands in choices_of_bands:
+            # Bands divide the steps, and split the users into as many groups, each at least as large as the batch.
+            if num_steps % num_bands == 0 and num_bands * batch <= num_units:
+                yield _Shape(num_steps, batch, records, num_bands)
 
 
 def _where_bands_help(choices: Sequence[Choice], num_trained: int) -> list[Choice]:
@@ -181,11 +196,17 @@ def _where_bands_help(choices: Sequence[Choice], num_trained: int) -> list[Choic
     table, 4 and 8 bands in such steps (8 and 16 of 0.6 times the signal) gained a tenth less than none.
     """
 
-    def shape(choice: Choice) -> tuple[int, int, int]:
+    def without_bands(choice: Choice) -> tuple[int, int, int]:
+        """Return what the choice shares with the one of independent noise."""
         return choice.num_steps, choice.batch, choice.records_per_unit
 
-    step_noise = {shape(c): c.noise_multiplier / c.batch * math.sqrt(num_trained) for c in choices if c.num_bands == 1}
-    return [c for c in choices if c.num_bands == 1 or step_noise.get(shape(c), math.inf) > 1]
+    step_noise = {}  # of independent noise: norm of a step's noise over the largest norm of its signal
+    for choice in choices:
+        if choice.num_bands == 1:
+            step_noise[without_bands(choice)] = choice.noise_multiplier / choice.batch * math.sqrt(num_trained)
+    return [
+        choice for choice in choices if choice.num_bands == 1 or step_noise.get(without_bands(choice), math.inf) > 1
+    ]
 
 
 def can_be_banded(config: Config) -> bool:
@@ -203,27 +224,29 @@ def _bands_now(config: Config) -> int:
 
 
 def _choice(
-    config: Config,
-    num_trained: int,
-    num_steps: int,
-    batch: int,
-    records: int,
-    num_bands: int,
-    num_units: float | None,
-    rate_scale: float = 1.0,
+    config: Config, num_trained: int, shape: _Shape, *, num_units: float | None = None, rate_scale: float = 1.0
 ) -> Choice | None:
-    """Return the choice with its noise; ``None`` if none is enough. Without ``num_units`` the sampling stays."""
+    """Return the choice of a shape with the noise that it needs; ``None`` if no noise is enough.
+
+    Args:
+        config: whose ε, δ, unit, optimizer and clipping stay.
+        num_trained: trained weights.
+        shape: steps, batch, records of a unit and bands.
+        num_units: expected training units; ``None``: the configured sampling probability stays.
+        rate_scale: factor of the law's learning rate.
+    """
     privacy, training = config.privacy, config.training
-    prob = privacy.sampling_prob if num_units is None else float(f"{batch / num_units:.4g}")
+    prob = privacy.sampling_prob if num_units is None else float(f"{shape.batch / num_units:.4g}")
     assert prob is not None, "Poisson sampling has it"
+    is_banded = shape.num_bands > 1
     update: dict[str, Any] = {
-        "num_steps": num_steps,
-        "expected_batch_size": float(batch),
+        "num_steps": shape.num_steps,
+        "expected_batch_size": float(shape.batch),
         "sampling_prob": min(prob, 1.0),
-        "noise": "banded" if num_bands > 1 else "independent",
-        "sampling": "cyclic_poisson" if num_bands > 1 else "poisson",
-        "num_bands": num_bands if num_bands > 1 else None,
-        "records_per_user": records if privacy.unit == "user" else privacy.records_per_user,
+        "noise": "banded" if is_banded else "independent",
+        "sampling": "cyclic_poisson" if is_banded else "poisson",
+        "num_bands": shape.num_bands if is_banded else None,
+        "records_per_user": shape.records_per_unit if privacy.unit == "user" else privacy.records_per_user,
         "accountant": fast_accountant(privacy.accountant or "pld"),
     }
     try:
@@ -234,10 +257,7 @@ def _choice(
         return None
     point = law_point(config, plan, num_trained)
     return Choice(
-        num_steps=num_steps,
-        batch=batch,
-        records_per_unit=records,
-        num_bands=num_bands,
+        **shape._asdict(),
         sampling_prob=update["sampling_prob"],
         noise_multiplier=plan.noise_multiplier,
         relative_noise=point.relative_noise,
@@ -253,15 +273,18 @@ def _rests_on(config: Config, best: Choice, num_trained: int) -> tuple[str, ...]
         f"{law.num_runs} trainings of a Llama of half a million weights on synthetic customers, {law.least_steps} to "
         f"{law.most_steps} steps"
     )
+    rate = "learning rate: the rate that was best in those trainings, by steps, noise and rank"
+    if num_trained > MOST_TRAINED:
+        rate = (
+            f"learning rate: yours of {config.training.learning_rate:g}, changed as the best rate of those trainings "
+            f"changes between the plans; {num_trained:,} trained weights are too many to take that rate itself"
+        )
     limits = [
         f"batch, steps and records of a user: a law of loss against steps and noise in the trained weights, fitted to "
         f"{where}; it ranks plans, and no loss of yours is predicted by it",
         "bands: the predicted noise in the trained weights at the same certified ε, where a step has more noise than "
         "signal; with less, bands lost in those trainings",
-        "learning rate: the rate that was best in those trainings, by steps, noise and rank"
-        if num_trained <= MOST_TRAINED
-        else f"learning rate: yours of {config.training.learning_rate:g}, changed as the best rate of those trainings "
-        f"changes between the plans; {num_trained:,} trained weights are too many to take that rate itself",
+        rate,
         f"clipping: kept ({clipping}, norm {config.privacy.clipping_norm:g}); AdamW's steps do not depend on the norm "
         "once most units are clipped, and how many are is private",
     ]

@@ -126,11 +126,7 @@ def describe_plan(
         "optimum": _optimum(config, layout, options, population["expected_training_units"], num_trained),
         "not_private_reasons": list(plan.not_private_reasons),
         "warnings": advice,
-        "launch": (
-            _launch_command(config_path, overrides, options)
-            if plan.tuning is None
-            else shlex.join(["privtrain", "tune", str(config_path), *overrides, "--try", "KEY=VALUE ..."])
-        ),
+        "launch": _launch_command(config_path, overrides, options, is_tuning=plan.tuning is not None),
     }
 
 
@@ -291,8 +287,12 @@ def _optimum(
     return optimize(config, num_units, num_trained, record_draws).to_json(config)
 
 
-def _launch_command(config_path: pathlib.Path, overrides: Sequence[str], options: PlanOptions) -> str:
-    """Return the command to type that starts this training."""
+def _launch_command(
+    config_path: pathlib.Path, overrides: Sequence[str], options: PlanOptions, *, is_tuning: bool
+) -> str:
+    """Return the command to type that starts this training, or this choice of the best of several trials."""
+    if is_tuning:  # takes one process, and no launcher
+        return shlex.join(["privtrain", "tune", str(config_path), *overrides, "--try", "KEY=VALUE ..."])
     launcher = options.accelerate or pathlib.Path("launch/accelerate/cpu.yaml")
     words = ["accelerate", "launch"]
     if launcher.is_file():  # outside a checkout accelerate's own defaults stand
@@ -372,7 +372,7 @@ def _other_bands(plan: PrivacyPlan) -> list[int]:
     if plan.auxiliary_sums or plan.user_accounting.how:
         return []
     possible = tried_bands(plan.num_steps, plan.sampling_prob)
-    near = {max(b for b in possible if b <= wanted) for wanted in BANDS}
+    near = {max(bands for bands in possible if bands <= wanted) for wanted in BANDS}
     current = 1 if plan.strategy is None else plan.strategy.num_bands
     return sorted(near - {current})
 
@@ -409,9 +409,15 @@ def _price(
         **values: keys of ``privacy`` with their new values.
     """
     changed = _rebuilt(privacy, plan, training, **values)
-    relative = (changed.noise_stddev / changed.expected_batch_size) / (plan.noise_stddev / plan.expected_batch_size)
-    relative_of_run = changed.noise_of_run(training) / noise_of_run
-    return Price(change, changed.epsilon, changed.noise_multiplier, relative, relative_of_run)
+    noise_of_mean = changed.noise_stddev / changed.expected_batch_size
+    noise_of_mean_now = plan.noise_stddev / plan.expected_batch_size
+    return Price(
+        change=change,
+        epsilon=changed.epsilon,
+        noise_multiplier=changed.noise_multiplier,
+        relative_noise=noise_of_mean / noise_of_mean_now,
+        relative_noise_of_run=changed.noise_of_run(training) / noise_of_run,
+    )
 
 
 def _rebuilt(
@@ -430,9 +436,10 @@ def _rebuilt(
     }
     wanted_bands = values.get("num_bands", 1 if plan.strategy is None else plan.strategy.num_bands)
     if wanted_bands > 1 or plan.strategy is not None:
-        num_steps, prob = (update.get(key, getattr(privacy, key)) for key in ("num_steps", "sampling_prob"))
+        num_steps = values.get("num_steps", privacy.num_steps)
+        prob = values.get("sampling_prob", privacy.sampling_prob)
         candidates = {*tried_bands(num_steps, prob), wanted_bands}
-        fitting = max(b for b in candidates if b <= wanted_bands and _fits(b, num_steps, prob))
+        fitting = max(bands for bands in candidates if bands <= wanted_bands and _fits(bands, num_steps, prob))
         update |= {"noise": "banded", "sampling": "cyclic_poisson", "num_bands": fitting}
     return PrivacyPlan.build(privacy.model_copy(update=update), training)
 

@@ -113,7 +113,8 @@ def _print_spending(console: Console, d: dict[str, Any]) -> None:
     """Print ε after some steps as a bar chart; the last bar, ε of the run, is 40 characters long."""
     for step, value in d["epsilon_after_steps"].items():
         if value is not None and d["epsilon"]:
-            console.print(f"  after step {step:>6}  ε {value:7.3f}  {'█' * max(1, round(40 * value / d['epsilon']))}")
+            bar = "█" * max(1, round(40 * value / d["epsilon"]))
+            console.print(f"  after step {step:>6}  ε {value:7.3f}  {bar}")
 
 
 def _accountant_table(rows: list[dict[str, Any]]) -> Table:
@@ -155,12 +156,20 @@ def _print_optimum(console: Console, optimum: dict[str, Any]) -> None:
     marked = [("now", optimum["now"])] if optimum["now"] else []
     marked += [("best" if choice == optimum["best"] else "", choice) for choice in optimum["frontier"]]
     for mark, choice in marked:
-        shape = (str(choice[key]) for key in ("num_steps", "batch", "records_per_unit", "num_bands"))
-        noise = f"{choice['noise_multiplier']:g}", f"{choice['relative_noise']:.3g}"
-        gain, learning_rate = f"{choice['predicted_gain'] / most_gain:.2f}", f"{choice['learning_rate']:.2g}"
-        table.add_row(mark, *shape, *noise, gain, learning_rate)
+        table.add_row(
+            mark,
+            str(choice["num_steps"]),
+            str(choice["batch"]),
+            str(choice["records_per_unit"]),
+            str(choice["num_bands"]),
+            f"{choice['noise_multiplier']:g}",
+            f"{choice['relative_noise']:.3g}",
+            f"{choice['predicted_gain'] / most_gain:.2f}",
+            f"{choice['learning_rate']:.2g}",
+        )
     console.print(table)
-    words = " ".join(f"{key}={'null' if value is None else value}" for key, value in optimum["overrides"].items())
+    overrides = {key: "null" if value is None else value for key, value in optimum["overrides"].items()}
+    words = " ".join(f"{key}={value}" for key, value in overrides.items())
     console.print(f"to take the best, add: {words}", soft_wrap=True)
     for reason in optimum["rests_on"]:
         console.print(f"rests on: {reason}", soft_wrap=True)

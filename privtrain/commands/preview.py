@@ -82,7 +82,7 @@ def _for_machines(config: Config, corpus: Corpus, look: Look) -> dict[str, Any]:
         "num_truncated": look.num_truncated,
         "num_predicting_nothing": int((look.num_predicted == 0).sum()),
         "complaints": look.complaints,
-        "labels": {names[number]: count for number, count in sorted(look.labels.items())},
+        "labels": {names[index]: count for index, count in sorted(look.labels.items())},
         "faults": [dataclasses.asdict(fault) for fault in look.faults],
         "warnings": list(look.warnings),
     }
@@ -95,13 +95,13 @@ def _print(config: Config, corpus: Corpus, encoder: Encoder, look: Look, num_sho
     _print_reasons(console, corpus.counts.reasons)
     console.print(_tokens_table(config, encoder, look))
     _print_reasons(console, look.complaints)
-    shown = [*enumerate(sample_of(corpus, num_shown), start=1)] if num_shown else []
+    shown = sample_of(corpus, num_shown) if num_shown else []
     if shown:
         console.print(
             f"{len(shown)} records as the model reads them; predicted are the [{_PREDICTED}]{_BEGIN}bright{_END}[/] "
             f"parts. These are private"
         )
-    for number, record in shown:
+    for number, record in enumerate(shown, start=1):
         (encoded,) = encoder.encode([record]).records
         console.print(_heading(number, encoded, config), style="bold")
         console.print(as_text(encoded, encoder, config.data.labels), soft_wrap=True)
@@ -135,8 +135,8 @@ def _print_reasons(console: Console, reasons: Mapping[str, int]) -> None:
 
 def _tokens_table(config: Config, encoder: Encoder, look: Look) -> Table:
     """Return a table of the lengths of the records that were looked at, and of how much of them is predicted."""
-    num, lengths = len(look.lengths), look.lengths
-    table = Table("tokens of a record", f"{num:,} looked at")
+    lengths = look.lengths
+    table = Table("tokens of a record", f"{len(lengths):,} looked at")
     middle, long, longest = (int(np.percentile(lengths, percent)) for percent in (50, 95, 100))
     table.add_row(
         "median, 95 %, longest", f"{middle}, {long}, {longest} (at most data.max_length={config.data.max_length})"
@@ -144,8 +144,9 @@ def _tokens_table(config: Config, encoder: Encoder, look: Look) -> Table:
     table.add_row("cut at data.max_length", f"{look.num_truncated:,}")
     table.add_row("predicted", f"{look.num_predicted.sum() / max(1, lengths.sum()):.0%} of tokens")
     table.add_row("records that predict nothing", f"{int((look.num_predicted == 0).sum()):,}")
-    for number, count in sorted(look.labels.items()):
-        table.add_row(Text(f"label {(config.data.labels or [])[number]!r}"), f"{count:,}")
+    names = config.data.labels or []
+    for index, count in sorted(look.labels.items()):  # empty unless records are classified
+        table.add_row(Text(f"label {names[index]!r}"), f"{count:,}")
     begin, end = (encoder.tokenizer.decode([mark]) for mark in encoder.marks)
     table.add_row("begin and end mark", Text(f"{begin} {end}"))
     return table

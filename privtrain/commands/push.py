@@ -44,7 +44,8 @@ def push(directory: pathlib.Path, repository: str, *, is_public: bool = False, i
     verified = verify_directory(directory)
     # verified.place is the kind of directory; of a run only the released part is uploaded.
     place = directory if verified.place != "run" else RunDirectory(directory).released
-    if (reasons := reading.read_json(place / "privacy.json")["not_private_reasons"]) and not is_consented:
+    reasons = reading.read_json(place / "privacy.json")["not_private_reasons"]
+    if reasons and not is_consented:
         problem = f"is not private ({'; '.join(reasons)}); to upload it all the same, give --not-private"
         raise ConfigError([Fault("DIRECTORY", problem)])
     names = _names(place)
@@ -95,8 +96,9 @@ def _upload(place: pathlib.Path, repository: str, kind: str, names: list[str], *
     api = huggingface_hub.HfApi()
     try:
         api.create_repo(repository, repo_type=kind, private=not is_public, exist_ok=True)
-        there = set(api.list_repo_files(repository, repo_type=kind))
-        if foreign := sorted(there - set(names) - set(_OF_THE_HUB)):
+        existing = set(api.list_repo_files(repository, repo_type=kind))
+        foreign = sorted(existing - set(names) - set(_OF_THE_HUB))
+        if foreign:
             problem = (
                 f"{repository} holds files that are no part of this ({', '.join(foreign[:3])}); with them it would "
                 "not verify. Remove them there, or choose another repository"
@@ -111,7 +113,8 @@ def _upload(place: pathlib.Path, repository: str, kind: str, names: list[str], *
             commit_message="Upload with privtrain",
         )
     except (HfHubHTTPError, OfflineModeIsEnabled, LocalTokenNotFoundError, httpx.HTTPError, OSError) as error:
-        status: Any = getattr(getattr(error, "response", None), "status_code", None)
+        response = getattr(error, "response", None)  # errors of the connection have none
+        status: Any = getattr(response, "status_code", None)
         reasons = {401: "the token is not valid", 403: "the token may not write there", 404: "no such namespace"}
         if status in reasons:
             reason = reasons[status]

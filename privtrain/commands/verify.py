@@ -97,8 +97,10 @@ def verify_directory(directory: pathlib.Path, anchors: Anchors | None = None) ->
         outcomes.append(_check_source(directory, manifest, description, anchors))
     for outcome in outcomes:
         problems += outcome.problems
-        checked += [outcome.checked] if outcome.checked else []
-        not_checked += [outcome.not_checked] if outcome.not_checked else []
+        if outcome.checked:
+            checked.append(outcome.checked)
+        if outcome.not_checked:
+            not_checked.append(outcome.not_checked)
     if place == "run":
         not_checked += [_NOT_RELEASED[name] for name in _NOT_RELEASED if (directory / name).exists()]
     if place in ("adapter", "model"):
@@ -113,9 +115,14 @@ def verify_directory(directory: pathlib.Path, anchors: Anchors | None = None) ->
         not_checked.append("that training was what the statement says: the ledger is in the run's secret/")
     if problems:
         raise VerificationFailed(list(dict.fromkeys(problems)), directory)
-    epsilon = _statement(directory)["epsilon"]
     return Verified(
-        str(directory), place, manifest.digest, epsilon, tuple(checked), tuple(not_checked), tuple(sorted(beside))
+        directory=str(directory),
+        place=place,
+        release_digest=manifest.digest,
+        epsilon=_statement(directory)["epsilon"],
+        checked=tuple(checked),
+        not_checked=tuple(not_checked),
+        beside=tuple(sorted(beside)),
     )
 
 
@@ -263,8 +270,9 @@ def _check_base(manifest: ReleaseManifest, anchors: Anchors) -> _Outcome:
     if not anchors.base_model.is_dir():
         raise ConfigError([Fault("--base-model", f"{anchors.base_model} is no directory")])
     # A GGUF base is one file of a directory that may hold others; of any other base all files count.
-    ggufs = [name for name in manifest.base_model if name.endswith(".gguf")]
-    gguf_file = ggufs[0] if list(manifest.base_model) == ggufs else None
+    base_names = list(manifest.base_model)
+    is_gguf = all(name.endswith(".gguf") for name in base_names)
+    gguf_file = base_names[0] if is_gguf else None
     try:
         digests = digests_in(anchors.base_model, gguf_file)
     except OSError as error:

@@ -179,9 +179,9 @@ def restore(state: pathlib.Path | None, layout: Layout, optimizer: torch.optim.O
     for slot, parameter in zip(layout.slots, layout.parameters.values(), strict=True):
         optimizer.state[parameter] = {"step": torch.tensor(head["num_updates"], dtype=torch.float32)}
         for moment in [None, *head["moments"]]:  # None: the parameter itself
-            whole = backend.from_main(functools.partial(_tensor_bytes, content, moment, slot.name))
-            count = slot.num_coordinates
-            part = np.frombuffer(whole, dtype=np.float32)[slot.first : slot.first + count].copy()
+            message = backend.from_main(functools.partial(_tensor_bytes, content, moment, slot.name))
+            whole = np.frombuffer(message, dtype=np.float32)
+            part = whole[slot.first : slot.first + slot.num_coordinates].copy()  # what this rank holds of the tensor
             value = torch.from_numpy(part).view(slot.shape).to(parameter.device)
             if moment:
                 optimizer.state[parameter][moment] = value

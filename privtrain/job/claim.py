@@ -62,7 +62,8 @@ def _check_unchanged(inputs: Inputs) -> None:
     run = inputs.run
     if not run.resolved_config.exists():
         return
-    before, now = (_telling_keys(config) for config in (load_config(run.resolved_config), inputs.config))
+    before = _telling_keys(load_config(run.resolved_config))
+    now = _telling_keys(inputs.config)
     changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
     if changed:
         raise PlanMismatch(

@@ -61,9 +61,9 @@ def _owners(run: RunDirectory, corpus: Corpus, plan: PrivacyPlan, wanted: Set[st
             most = max(len(texts), plan.records_per_user or 0)
             unit_names = [example_name(user, index) for index in range(most)]
         for name in unit_names:
-            known_as = pseudonym(key, name)
-            if known_as in wanted:
-                owner[known_as] = user
+            unit_pseudonym = pseudonym(key, name)
+            if unit_pseudonym in wanted:
+                owner[unit_pseudonym] = user
     return owner
 
 
@@ -113,11 +113,13 @@ def note_canaries(run: RunDirectory, state: LedgerState, canaries: Sequence[Cana
         return
     key = run.load_key("pseudonym")
     planted = {canary.user for canary in canaries}
-    named = zip(units.names, units.owners, strict=True)
-    canary_of = {pseudonym(key, name): owner for name, owner in named if owner in planted}
-    drawn: Counter[str] = Counter()
+    canary_of = {}  # the ledger's pseudonym of a canary's unit → the canary user
+    for name, owner in zip(units.names, units.owners, strict=True):
+        if owner in planted:
+            canary_of[pseudonym(key, name)] = owner
+    num_drawn: Counter[str] = Counter()  # canary user → records that entered steps
     for unit_pseudonym, num_records in charged_units(run.ledger, state):
         if unit_pseudonym in canary_of:
-            drawn[canary_of[unit_pseudonym]] += num_records
+            num_drawn[canary_of[unit_pseudonym]] += num_records
     used = read_sealed_file(run, run.used, schema=USED_SCHEMA, remedy="restore it")
-    write_sealed(run, run.used, with_contributions(used, drawn))
+    write_sealed(run, run.used, with_contributions(used, num_drawn))

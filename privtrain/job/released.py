@@ -55,7 +55,8 @@ def after_release(run: RunDirectory, section: ReleaseSection, show: Callable[[],
         section: ``release`` of the configuration, with the signing key.
         show: shows the release to the mirrors.
     """
-    signing_error, mirror_error = sign_release(run, section), None
+    signing_error = sign_release(run, section)
+    mirror_error = None
     try:
         show()
     except PrivtrainError as error:

@@ -84,11 +84,16 @@ def budgeted(inputs: Inputs, backend: Backend, stop: StopRequest) -> Iterator[In
     with backend.main_alone():
         reservation = BudgetReservation.take(inputs) if backend.is_main else None
     # Always sent, so that ranks whose environment lacks the registry's URL agree with rank 0.
-    dropped = backend.json_from_main(lambda: reservation.dropped_users() if reservation else [])
-    allowed = dataclasses.replace(inputs, corpus=without_users(inputs.corpus, dropped)) if dropped else inputs
+    dropped = backend.json_from_main(lambda: [] if reservation is None else reservation.dropped_users())
+    allowed = inputs
+    if dropped:
+        allowed = dataclasses.replace(allowed, corpus=without_users(inputs.corpus, dropped))
+    if reservation is not None:
+        allowed = dataclasses.replace(allowed, check_release=reservation.check)
+    heartbeat = contextlib.nullcontext() if reservation is None else reservation.heartbeat(stop)
     try:
-        with reservation.heartbeat(stop) if reservation else contextlib.nullcontext():
-            yield dataclasses.replace(allowed, check_release=reservation.check) if reservation else allowed
+        with heartbeat:
+            yield allowed
     except Exception as error:
         if reservation is not None and reservation.lost is not None:
             raise reservation.lost from error  # the heartbeat's thread found it, and stopped the run
@@ -145,8 +150,8 @@ class BudgetReservation:
                 reservation._is_tuning = chosen is not None
             return reservation
         except PrivtrainError as error:
-            # A plan that was refused does not keep the directory from the one that fits. After a lost connection
-            # the run may hold a reservation under its name.
+            # Without its identity the directory is free again, for the plan that takes the refused one's place. Not
+            # after a lost connection: the registry may hold a reservation under that identity.
             if not isinstance(error, RegistryUnreachable) and not is_bound(inputs.run) and chosen is None:
                 inputs.run.identity.unlink(missing_ok=True)
             raise
@@ -154,25 +159,8 @@ class BudgetReservation:
     @classmethod
     def _take(cls, inputs: Inputs, is_complete: bool) -> BudgetReservation | None:
         """Do the work of :meth:`take`; ``is_complete``: the run is released already."""
-        section = inputs.config.registry
-        url = registry_url(section)
-        file = inputs.run.reservation
-        if url is None:
-            if file.exists() and not is_complete:
-                shown_url = json.loads(file.read_text(encoding="utf-8"))["registry"]
-                raise PlanMismatch(
-                    f"{inputs.run.root} holds a reservation in {shown_url} but no registry is configured; "
-                    "set PRIVTRAIN_REGISTRY or registry.url"
-                )
-            return None
-        if section.dataset is None:
-            raise ConfigError([Fault("registry.dataset", "a registry is configured: name the data set to be charged")])
-        try:
-            registry = Registry(url, retry_seconds=section.retry_seconds)
-        except RegistryUnreachable as error:
-            if not is_complete:
-                raise
-            say(f"[yellow]warning[/]: {error}. {_UNSETTLED}")
+        registry = _opened_registry(inputs, is_complete)
+        if registry is None:
             return None
         # The registry's name of this run: made with the directory, the same when it is resumed.
         uid = json.loads(inputs.run.identity.read_text(encoding="utf-8"))["tracker_id"]
@@ -181,13 +169,15 @@ class BudgetReservation:
         # Proves from now on that this copy of the run directory holds the reservation (see _read_claims).
         claim = secrets.token_hex(16)
         request = _request(inputs, uid, claim)
-        # Both claims go to disk before the registry is told: wherever a crash comes, the one it holds is among them.
+        # Old and new claims go to disk before the registry is told: wherever a crash comes, the one that it holds is
+        # among them.
         write_json(_claims_path(inputs.run), {"claims": [*request.earlier_claims, claim]}, mode=0o600)
         reservation = registry.reserve(request)
         write_json(_claims_path(inputs.run), {"claims": [claim]}, mode=0o600)
-        write_json(file, {"registry": registry.database.shown, "reservation": reservation.id}, mode=0o600)
+        held = {"registry": registry.database.shown, "reservation": reservation.id}
+        write_json(inputs.run.reservation, held, mode=0o600)
         state = "reserved" if reservation.is_new else "found again"
-        say(f"budget {state}: {section.dataset}, reservation {reservation.id[:12]}")
+        say(f"budget {state}: {inputs.config.registry.dataset}, reservation {reservation.id[:12]}")
         return cls(registry, reservation, inputs, uid, (claim,))
 
     def dropped_users(self) -> list[str]:
@@ -224,19 +214,11 @@ class BudgetReservation:
             shown = evidence_of_release(chosen.run, chosen.fingerprint, chosen.plan)
             if self._registry.is_settled(self._uid, shown.head):
                 return
+            # Made to read the contributions out of the chosen run's ledger; it reserves nothing.
             of_chosen = BudgetReservation(self._registry, None, chosen, self._uid, self._claims)
-            outcome = self._registry.settle(
-                self._uid,
-                shown,
-                contributions=of_chosen._contributions(),
-                claims=self._claims,
-                request=_request_if_any(self._inputs, self._uid),
-            )
+            self._charge(shown, of_chosen._contributions())
         except (ClockRefused, RegistryUnreachable) as error:
             say(f"[yellow]warning[/]: {error}. {_UNSETTLED}")
-            return
-        if outcome in _WARNINGS:
-            say(f"[yellow]warning[/]: {_WARNINGS[outcome]}")
 
     def settle(self) -> None:
         """Charge a released run for the steps that its ledger shows, and tell the registry who contributed.
@@ -253,24 +235,33 @@ class BudgetReservation:
             if so_far is not None and self._registry.is_settled(self._uid, so_far.head):
                 return
             shown = evidence_of_release(run, inputs.fingerprint, inputs.plan)
-            outcome = self._registry.settle(
-                self._uid,
-                shown,
-                contributions=self._contributions(),
-                claims=self._claims,
-                request=_request_if_any(inputs, self._uid),
-            )
+            self._charge(shown, self._contributions())
         except (ClockRefused, RegistryUnreachable) as error:
             say(f"[yellow]warning[/]: {error}. {_UNSETTLED}")
             return
-        if outcome in _WARNINGS:
-            say(f"[yellow]warning[/]: {_WARNINGS[outcome]}")
         self._tell_of_shared_users()
         for problem in contradictions(run, shown):
             say(
                 f"[yellow]warning[/]: {run.privacy}: {problem}; the charge is what the ledger shows. See: privtrain "
                 f"ledger verify {run.root}"
             )
+
+    def _charge(self, shown: LedgerEvidence, contributions: dict[str, tuple[int, int]]) -> None:
+        """Settle in the registry, and warn if the charge is another than the reservation's.
+
+        Args:
+            shown: steps that the released run's ledger shows.
+            contributions: the registry's pseudonym of a user → (steps, records).
+        """
+        outcome = self._registry.settle(
+            self._uid,
+            shown,
+            contributions=contributions,
+            claims=self._claims,
+            request=_request_if_any(self._inputs, self._uid),
+        )
+        if outcome in _WARNINGS:
+            say(f"[yellow]warning[/]: {_WARNINGS[outcome]}")
 
     def _tell_of_shared_users(self) -> None:
         """Warn if users of this run are also in other populations, whose budgets this run is not charged to.
@@ -348,6 +339,38 @@ class BudgetReservation:
         return added((self._registry.pseudonym(user), counts) for user, counts in totals.items())
 
 
+def _opened_registry(inputs: Inputs, is_complete: bool) -> Registry | None:
+    """Return the registry that the configuration names; ``None`` if it names none.
+
+    ``None`` also where a run that is released already (``is_complete``) cannot reach it: nothing can be settled now.
+
+    Raises:
+        PlanMismatch: if a run that holds a reservation is started without its registry.
+        ConfigError: if no data set is named.
+        RegistryUnreachable: if the registry does not answer.
+    """
+    section = inputs.config.registry
+    url = registry_url(section)
+    if url is None:
+        file = inputs.run.reservation
+        if file.exists() and not is_complete:
+            shown_url = json.loads(file.read_text(encoding="utf-8"))["registry"]
+            raise PlanMismatch(
+                f"{inputs.run.root} holds a reservation in {shown_url} but no registry is configured; "
+                "set PRIVTRAIN_REGISTRY or registry.url"
+            )
+        return None
+    if section.dataset is None:
+        raise ConfigError([Fault("registry.dataset", "a registry is configured: name the data set to be charged")])
+    try:
+        return Registry(url, retry_seconds=section.retry_seconds)
+    except RegistryUnreachable as error:
+        if not is_complete:
+            raise
+        say(f"[yellow]warning[/]: {error}. {_UNSETTLED}")
+        return None
+
+
 def refund_run(run_path: pathlib.Path, url: str) -> str:
     """Refund an abandoned run, except the steps that its verified ledger shows as begun; return a summary.
 
@@ -406,10 +429,14 @@ def _request(inputs: Inputs, uid: str, claim: str | None) -> RunRequest:
     # Independent steps are charged and refunded one by one. A tuning, and steps with correlated noise, are one
     # mechanism each, which is charged whole once a step was begun.
     is_whole = plan.tuning is not None or plan.sampling == "cyclic_poisson"
-    settings = None if is_whole else _settings(plan)
-    event = plan.event_of_steps(plan.num_steps) if settings is None else settings.event()
-    if settings is None and plan.tuning is None:
-        # Wrapped: the registry would count the repetitions of a self-composed event one by one.
+    if is_whole:
+        settings, event = None, plan.event_of_steps(plan.num_steps)
+    else:
+        settings = _settings(plan)
+        event = settings.event()
+    if is_whole and plan.tuning is None:
+        # Wrapped, so that the registry counts it as one (see ``part_of``): a bare self-composed event counts as many
+        # steps as it has repetitions.
         event = dp_accounting.ComposedDpEvent([event])
     return RunRequest(
         uid=uid,
@@ -443,4 +470,9 @@ def _request_if_any(inputs: Inputs, uid: str) -> RunRequest | None:
 
 
 def _settings(plan: PrivacyPlan) -> Settings:
-    return Settings(plan.noise_multiplier, plan.sampling_prob, plan.num_steps, plan.user_accounting.num_sampled)
+    return Settings(
+        noise_multiplier=plan.noise_multiplier,
+        sampling_prob=plan.sampling_prob,
+        num_steps=plan.num_steps,
+        num_records=plan.user_accounting.num_sampled,
+    )

@@ -93,8 +93,8 @@ def decide(
         LedgerCorrupt: if the checkpoint rests on steps that the ledger does not know: then the ledger lost records.
     """
     # state.path: the steps of the current model in order, also across generations; abandoned ones are not on it.
-    before = [entry for entry in state.path if entry.step < checkpoint_step]
-    if len(before) != checkpoint_step or (before and before[-1].generation != checkpoint_generation):
+    behind = [entry for entry in state.path if entry.step < checkpoint_step]
+    if len(behind) != checkpoint_step or (behind and behind[-1].generation != checkpoint_generation):
         raise LedgerCorrupt(
             f"the newest checkpoint has {checkpoint_step} steps of generation {checkpoint_generation} behind it, which "
             "the ledger does not show: one of them was replaced. Restore both from one backup or start a new run"
@@ -103,22 +103,23 @@ def decide(
         return Continuation(
             generation=0, start_step=0, end_step=num_steps, num_replayed=0, num_abandoned=0, first_step=0
         )
-    past = [entry for entry in state.path if entry.step >= checkpoint_step]
-    # Also at a step boundary: a copy of the directory may be going on from here under the old environment.
-    if environment != state.environment or any(entry.generation != state.generation for entry in past):
+    to_replay = [entry for entry in state.path if entry.step >= checkpoint_step]
+    # Also with nothing to replay: a copy of the directory may be going on from here under the old environment.
+    is_other_environment = environment != state.environment
+    # The present secret draws other samples for the steps of an earlier generation.
+    if is_other_environment or any(entry.generation != state.generation for entry in to_replay):
         return next_generation(state, num_steps=num_steps, step=checkpoint_step, period=period)
-    begun = _steps_by_generation(state)
-    # Earlier generations are charged in whole epochs; the present one can still finish its last epoch.
-    num_charged = begun[state.generation] + sum(
-        _whole_epochs(count, period) for generation, count in begun.items() if generation != state.generation
-    )
+    num_charged = 0
+    for generation, count in _steps_by_generation(state).items():
+        # Earlier generations are charged in whole epochs; the present one can still finish its last epoch.
+        num_charged += count if generation == state.generation else _whole_epochs(count, period)
     num_left = max(0, num_steps - num_charged)
     own_steps = (step for generation, step in state.intents if generation == state.generation)
     return Continuation(
         generation=state.generation,
         start_step=checkpoint_step,
-        end_step=checkpoint_step + len(past) + num_left,
-        num_replayed=len(past),
+        end_step=checkpoint_step + len(to_replay) + num_left,
+        num_replayed=len(to_replay),
         num_abandoned=0,
         first_step=min(own_steps, default=checkpoint_step),
     )
@@ -208,10 +209,11 @@ def _past(run: RunDirectory, state: LedgerState) -> pathlib.Path | None:
     """Return a file that can only have been written after a record which the ledger lacks, or ``None``."""
     if run.manifest.exists() and state.generation < 0:  # the manifest is written after the first session's record
         return run.manifest
-    steps = {step for _, step in state.commits}
+    committed_steps = {step for _, step in state.commits}  # of all generations
     for path, generation, num_steps in checkpoint.listed(run.checkpoints):
         last_step = num_steps - 1  # a checkpoint is written after the commit of its last step
-        is_known = last_step in steps if generation is None else (generation, last_step) in state.commits
+        # Where the summary is damaged the generation is not known: a commit of any has to do.
+        is_known = last_step in committed_steps if generation is None else (generation, last_step) in state.commits
         if not is_known:
             return path
     return None

@@ -72,11 +72,13 @@ def opened_ledger(inputs: Inputs, backend: Backend) -> Iterator[Ledger]:
 def _opened_on_main(inputs: Inputs) -> Iterator[Ledger]:
     """Yield the open ledger, made if the run is new; the key of its pseudonyms is made with it, and never replaced."""
     run, plan = inputs.run, inputs.plan
+    head = head_path(run.ledger)  # file of the ledger's last hash, written before the ledger itself
     is_missing = not run.ledger.exists()
-    # Left by a crash while the ledger was made, the head file (its last hash) may stand alone.
-    if is_missing and any(path != head_path(run.ledger) for path in files_written_after_start(run)):
+    # A crash while the ledger was made leaves the head alone. Any other file shows that there was a ledger.
+    if is_missing and any(path != head for path in files_written_after_start(run)):
         raise LedgerCorrupt(f"{run.ledger} is missing but the run started; restore it, or set another run.name")
-    is_new = is_missing and not head_path(run.ledger).exists()  # else the key may have been used, and must be there
+    # Beside a head the key must be there: it was made before, and pseudonyms may have been computed with it.
+    is_new = is_missing and not head.exists()
     key = run.create_key("pseudonym", plan.insecure_seed) if is_new else run.load_key("pseudonym")
     with open_ledger(
         run.ledger,
@@ -184,22 +186,34 @@ def new_generation(inputs: Inputs, backend: Backend, ledger: Ledger, session: Se
 def _message(key: SecretKey, continuation: Continuation, state: LedgerState) -> bytes:
     """Return what rank 0 broadcasts: 32 bytes of secret, then JSON, which :func:`_session_of` reads.
 
-    The JSON is a list: the continuation; step → commitment of the steps to replay that were committed; and the
-    commitments of the generation's steps before them.
+    Of the JSON, ``committed`` and ``past`` are those of :class:`Session`.
     """
-    generation, start = continuation.generation, continuation.start_step
-    replayed, before = range(start, start + continuation.num_replayed), range(continuation.first_step, start)
-    committed = {step: state.commits[generation, step] for step in replayed if (generation, step) in state.commits}
-    past = [state.commits[generation, step] for step in before if (generation, step) in state.commits]
-    return key.reveal() + json.dumps([dataclasses.asdict(continuation), committed, past]).encode()
+    start = continuation.start_step
+
+    def commitments(steps: range) -> dict[int, str]:
+        """Return step → commitment, for those of the generation's steps that were committed."""
+        by_step = {step: state.commits.get((continuation.generation, step)) for step in steps}
+        return {step: commitment for step, commitment in by_step.items() if commitment is not None}
+
+    body = {
+        "continuation": dataclasses.asdict(continuation),
+        "committed": commitments(range(start, start + continuation.num_replayed)),
+        "past": list(commitments(range(continuation.first_step, start)).values()),
+    }
+    return key.reveal() + json.dumps(body).encode()
 
 
 def _session_of(message: bytes, environment: str, state: pathlib.Path | None) -> Session:
     """Return the session that :func:`_message` describes."""
-    key = SecretKey(message[:32])
-    continuation, committed, past = json.loads(message[32:])
-    committed = {int(step): commitment for step, commitment in committed.items()}  # JSON's keys are texts
-    return Session(key, Continuation(**continuation), environment, state, committed, tuple(past))
+    body = json.loads(message[32:])
+    return Session(
+        key=SecretKey(message[:32]),
+        continuation=Continuation(**body["continuation"]),
+        environment=environment,
+        state=state,
+        committed={int(step): commitment for step, commitment in body["committed"].items()},  # JSON's keys are texts
+        past=tuple(body["past"]),
+    )
 
 
 def _decided_on_main(
@@ -219,9 +233,9 @@ def _decided_on_main(
     )
     _explain(continuation)
     name = f"generation-{continuation.generation:04d}"
-    is_used = continuation.generation == ledger.state.generation
-    run, seed = inputs.run, inputs.plan.insecure_seed
-    return (run.load_key(name) if is_used else run.create_key(name, seed)), continuation
+    has_begun = continuation.generation == ledger.state.generation
+    key = inputs.run.load_key(name) if has_begun else inputs.run.create_key(name, inputs.plan.insecure_seed)
+    return key, continuation
 
 
 def _explain(continuation: Continuation) -> None:

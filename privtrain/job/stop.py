@@ -59,12 +59,16 @@ class StopRequest:
         return Preempted(f"asked to stop ({self._signal_name}): {where}. The same command goes on from there")
 
     def _listen(self, reader: int) -> None:
-        """Record signals until the pipe closes, a byte each: its number. Before the rank joined its group, leave."""
+        """Record signals until the pipe closes: Python writes the number of each signal into it, as one byte.
+
+        Before the rank joined its group nobody waits for it, so it leaves at once.
+        """
         with os.fdopen(reader, "rb", buffering=0) as pipe:
-            while number := pipe.read(1):
-                if number[0] not in SIGNALS:
+            while byte := pipe.read(1):
+                (number,) = byte
+                if number not in SIGNALS:
                     continue
-                self._signal_name = signal.Signals(number[0]).name
+                self._signal_name = signal.Signals(number).name
                 self.requested.set()
                 record_stop_request()
                 if not self._is_joined:
@@ -87,7 +91,8 @@ def listening() -> Iterator[StopRequest]:
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     previous_pipe = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    previous: dict[signal.Signals, Any] = {n: signal.signal(n, lambda *_: None) for n in SIGNALS}
+    # Handlers that do nothing: without one, no byte is written and the signal ends the process.
+    previous: dict[signal.Signals, Any] = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
     threading.Thread(target=request._listen, args=(reader,), name="stop-signals", daemon=True).start()
     try:
         yield request

@@ -54,18 +54,21 @@ def _root_cause(error: Exception, watch: Watch, stop: StopRequest) -> Exception:
 
     A rank that is lost makes the others' collectives fail with errors that say nothing of it; the watch knows better.
     """
-    # Where weights are sharded, a forward pass gathers them: a lost rank then looks as if the model had failed.
-    cause = error.__cause__ if isinstance(error, ModelFailed) and isinstance(error.__cause__, Exception) else error
-    if isinstance(cause, PrivtrainError):
-        shown_error: Exception = error
-    else:
-        shown_error = _storage_failure(cause) or watch.explain(cause, stop.requested) or error
-        if shown_error is not error and not isinstance(shown_error, StorageFailed):
-            return shown_error  # another rank's fault, which that rank announces
-    watch.announce(
-        f"{type(shown_error).__name__}: {shown_error}",
-        shown_error.exit_code if isinstance(shown_error, PrivtrainError) else 1,
-    )
+    cause = error
+    if isinstance(error, ModelFailed) and isinstance(error.__cause__, Exception):
+        # Where weights are sharded, a forward pass gathers them: a lost rank then looks as if the model had failed.
+        cause = error.__cause__
+    shown_error = error
+    if not isinstance(cause, PrivtrainError):  # such an error says what happened already
+        storage_failure = _storage_failure(cause)
+        if storage_failure is not None:
+            shown_error = storage_failure
+        else:
+            others_fault = watch.explain(cause, stop.requested)
+            if others_fault is not None:
+                return others_fault  # which the other rank announces
+    exit_code = shown_error.exit_code if isinstance(shown_error, PrivtrainError) else 1
+    watch.announce(f"{type(shown_error).__name__}: {shown_error}", exit_code)
     return shown_error
 
 
@@ -73,7 +76,9 @@ def _storage_failure(error: Exception) -> StorageFailed | None:
     """Return an error for a write that failed because the disk is full, or ``None``."""
     number = error.errno if isinstance(error, OSError) else None
     if number not in _FULL:
-        number = next((n for n in _FULL if f"os error {n}" in str(error)), None)  # safetensors gives only a message
+        # safetensors gives only a message, e.g. "No space left on device (os error 28)".
+        in_message = [known for known in _FULL if f"os error {known}" in str(error)]
+        number = in_message[0] if in_message else None
     if number is None:
         return None
     place = f" ({error.filename})" if isinstance(error, OSError) and error.filename else ""

@@ -117,16 +117,14 @@ def train(
         check_run_directory(inputs)
         if config.performance.num_threads is not None:
             torch.set_num_threads(config.performance.num_threads)
-        with (
-            process_group(config.performance, stop) as backend,
-            claimed(inputs, backend),
-            budgeted(inputs, backend, stop) if trial is None else trial.allowed(inputs) as allowed,
-        ):
-            if not is_complete(allowed, backend):
-                undone = _run(allowed, backend, stop, on_step)
-            else:
-                with backend.main_alone():
-                    undone = finish(allowed) if backend.is_main else None
+        with process_group(config.performance, stop) as backend, claimed(inputs, backend):
+            without_opted_out = budgeted(inputs, backend, stop) if trial is None else trial.allowed(inputs)
+            with without_opted_out as allowed:
+                if not is_complete(allowed, backend):
+                    undone = _run(allowed, backend, stop, on_step)
+                else:
+                    with backend.main_alone():
+                        undone = finish(allowed) if backend.is_main else None
     if undone is not None:  # the release stands, and the registry has settled it
         raise undone
 
@@ -142,6 +140,7 @@ def _run(
     undone = None
     if backend.is_main:
         _announce(inputs, backend)
+
     # What is trained, and on whom.
     network = load_network(inputs.config, backend)
     for warning in check_rows(inputs.corpus, network.encoder, inputs.config.data):
@@ -159,6 +158,7 @@ def _run(
         units = select_units(inputs, backend, network, split, root_key, cache=cache, has_begun=has_begun)
         if backend.is_main and network.encoder.complaints:
             say(f"[yellow]warning[/]: records that predict nothing{escape(reasons_of(network.encoder))}")
+
         # Where training continues, and whether this model can be trained privately.
         session = decide_session(inputs, backend, ledger, _environment(inputs, backend, network, units))
         run_id = _tracker_id(inputs, backend)
@@ -178,6 +178,7 @@ def _run(
                 evaluation.check_possible(inputs, network, session.continuation.start_step)
                 begin_session(inputs, ledger, session, split, units)
                 inputs.check_release()  # tells the registry, before the first step, which ledger is this run's
+
         # Train.
         held_out_before = None
         start_step = session.continuation.start_step
@@ -191,6 +192,7 @@ def _run(
         stop.leave_if_agreed(backend, "training has not begun")
         sums = _kept_sums(inputs, trainer, start_step)
         session = _loop(inputs, trainer, network, session, stop)
+
         # Measure and release.
         average.install(trainer.optimizer, backend)
         costs["perf/peak_memory_bytes"] = peak_memory_bytes(backend.device)
@@ -471,8 +473,8 @@ def _release(inputs: Inputs, ledger: Ledger, network: Network, state: dict[str, 
     Raises:
         GuaranteeLost: if more steps were charged than the plan allows, or the budget's reservation is lost.
     """
-    config, plan, run, past = inputs.config, inputs.plan, inputs.run, ledger.state
-    num_accounted = plan.accounted_steps(past.intents)  # every step that ever began, also those that were abandoned
+    config, plan, run, history = inputs.config, inputs.plan, inputs.run, ledger.state
+    num_accounted = plan.accounted_steps(history.intents)  # every step that ever began, also those that were abandoned
     if num_accounted > plan.num_steps:
         raise GuaranteeLost(
             f"{num_accounted} steps were charged, the plan allows {plan.num_steps}; nothing is released"
@@ -483,12 +485,12 @@ def _release(inputs: Inputs, ledger: Ledger, network: Network, state: dict[str, 
         config,
         plan,
         watched=watched_mirrors(config, run),
-        num_model_steps=len(past.path),
-        num_charged=past.num_charged,
+        num_model_steps=len(history.path),
+        num_charged=history.num_charged,
         num_accounted=num_accounted,
-        num_commits=len(past.commits),
+        num_commits=len(history.commits),
         ledger_head=ledger.prepare_release(),
-        split_commitment=past.split,
+        split_commitment=history.split,
     )
     card = model_card(config, plan, statement, evaluation.last_on_public(run))
 

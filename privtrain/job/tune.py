@@ -75,15 +75,15 @@ def tune(path: pathlib.Path, overrides: Sequence[str], candidates: Sequence[str]
         if not inputs.run.is_complete():
             trial = _trial(reservation)
             draw = Draw.of(key, tuning, len(candidates))
-            for number, candidate in enumerate(draw.candidates):
+            for index, candidate in enumerate(draw.candidates):
                 if stop.requested.is_set():
-                    raise stop.preempted(f"{number} trials are complete")
+                    raise stop.preempted(f"{index} trials are complete")
                 trial.check_release()  # from here on the reservation is charged
-                _run_trial(configs[candidate], _directory(place, number), trial)
+                _run_trial(configs[candidate], _directory(place, index), trial)
             _install(inputs.run, place, draw)
         if reservation is not None:
-            number = json.loads((place.secret / "chosen.json").read_text(encoding="utf-8"))["candidate"]
-            reservation.settle_tuning(dataclasses.replace(inputs, config=configs[number]))
+            chosen = json.loads(_chosen_path(place).read_text(encoding="utf-8"))
+            reservation.settle_tuning(dataclasses.replace(inputs, config=configs[chosen["candidate"]]))
     say(f"released {inputs.run.released}; what it was chosen from stays in {place.root}")
 
 
@@ -92,7 +92,7 @@ class Draw:
     """What chance decides, all of it by one key.
 
     Attributes:
-        candidates: of each trial, which settings it takes.
+        candidates: of each trial, the index of the settings that it takes.
         ties: of each trial, a number that decides between equal scores.
     """
 
@@ -110,10 +110,14 @@ class Draw:
 
 
 def best_trial(scores: Sequence[float], ties: Sequence[float]) -> int:
-    """Return the trial with the least score; one that is not finite is worse than any, equal ones go by their ties."""
+    """Return the index of the trial with the least score.
 
-    def order(number: int) -> tuple[float, float]:
-        return (scores[number] if math.isfinite(scores[number]) else math.inf), ties[number]
+    A score that is not finite is worse than any other; of equal scores the one with the least of ``ties`` is taken.
+    """
+
+    def order(index: int) -> tuple[float, float]:
+        score = scores[index] if math.isfinite(scores[index]) else math.inf
+        return score, ties[index]
 
     return min(range(len(scores)), key=order)
 
@@ -168,12 +172,13 @@ def _locked_directory(place: RunDirectory, inputs: Inputs, candidates: Sequence[
     """
     text = json.dumps([inputs.fingerprint, list(candidates)])
     identity = {"fingerprint": inputs.fingerprint, "candidates": hashlib.sha256(text.encode()).hexdigest()}
+    # It exists from the moment that its identity is written: the directories alone may be of a start that crashed.
     if not place.exists():
         place.create()
     with place.locked():
         place.check_permissions()
         place.hide()
-        if not place.exists():
+        if not place.exists():  # asked again under the lock: another tuning may have begun here meanwhile
             if inputs.run.exists():
                 raise PrivtrainError(f"{inputs.run.root} is a run already; choose another run.name")
             # The key first: what was drawn with one is never drawn again with another.
@@ -203,8 +208,13 @@ def _trial(reservation: BudgetReservation | None) -> Trial:
     return Trial(tuple(reservation.dropped_users()), reservation.check)
 
 
-def _directory(place: RunDirectory, number: int) -> pathlib.Path:
-    return place.root / "trials" / f"{number:04d}"
+def _directory(place: RunDirectory, index: int) -> pathlib.Path:
+    return place.root / "trials" / f"{index:04d}"
+
+
+def _chosen_path(place: RunDirectory) -> pathlib.Path:
+    """Return the file that holds the index of the chosen settings: ``{"candidate": 2}``."""
+    return place.secret / "chosen.json"
 
 
 def _run_trial(config: Config, directory: pathlib.Path, trial: Trial) -> None:
@@ -224,14 +234,15 @@ def _install(run: RunDirectory, place: RunDirectory, draw: Draw) -> None:
     Raises:
         GuaranteeLost: if no trial may be released.
     """
-    runs = [RunDirectory(_directory(place, number) / run.root.name) for number in range(len(draw.candidates))]
-    number = best_trial([_score(trial) for trial in runs], draw.ties)
-    if not runs[number].is_complete():
+    trials = [RunDirectory(_directory(place, index) / run.root.name) for index in range(len(draw.candidates))]
+    best = best_trial([_score(trial) for trial in trials], draw.ties)
+    if not trials[best].is_complete():
         raise GuaranteeLost(f"no trial in {place.root} is better than the base model; nothing is released")
-    write_json(place.secret / "chosen.json", {"candidate": draw.candidates[number]}, mode=0o600)
+    # Before the move: a start that finds the run in its place reads here which settings it has.
+    write_json(_chosen_path(place), {"candidate": draw.candidates[best]}, mode=0o600)
     if run.root.exists():
-        run.root.rmdir()
-    os.replace(runs[number].root, run.root)
+        run.root.rmdir()  # empty, else another run began here, and this fails
+    os.replace(trials[best].root, run.root)
     sync_directory(run.root.parent)
     _set_file_times(run)
 

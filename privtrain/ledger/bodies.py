@@ -74,8 +74,10 @@ def to_table(bodies: Sequence[Body], rows: np.ndarray, zeroed: Zeroed) -> pa.Tab
     is_zeroed = np.zeros(len(rows), dtype=bool)
     start = 0
     for body in bodies:
-        is_zeroed[[start + place for place in zeroed.get((body.generation, body.step), ())]] = True
+        places = np.array(zeroed.get((body.generation, body.step), ()), dtype=np.int64)
+        is_zeroed[start + places] = True
         start += body.num_units
+    # Columns are made from their bytes, without a Python object for each value.
     units = np.ascontiguousarray(rows["unit"])
     storage = pa.FixedSizeBinaryArray.from_buffers(pa.binary(_WIDTH), len(rows), [None, pa.py_buffer(units.tobytes())])
     columns = [
@@ -250,7 +252,8 @@ def each_segment(log: pathlib.Path, state: LedgerState) -> Iterator[tuple[tuple[
     """
     for index, segment in enumerate(state.segments):
         yield segment.bodies, read_segment(log, index, segment, state)
-    yield tuple(state.open_bodies), read_open(log, state)[0]
+    open_rows, _ = read_open(log, state)
+    yield tuple(state.open_bodies), open_rows
 
 
 def charged_units(log: pathlib.Path, state: LedgerState) -> Iterator[tuple[str, int]]:

@@ -28,8 +28,10 @@ from privtrain.run.bundle import ReleaseManifest
 SCHEMA = "privtrain/ledger/2"
 GENESIS = "0" * 64
 
-_OPENING = b'{"hash":"'
-_BODY_AT = len(_OPENING) + 64 + len(b'",')
+# A line is the opening, the hash of 64 digits, the separator, and then the record without the brace that opens it.
+_OPENING, _SEPARATOR = b'{"hash":"', b'",'
+_HASH_END = len(_OPENING) + 64
+_BODY_AT = _HASH_END + len(_SEPARATOR)
 
 #: Fields that count something, in any kind of record.
 _COUNTS = frozenset(
@@ -166,8 +168,9 @@ class LedgerState:
 
 def make_line(state: LedgerState, kind: str, fields: dict[str, Any]) -> bytes:
     """Return the line of the next record, of this kind and with these further fields, ready to be appended."""
-    body = strict_json.dumps({"seq": state.num_records, "prev": state.head, "kind": kind, **fields})
-    return _OPENING + hashlib.sha256(body.encode()).hexdigest().encode() + b'",' + body[1:].encode() + b"\n"
+    body = strict_json.dumps({"seq": state.num_records, "prev": state.head, "kind": kind, **fields}).encode()
+    digest = hashlib.sha256(body).hexdigest().encode()
+    return _OPENING + digest + _SEPARATOR + body.removeprefix(b"{") + b"\n"
 
 
 def lines_of(path: pathlib.Path) -> Iterator[tuple[int, bytes]]:
@@ -232,10 +235,10 @@ def record_of(line: bytes) -> dict[str, Any]:
     Raises:
         ValueError: saying what is wrong with it.
     """
-    if not line.startswith(_OPENING) or line[_BODY_AT - 2 : _BODY_AT] != b'",':
+    if not line.startswith(_OPENING) or line[_HASH_END:_BODY_AT] != _SEPARATOR:
         raise ValueError("not a record")
     digest = hashlib.sha256(b"{" + line[_BODY_AT:-1]).hexdigest()
-    if digest.encode() != line[len(_OPENING) : _BODY_AT - 2]:
+    if digest.encode() != line[len(_OPENING) : _HASH_END]:
         raise ValueError("its content does not match its hash")
     # Compared with how it would be written: the hash does not cover the field "hash" itself, so a line could hold a
     # second one of the forger's choice further on.
@@ -262,7 +265,8 @@ def parse(state: LedgerState, line: bytes) -> dict[str, Any]:
             raise ValueError("a log has one beginning, at its start")
         if state.is_released:
             raise ValueError("a record after the release")
-        problem = _CHECKS.get(record["kind"], _unknown_kind)(state, record)
+        check = _CHECKS.get(record["kind"], _unknown_kind)
+        problem = check(state, record)
     except (KeyError, TypeError) as error:
         raise ValueError(f"missing or malformed field ({error!r})") from None
     if problem:
@@ -315,10 +319,10 @@ def _check_commit(state: LedgerState, record: dict[str, Any]) -> str | None:
         return "a commit without an open intent"
     zeroed = record["zeroed"]
     if zeroed:
-        # The step's body is still open: a segment is sealed after a commit only.
-        sizes = [body.num_units for body in state.open_bodies if (body.generation, body.step) == key]
-        is_in_order = zeroed == sorted(set(zeroed))
-        if not sizes or not is_in_order or not 0 <= zeroed[0] <= zeroed[-1] < sizes[0]:
+        # The step's body is still open: a segment is sealed after a commit only. Otherwise no row can be meant.
+        num_units = next((body.num_units for body in state.open_bodies if (body.generation, body.step) == key), 0)
+        is_ascending = zeroed == sorted(set(zeroed))
+        if not is_ascending or zeroed[0] < 0 or zeroed[-1] >= num_units:
             return "units that counted as zero and are not in the step"
     return None
 
@@ -357,7 +361,9 @@ _CHECKS: dict[str, Callable[[LedgerState, dict[str, Any]], str | None]] = {
 
 def apply(state: LedgerState, record: dict[str, Any]) -> None:
     """Update the state with a record that :func:`parse` has checked."""
-    state.earlier_heads, state.head = (state.head, state.earlier_heads[0]), record["hash"]
+    head_before, _ = state.earlier_heads
+    state.earlier_heads = (state.head, head_before)
+    state.head = record["hash"]
     state.num_records += 1
     match record["kind"]:
         case "begin":

@@ -30,12 +30,15 @@ def check_groups(log: pathlib.Path, state: LedgerState) -> None:
         generations.append(np.repeat(np.array([body.generation for body in bodies], dtype=np.int64), sizes))
     # One entry a contribution; the empty arrays in front give a type where there is none.
     pseudonym = np.concatenate([np.zeros(0, dtype=ROW["unit"]), *units])
-    step, generation = (np.concatenate([np.zeros(0, dtype=np.int64), *values]) for values in (steps, generations))
-    unit = np.unique(pseudonym, return_inverse=True)[1]  # numbers, since raw bytes cannot be sorted beside them
+    step = np.concatenate([np.zeros(0, dtype=np.int64), *steps])
+    generation = np.concatenate([np.zeros(0, dtype=np.int64), *generations])
+    _, unit = np.unique(pseudonym, return_inverse=True)  # numbers, since raw bytes cannot be sorted beside them
     order = np.lexsort((step, unit, generation))  # by generation, then unit, then step
     unit, step, generation = unit[order], step[order], generation[order]
-    is_same = (unit[1:] == unit[:-1]) & (generation[1:] == generation[:-1])
-    wrong = np.flatnonzero(is_same & (np.diff(step) % state.num_groups != 0))
+    # Whether an entry and the next one are two steps of one unit in one generation, and how far these are apart.
+    is_same_unit = (unit[1:] == unit[:-1]) & (generation[1:] == generation[:-1])
+    distance = np.diff(step)
+    wrong = np.flatnonzero(is_same_unit & (distance % state.num_groups != 0))
     if len(wrong):
         first, second = step[wrong[0]], step[wrong[0] + 1]
         raise LedgerCorrupt(

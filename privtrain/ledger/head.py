@@ -105,10 +105,11 @@ def check_head(log: pathlib.Path, state: LedgerState, end: int) -> int:
             "were removed or damaged. Restore the log from a backup, or start a new run with another run.name"
         )
     lag = state.num_records - num_records
-    if lag > 1 or head != (state.head, *state.earlier_heads)[lag]:
+    heads = (state.head, *state.earlier_heads)  # of the last three records, the last first
+    if lag > 1 or head != heads[lag]:
         raise LedgerCorrupt(f"{path}: byte {(num_records % 2) * _SLOT_BYTES}: not the head of {log}; it was replaced")
     other = (num_records + 1) % 2  # the slot of the record before
-    earlier = (max(num_records - 1, 0), state.earlier_heads[lag])
+    earlier = (max(num_records - 1, 0), heads[lag + 1])  # what it must hold; a new head file holds 0 records twice
     # It may be half overwritten, if a crash came while it took the record by which the head file is behind.
     is_torn = lag == 1 and _is_torn(content[other], _encode(*earlier), _encode(state.num_records, state.head))
     if slots[other] != earlier and not is_torn:

@@ -64,7 +64,7 @@ def verify(path: pathlib.Path) -> LedgerState:
     state = verify_chain(path)
     for index, segment in enumerate(state.segments):
         read_segment(path, index, segment, state)
-    num_torn_bytes = read_open(path, state)[1]
+    _, num_torn_bytes = read_open(path, state)
     if num_torn_bytes:
         open_rows = rows_path(path, len(state.segments))
         raise LedgerCorrupt(f"{open_rows}: {num_torn_bytes} bytes of an unfinished write at the end; {_TORN}")
@@ -144,7 +144,9 @@ class Ledger:
             environment: digest of code, libraries and devices.
             split: commitment to which users are held in and out; the same in every session.
         """
-        fields = {"environment": self.blinded("environment", environment)} | ({"split": split} if split else {})
+        fields = {"environment": self.blinded("environment", environment)}
+        if split:
+            fields["split"] = split
         self._append("session", generation=generation, from_step=from_step, **fields)
 
     def intend(self, generation: int, step: int, units: Sequence[tuple[str, int]]) -> None:
@@ -160,7 +162,8 @@ class Ledger:
                 other contributions.
         """
         limit = self.state.records_per_unit
-        if len({name for name, _ in units}) != len(units) or any(not 1 <= count <= limit for _, count in units):
+        is_repeated = len({name for name, _ in units}) != len(units)
+        if is_repeated or any(not 1 <= count <= limit for _, count in units):
             raise GuaranteeLost(
                 f"step {step} draws a unit twice or with more than {limit} records; this is a bug, report it"
             )
@@ -235,14 +238,14 @@ class Ledger:
     def _seal(self) -> None:
         """Move the rows of the open segment to a Parquet file, record it, and begin the next row file."""
         rows, state = np.concatenate(self._open_rows), self.state
-        if not len(rows):
+        if not len(rows):  # only steps without any unit
             return
         index = len(state.segments)
         content = to_parquet(to_table(state.open_bodies, rows, state.zeroed))
         _write_new(segment_path(self._path, index), content)
         self._append("seal", segment=index, num_rows=len(rows), num_bytes=len(content), chunks=chunk_hashes(content))
-        sealed, self._rows = self._rows, _Appender(rows_path(self._path, index + 1))
-        sealed.close()
+        self._rows.close()
+        self._rows = _Appender(rows_path(self._path, index + 1))
         self._open_rows = [np.zeros(0, dtype=ROW)]
         rows_path(self._path, index).unlink()  # a crash before this leaves it for _drop_leftovers
 
@@ -308,7 +311,8 @@ def open_ledger(
     make_private_directory(directory_of(path))
     for file in (path, head_path(path)):
         _check_file(file)
-    with opened_head(path) as head:
+    with opened_head(path) as head:  # locks the log
+        # Check all that is there.
         state, end = replay(path) if path.exists() else (LedgerState(), 0)
         lag = check_head(path, state, end)
         for index, segment in enumerate(state.segments):
@@ -320,20 +324,25 @@ def open_ledger(
             _check_owner(path, state, plan_fingerprint, pseudonym_key)
         if state.is_released and path.stat().st_size > end:
             raise LedgerCorrupt(f"{path}: bytes behind the release record, where nothing is ever written; restore it")
+
+        # Mend what a crash left unfinished.
         num_torn_bytes = _cut(path, end) + _cut(rows_path(path, len(state.segments)), open_rows.nbytes)
         _drop_leftovers(path, len(state.segments))
         if lag:  # a crash came between the last record and its entry in the head file
             head.write(state.num_records, state.head)
+
+        # Begin a new log, or record the repair.
         ledger = Ledger(path, state, pseudonym_key, head, open_rows, segment_rows)
         try:
             if state.num_records == 0:
+                groups = {"num_groups": num_groups} if num_groups > 1 else {}
                 ledger._append(
                     "begin",
                     schema=SCHEMA,
                     plan=ledger.blinded("plan", plan_fingerprint),
                     key_sha256=key_commitment(pseudonym_key),
                     records_per_unit=records_per_unit,
-                    **({"num_groups": num_groups} if num_groups > 1 else {}),
+                    **groups,
                 )
             if num_torn_bytes:
                 ledger._append("repair", num_torn_bytes=num_torn_bytes, num_torn_row_bytes=num_torn_row_bytes)
@@ -374,11 +383,12 @@ def _body(
     pseudonyms = [bytes.fromhex(pseudonym(key, name)) for name, _ in units]
     hashes = merkle.row_hashes(context, b"".join(pseudonyms))
     order = sorted(range(len(units)), key=hashes.__getitem__)
+    ordered_units = [units[i] for i in order]
     rows = np.zeros(len(units), dtype=ROW)
     rows["unit"] = np.frombuffer(b"".join(pseudonyms[i] for i in order), dtype=ROW["unit"])
-    rows["records"] = [units[i][1] for i in order]
-    root = merkle.root_of(merkle.with_counts(b"".join(hashes[i] for i in order), rows["records"]))
-    return [units[i][0] for i in order], rows, root
+    rows["records"] = [num_records for _, num_records in ordered_units]
+    tree_rows = merkle.with_counts(b"".join(hashes[i] for i in order), rows["records"])
+    return [name for name, _ in ordered_units], rows, merkle.root_of(tree_rows)
 
 
 def _check_file(path: pathlib.Path) -> None:

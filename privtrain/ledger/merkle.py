@@ -12,6 +12,7 @@ Public: all of this. Secret: the key that gives the pseudonyms, of 128 bits each
 
 from __future__ import annotations
 
+import collections
 import hashlib
 import itertools
 from collections.abc import Sequence
@@ -130,12 +131,12 @@ def root_from_path(leaf: bytes, index: int, num_leaves: int, path: Sequence[byte
     """
     if not 0 <= index < num_leaves:
         raise ValueError("a leaf outside the tree")
-    node, rest = leaf, list(path)
-    while num_leaves > 1:
+    node, rest = leaf, collections.deque(path)
+    while num_leaves > 1:  # from level to level, each with half as many nodes, rounded up
         if (index ^ 1) < num_leaves:  # it has a sibling at this level
             if not rest:
                 raise ValueError("a path that ends below the root")
-            sibling = rest.pop(0)
+            sibling = rest.popleft()
             pair = sibling + node if index % 2 else node + sibling  # the left one first
             node = _sha256(b"\x01" + pair).digest()
         index, num_leaves = index // 2, -(-num_leaves // 2)

@@ -129,7 +129,8 @@ def _opening(body: Body, rows: np.ndarray, secret: bytes) -> list[dict[str, Any]
     place = bisect.bisect_left(tags, own[: merkle.TAG_BYTES])
     is_there = place < len(tags) and tags[place] == own[: merkle.TAG_BYTES]
     # Of an absent user the rows on both sides; before the first row or after the last there is one.
-    places = [place] if is_there else [p for p in (place - 1, place) if 0 <= p < len(tags)]
+    neighbours = [index for index in (place - 1, place) if 0 <= index < len(tags)]
+    shown = [place] if is_there else neighbours
     leaves = merkle.leaf_hashes(tree_rows)
     return [
         {
@@ -137,7 +138,7 @@ def _opening(body: Body, rows: np.ndarray, secret: bytes) -> list[dict[str, Any]
             "rows": _encode(merkle.bucket(tree_rows, leaf)),
             "path": [_encode(item) for item in merkle.audit_path(leaves, leaf)],
         }
-        for leaf in sorted({p // merkle.BUCKET_ROWS for p in places})
+        for leaf in sorted({index // merkle.BUCKET_ROWS for index in shown})
     ]
 
 
@@ -192,8 +193,15 @@ def _check(proof: dict[str, Any], head: str, key: SecretKey | None, user: str | 
                     f"allows 1 to {state.records_per_unit}"
                 )
             step = (body.generation, body.step)
-            is_zeroed = place in state.zeroed.get(step, ())
-            parts.append(Part(*step, records, is_zeroed, step in state.commits, step in in_model))
+            part = Part(
+                generation=body.generation,
+                step=body.step,
+                records=records,
+                is_zeroed=place in state.zeroed.get(step, ()),
+                is_committed=step in state.commits,
+                is_in_model=step in in_model,
+            )
+            parts.append(part)
     return CheckedProof(
         user=named,
         pseudonym=proof["pseudonym"],
@@ -235,20 +243,7 @@ def _check_step(body: Body, leaves: list[dict[str, Any]], secret: bytes) -> tupl
         ProofRejected: if the leaves are not the tree's, or prove neither presence nor absence.
     """
     where = f"step {body.step} of generation {body.generation}"
-    num_leaves = merkle.num_buckets(body.num_units)
-    rows = b""
-    for leaf in leaves:
-        content, path = _decode(leaf["rows"]), [_decode(item) for item in leaf["path"]]
-        if merkle.root_from_path(merkle.leaf_hash(content), leaf["leaf"], num_leaves, path) != body.root:
-            raise ProofRejected(f"{where}: a leaf does not lead to the root")
-        num_leaves_before = len(rows) // (merkle.BUCKET_ROWS * merkle.ROW_BYTES)
-        if leaf["leaf"] != leaves[0]["leaf"] + num_leaves_before:
-            raise ProofRejected(f"{where}: leaves that are not neighbours")
-        # Every leaf is full but the last of the tree.
-        num_rows = min(merkle.BUCKET_ROWS, body.num_units - leaf["leaf"] * merkle.BUCKET_ROWS)
-        if len(content) != merkle.ROW_BYTES * num_rows:
-            raise ProofRejected(f"{where}: a leaf of another size than its place asks for")
-        rows += content
+    rows = _rows_of_leaves(body, leaves, where)
     first = leaves[0]["leaf"] * merkle.BUCKET_ROWS if leaves else 0  # index of the first row shown
     tags = _tags(rows)
     if any(a >= b for a, b in itertools.pairwise(tags)):
@@ -264,6 +259,34 @@ def _check_step(body: Body, leaves: list[dict[str, Any]], secret: bytes) -> tupl
     if not (is_lower_shown and is_upper_shown):
         raise ProofRejected(f"{where}: shows neither the user nor both neighbours")
     return None
+
+
+def _rows_of_leaves(body: Body, leaves: list[dict[str, Any]], where: str) -> bytes:
+    """Return the rows that the leaves hold, one after another, checked against the root of the step's tree.
+
+    Args:
+        body: what the step's intent record says.
+        leaves: as :func:`_opening` gives them.
+        where: names the step in errors.
+
+    Raises:
+        ProofRejected: if a leaf is not the tree's, or the leaves are no neighbours.
+    """
+    num_leaves = merkle.num_buckets(body.num_units)
+    rows = b""
+    for leaf in leaves:
+        content, path = _decode(leaf["rows"]), [_decode(item) for item in leaf["path"]]
+        if merkle.root_from_path(merkle.leaf_hash(content), leaf["leaf"], num_leaves, path) != body.root:
+            raise ProofRejected(f"{where}: a leaf does not lead to the root")
+        num_leaves_before = len(rows) // (merkle.BUCKET_ROWS * merkle.ROW_BYTES)
+        if leaf["leaf"] != leaves[0]["leaf"] + num_leaves_before:
+            raise ProofRejected(f"{where}: leaves that are not neighbours")
+        # Every leaf is full but the last of the tree.
+        num_rows = min(merkle.BUCKET_ROWS, body.num_units - leaf["leaf"] * merkle.BUCKET_ROWS)
+        if len(content) != merkle.ROW_BYTES * num_rows:
+            raise ProofRejected(f"{where}: a leaf of another size than its place asks for")
+        rows += content
+    return rows
 
 
 def _tags(rows: bytes) -> list[bytes]:

@@ -93,7 +93,11 @@ class Contributions:
             "max(records) AS max_records, count(*) FILTER (zeroed) AS num_zeroed "
             "FROM contributions GROUP BY generation, step"
         )
-        return {(row.pop("generation"), row.pop("step")): row for row in rows}
+        by_step = {}
+        for row in rows:
+            step = (row.pop("generation"), row.pop("step"))
+            by_step[step] = row
+        return by_step
 
     def top(self, count: int) -> list[Row]:
         """Return the heaviest contributors: pseudonym, records, steps, zeroed; the most records first."""
@@ -102,7 +106,8 @@ class Contributions:
             "FROM contributions GROUP BY unit ORDER BY records DESC, steps DESC, unit LIMIT ?",
             [count],
         )
-        return [{"pseudonym": row.pop("unit").hex, **row} for row in rows]
+        columns = ("records", "steps", "zeroed")
+        return [{"pseudonym": row["unit"].hex, **{name: row[name] for name in columns}} for row in rows]
 
     def user(self, unit_pseudonym: str) -> list[Row]:
         """Return one unit's part in every step that it joined.

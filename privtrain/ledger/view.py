@@ -94,7 +94,8 @@ def _release_faults(run: RunDirectory, state: LedgerState) -> list[str]:
             problems.append(f"{bundle.NAME} is not what the release record holds")
     except VerificationFailed as error:
         problems += error.problems
-    problems += [str(fault) for fault in bundle.run_faults(run, manifest)[0]]
+    file_faults, _ = bundle.run_faults(run, manifest)
+    problems += [str(fault) for fault in file_faults]
     for path in (run.privacy, run.released / run.privacy.name):  # the run's statement, and its copy beside the weights
         name = path.relative_to(run.root).as_posix()
         try:

@@ -19,8 +19,9 @@ def budget_chart(view: BudgetView) -> markupsafe.Markup:
     each run.
     """
     end = view.as_of
-    begin = min([time for time, _ in view.history] + [end - 86400])  # at least a day
-    top = 1.15 * max([view.epsilon, *(spent for _, spent in view.history if spent < float("inf"))])
+    begin = min([end - 86400, *(time for time, _ in view.history)])  # at least a day
+    highest = max([view.epsilon, *(spent for _, spent in view.history if spent < float("inf"))])
+    top = 1.15 * highest  # some room above
 
     def x(seconds: float) -> float:
         return _LEFT + (seconds - begin) / (end - begin) * (_WIDTH - _LEFT - _RIGHT)

@@ -40,7 +40,8 @@ def now(connection: sa.Connection) -> float:
     """
     seconds = _read(connection)
     newest = _newest(connection)
-    if newest is None or (problem := _problem(connection, seconds, newest)) is None:
+    problem = None if newest is None else _problem(connection, seconds, newest)
+    if newest is None or problem is None:
         return _noted(connection, seconds, newest)
     raise ClockRefused(
         f"this machine's clock says {describe(seconds)}, {problem} the registry was last used at {describe(newest)}; "
@@ -113,7 +114,9 @@ def _problem(connection: sa.Connection, seconds: float, newest: float) -> str | 
     if seconds <= newest + LEAST_SILENCE_SECONDS:
         return None
     silence = seconds - newest
-    return f"{silence / 86400:,.1f} days after" if silence > _longest_silence(connection) else None
+    if silence <= _longest_silence(connection):
+        return None
+    return f"{silence / 86400:,.1f} days after"
 
 
 def _longest_silence(connection: sa.Connection) -> float:

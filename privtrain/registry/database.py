@@ -56,7 +56,9 @@ def registry_url(section: RegistrySection) -> str | None:
         ``None`` if neither is set and ``registry.dataset`` is not either: then the run uses no registry.
     """
     given = os.environ.get(URL_VARIABLE) or section.url
-    return given or (default_url() if section.dataset is not None else None)
+    if given:
+        return given
+    return None if section.dataset is None else default_url()
 
 
 def default_url() -> str:
@@ -80,10 +82,11 @@ def key_path(url: sa.URL) -> pathlib.Path:
 
     Every machine that trains with the registry needs the same file; keep it out of the database's backups.
     """
-    if given := os.environ.get(KEY_VARIABLE):
+    given = os.environ.get(KEY_VARIABLE)
+    if given:
         return pathlib.Path(given)
     file = _sqlite_file(url)
-    return file.with_name(f"{file.name}.key") if file is not None else _data_directory() / "registry.key"
+    return _data_directory() / "registry.key" if file is None else file.with_name(f"{file.name}.key")
 
 
 class Database:
@@ -148,12 +151,13 @@ class Database:
 
         newest = ScriptDirectory.from_config(_alembic_config(None)).get_current_head()
         revision = self.read(_schema_revision)
+        if revision is None:
+            raise PrivtrainError(f"{self.shown} holds no registry; run: privtrain registry init")
         if revision != newest:
-            what = (
-                "no registry" if revision is None else f"a registry of schema {revision}, this version needs {newest}"
+            raise PrivtrainError(
+                f"{self.shown} holds a registry of schema {revision}, this version needs {newest}; run: privtrain "
+                "registry upgrade"
             )
-            command = "init" if revision is None else "upgrade"
-            raise PrivtrainError(f"{self.shown} holds {what}; run: privtrain registry {command}")
 
     def upgrade(self) -> None:
         """Bring the schema to this version; on an empty database, make it. Whole or not at all."""
@@ -202,9 +206,7 @@ class Database:
             # this user's own file.
             is_named = KEY_VARIABLE in os.environ
             try:
-                key = load_key_file(
-                    path.resolve() if is_named else path, owners={os.geteuid(), 0} if is_named else None
-                )
+                key = load_key_file(path.resolve(), owners={os.geteuid(), 0}) if is_named else load_key_file(path)
             except (OSError, GuaranteeLost):
                 raise GuaranteeLost(
                     f"the registry's key {path} is missing or damaged; restore it, or set {KEY_VARIABLE} to its file"
@@ -270,9 +272,9 @@ class Database:
     def _reason(self, error: exc.DBAPIError) -> str:
         """Return the driver's message without passwords and options of the URL."""
         text = " ".join(str(error.orig).split())
-        secrets = [self.url.password, *(str(value) for value in self.url.query.values())]
-        for secret in filter(None, secrets):
-            text = text.replace(str(secret), "***")
+        for secret in (self.url.password, *self.url.query.values()):
+            if secret:
+                text = text.replace(str(secret), "***")
         return text
 
     def _connect_arguments(self) -> dict[str, object]:
@@ -369,8 +371,9 @@ def _sqlite_file(url: sa.URL) -> pathlib.Path | None:
 
 
 def _data_directory() -> pathlib.Path:
-    base = os.environ.get("XDG_DATA_HOME")
-    return (pathlib.Path(base) if base else pathlib.Path.home() / ".local" / "share") / "privtrain"
+    given = os.environ.get("XDG_DATA_HOME")
+    base = pathlib.Path(given) if given else pathlib.Path.home() / ".local" / "share"
+    return base / "privtrain"
 
 
 def _begin_sqlite(connection: sa.Connection) -> None:

@@ -46,10 +46,10 @@ def beside(connection: sa.Connection, row: Any, now: float) -> Any:
 
     No budget is checked, since the release is public already. The caller closes it with its settlement.
     """
-    values = {"id": uuid.uuid4().hex, "state": "closed", "created_at": now, "seen_at": now, "claim": None}
-    values = row._asdict() | values
-    connection.execute(sa.insert(ReservationRow).values(**values))
-    return connection.execute(sa.select(ReservationRow).where(ReservationRow.id == values["id"])).one()
+    copy_id = uuid.uuid4().hex
+    changed = {"id": copy_id, "state": "closed", "created_at": now, "seen_at": now, "claim": None}
+    connection.execute(sa.insert(ReservationRow).values(**(row._asdict() | changed)))
+    return connection.execute(sa.select(ReservationRow).where(ReservationRow.id == copy_id)).one()
 
 
 def outdate(connection: sa.Connection, dataset_id: int) -> None:
@@ -72,8 +72,10 @@ def add_contributions(connection: sa.Connection, run_id: int, added: Mapping[str
     connection.execute(sa.delete(Contribution).where(Contribution.run_id == run_id))
     rows = []
     for user in known.keys() | added.keys():
-        steps, records = (sum(pair) for pair in zip(known.get(user, (0, 0)), added.get(user, (0, 0)), strict=True))
-        rows.append({"run_id": run_id, "user_pseudonym": user, "num_steps": steps, "num_records": records})
+        known_steps, known_records = known.get(user, (0, 0))
+        new_steps, new_records = added.get(user, (0, 0))
+        totals = {"num_steps": known_steps + new_steps, "num_records": known_records + new_records}
+        rows.append({"run_id": run_id, "user_pseudonym": user, **totals})
     for start in range(0, len(rows), _CHUNK):
         connection.execute(sa.insert(Contribution), rows[start : start + _CHUNK])
 

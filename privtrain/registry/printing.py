@@ -51,21 +51,28 @@ def print_budgets(views: Sequence[BudgetView]) -> None:
     table = Table("budget of", "ε, δ", "spent ε", "", "left ε", "sum of the runs' ε (not used)", "runs", "open")
     table.columns[0].overflow = "fold"
     for view in views:
-        share = min(1.0, view.spent / view.epsilon)
-        colour = "red" if share >= 0.95 else "yellow" if share >= 0.7 else "green"
-        filled = round(share * bar_width)
-        bar = f"[{colour}]{'█' * filled}[/]{'·' * (bar_width - filled)}"
+        whose = "each user of" if view.scope == "user" else "data set"
         table.add_row(
-            f"{'each user of' if view.scope == 'user' else 'data set'} {escape(view.name)}",
+            f"{whose} {escape(view.name)}",
             f"{view.epsilon:g}, {view.delta:g}{describe_period(view.period_seconds)}",
             f"{upwards(view.spent)} ({view.method})",
-            bar,
+            _bar(min(1.0, view.spent / view.epsilon), bar_width),
             downwards(view.left),
             f"{upwards(view.sum_of_epsilons)} at δ {view.sum_of_deltas:.2g}",
             str(view.num_runs),
             str(view.num_live),
         )
     console.print(table)
+
+
+def _bar(share: float, width: int) -> str:
+    """Return a bar that is filled up to a share, green while much is left; nothing for the width 0."""
+    if share >= 0.95:
+        colour = "red"
+    else:
+        colour = "yellow" if share >= 0.7 else "green"
+    num_filled = round(share * width)
+    return f"[{colour}]{'█' * num_filled}[/]{'·' * (width - num_filled)}"
 
 
 def print_runs(views: Sequence[RunView]) -> None:

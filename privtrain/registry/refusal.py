@@ -27,11 +27,12 @@ def explain(
     for key, limit in refused:
         before = spending.composed_epsilon(limit.spent, limit.delta)
         after = spending.composed_epsilon([*limit.spent, part], limit.delta)
+        left = max(0.0, key.epsilon - before.epsilon)
         lines += [
             f"  budget of {describe_scope(key)}: ε {key.epsilon:g} at δ {key.delta:g}"
             + describe_period(key.period_seconds),
             f"    spent or reserved: ε {before.epsilon:.4f} ({before.method}); with this run: ε {after.epsilon:.4f}; "
-            f"left: ε {max(0.0, key.epsilon - before.epsilon):.4f}",
+            f"left: ε {left:.4f}",
         ]
     return "\n".join(lines + _advice(request, limits))
 

@@ -54,6 +54,7 @@ def write_reservation(
     connection: sa.Connection, dataset_id: int, request: RunRequest, part: Part, manifest: str, now: float
 ) -> Reservation:
     """Write an open reservation, with the mechanism, run and version of the data set that it names."""
+    # The rows that it refers to, unless they are there.
     insert_missing(connection, DatasetVersion, manifest=manifest, dataset_id=dataset_id, created_at=now)
     # Again: another data set may have taken these records since the snapshot, and its population's version is another.
     check_name(connection, dataset_id, request.dataset, manifest)
@@ -75,6 +76,8 @@ def write_reservation(
     )
     run_id = connection.execute(sa.select(Run.id).where(Run.uid == request.uid)).scalar_one()
     _check_same_run(connection, run_id, request, manifest)
+
+    # Which users the run leaves out.
     # The lock is shared with other runs, but not with an opt-out. So an opt-out either comes first and is on this run's
     # list, or comes later and finds this run among the unfinished ones.
     num_opt_outs = connection.execute(sa.select(Meta.num_opt_outs).with_for_update(read=True)).scalar_one()
@@ -83,6 +86,7 @@ def write_reservation(
     last = connection.execute(earlier.order_by(ReservationRow.created_at.desc())).scalars().first()
     if request.has_split and last is not None:
         num_opt_outs = last
+
     reservation_id = uuid.uuid4().hex
     connection.execute(
         sa.insert(ReservationRow).values(
@@ -172,8 +176,10 @@ def _check_same_charge(connection: sa.Connection, row: Any, request: RunRequest,
         .join(Dataset, Dataset.id == ReservationRow.dataset_id)
         .where(ReservationRow.id == row.id)
     )
-    held = (*connection.execute(chosen).one(), row.num_reserved, row.delta)
-    if held != (spending.event_digest(part.text), request.dataset, part.count, request.delta):
+    mechanism, dataset = connection.execute(chosen).one()
+    held = (mechanism, dataset, row.num_reserved, row.delta)
+    asked = (spending.event_digest(part.text), request.dataset, part.count, request.delta)
+    if held != asked:
         raise PlanMismatch(
             f"the run holds reservation {row.id[:12]} for another mechanism, number of steps, δ or data set; restore "
             "the configuration it began with, or set another run.name"

@@ -57,8 +57,9 @@ def extent_of(connection: sa.Connection) -> Extent:
     """Return how far a registry has come: what its database counts now."""
     charges = sa.select(sa.func.coalesce(sa.func.sum(Population.version), 0)).scalar_subquery()
     settlement = sa.select(sa.func.coalesce(sa.func.max(Settlement.id), 0)).scalar_subquery()
-    row = connection.execute(sa.select(Meta.uid, charges, settlement, Meta.num_opt_outs)).one()
-    return Extent(row[0], int(row[1]), int(row[2]), int(row[3]))
+    counted = connection.execute(sa.select(Meta.uid, charges, settlement, Meta.num_opt_outs)).one()
+    uid, num_charges, last_settlement, num_opt_outs = counted
+    return Extent(uid, int(num_charges), int(last_settlement), int(num_opt_outs))
 
 
 class SeenFile:
@@ -102,8 +103,8 @@ class SeenFile:
             # The file's one registry has got another id: no number of it can be compared.
             return "the changes noted under its earlier id"
         seen = known.get(extent.uid, {})
-        lacking = {name: seen[name] - count for name, count in extent.counts.items() if seen.get(name, 0) > count}
-        return ", ".join(f"{number} {_WORDS[name]}" for name, number in lacking.items())
+        lacking = {name: seen.get(name, 0) - count for name, count in extent.counts.items()}
+        return ", ".join(f"{number} {_WORDS[name]}" for name, number in lacking.items() if number > 0)
 
     def check(self, known: dict[str, dict[str, int]], extent: Extent) -> None:
         """Raise if a registry is older than it was when it was last used from here.
@@ -126,6 +127,7 @@ class SeenFile:
             PrivtrainError: if the file cannot be written.
         """
         seen = self.known().get(extent.uid, {})
+        # -1: a number that the file lacks is to be written, also if it is 0.
         if any(seen.get(name, -1) < count for name, count in extent.counts.items()):
             self._write(extent, lowers=False)
 

@@ -71,11 +71,13 @@ def snapshot_of(connection: sa.Connection, request: RunRequest, manifest: str) -
         since = None if row.period_seconds is None else now - row.period_seconds  # the budget's window begins here
         spent = charges(connection, population_id=row.population_id, dataset_id=row.dataset_id, since=since)
         name = row.population if row.scope == "user" else row.dataset
-        key = BudgetKey(row.scope, name, row.epsilon, row.delta, row.period_seconds)
-        budgets.append((key, Limit(row.epsilon, row.delta, spent)))
+        key = BudgetKey(
+            scope=row.scope, name=name, epsilon=row.epsilon, delta=row.delta, period_seconds=row.period_seconds
+        )
+        budgets.append((key, Limit(epsilon=row.epsilon, delta=row.delta, spent=spent)))
     if not budgets:
         raise PrivtrainError(f"the data set {request.dataset!r} has no budget; run: {command}")
-    return Snapshot(dataset.id, dataset.population_id, version, tuple(budgets))
+    return Snapshot(dataset_id=dataset.id, population_id=dataset.population_id, version=version, budgets=tuple(budgets))
 
 
 def active_budgets(connection: sa.Connection, dataset_id: int | None = None) -> Sequence[Any]:

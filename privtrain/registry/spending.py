@@ -161,13 +161,15 @@ def fits(parts: Sequence[Part], epsilon: float, delta: float) -> bool:
     # Cheap accountants first. Each gives certified bounds from below and above, which decide if both are on one side.
     try:
         by_delta = accountants.delta(event, epsilon, accountant="tilted-edgeworth")
-        upper = accountants.certified_upper(by_delta)
-        if upper <= delta or by_delta.lower > delta:
-            return upper <= delta
+        if accountants.certified_upper(by_delta) <= delta:
+            return True
+        if by_delta.lower > delta:
+            return False
         by_epsilon = TiltedAccountant(tolerance=5e-3).epsilon(event, delta)  # a third of the time of the default
-        upper = accountants.certified_upper(by_epsilon)
-        if upper <= epsilon or by_epsilon.lower > epsilon:
-            return upper <= epsilon
+        if accountants.certified_upper(by_epsilon) <= epsilon:
+            return True
+        if by_epsilon.lower > epsilon:
+            return False
     except (ValueError, ArithmeticError):  # unsupported, or outside the accountant's range
         pass
     return composed_epsilon(parts, delta).epsilon <= epsilon
@@ -191,12 +193,13 @@ def composed_epsilon(parts: Sequence[Part], delta: float) -> Spent:
 
 def renyi_epsilon(parts: Sequence[Part], delta: float) -> float:
     """Return the Rényi bound of the composition from the stored divergences; infinite where a part has none."""
-    if any(part.divergences is None for part in parts):
+    divergences = [part.divergences for part in parts if part.divergences is not None]
+    if len(divergences) < len(parts):
         return math.inf
     counts = np.array([part.count for part in parts], dtype=np.float64)
-    total = counts @ np.stack([part.divergences for part in parts if part.divergences is not None])
-    value = float(conversion.compute_epsilon(ORDERS, total.tolist(), delta)[0])
-    return math.inf if math.isnan(value) else value
+    total = counts @ np.stack(divergences)  # at each order: divergences of a composition add up
+    epsilon, _ = conversion.compute_epsilon(ORDERS, total.tolist(), delta)
+    return math.inf if math.isnan(epsilon) else float(epsilon)
 
 
 def _composed(parts: Sequence[Part]) -> dp_accounting.DpEvent:
@@ -212,8 +215,9 @@ def _split_delta(parts: Sequence[Part], delta: float) -> Spent:
     total = 0.0
     for kind in kinds:
         own = [part for part in parts if type(part.event).__name__ == kind]
+        is_single = len(own) == 1 and own[0].count == 1
         # A single event goes to the accountants as it is: some know it only outside a composition.
-        event = own[0].event if len(own) == 1 and own[0].count == 1 else _composed(own)
+        event = own[0].event if is_single else _composed(own)
         total += min(_certified(event, delta / len(kinds), name) for name in (*_EXACT, "allocation"))
     return Spent(total, "basic composition of " + ", ".join(kinds))
 
@@ -240,8 +244,8 @@ def knobs(settings: Settings, *, own_delta: float, limits: Sequence[Limit]) -> K
         part = part_of(changed.event())
         return all(fits([*limit.spent, part], limit.epsilon, limit.delta) for limit in limits)
 
-    if not all(fits(limit.spent, limit.epsilon, limit.delta) for limit in limits):
-        return Knobs(None, None, None, None)
+    if not all(fits(limit.spent, limit.epsilon, limit.delta) for limit in limits):  # full without this run already
+        return Knobs(num_steps=None, noise_multiplier=None, epsilon=None, sampling_prob=None)
     num_steps = _largest(lambda n: allowed(dataclasses.replace(settings, num_steps=n)), settings.num_steps)
     noise = _least_noise(settings, limits)
     epsilon = None
@@ -249,13 +253,20 @@ def knobs(settings: Settings, *, own_delta: float, limits: Sequence[Limit]) -> K
         event = dataclasses.replace(settings, noise_multiplier=noise).event()
         # Rounded down, so that calibrating to it gives at least this noise.
         epsilon = math.floor(1e4 * accountants.certified_upper(accountants.epsilon(event, own_delta))) / 1e4
-    unit = 1e-6  # probabilities are searched as multiples of this
-    num_units = _largest(
-        lambda i: allowed(dataclasses.replace(settings, sampling_prob=round(i * unit, 6))),
-        math.floor(settings.sampling_prob / unit),
+    # Probabilities are searched as multiples of a millionth.
+    num_millionths = _largest(
+        lambda n: allowed(dataclasses.replace(settings, sampling_prob=round(n * 1e-6, 6))),
+        below=math.floor(settings.sampling_prob / 1e-6),
         precision=1e-3,
     )
-    return Knobs(num_steps or None, noise, epsilon or None, round(num_units * unit, 6) or None)  # none: no advice
+    sampling_prob = round(num_millionths * 1e-6, 6)
+    # A value of 0 is no advice.
+    return Knobs(
+        num_steps=num_steps or None,
+        noise_multiplier=noise,
+        epsilon=epsilon or None,
+        sampling_prob=sampling_prob or None,
+    )
 
 
 def _least_noise(settings: Settings, limits: Sequence[Limit]) -> float | None:
@@ -299,9 +310,10 @@ def settings_of(text: str, count: int) -> dict[str, Any]:
         count: repetitions.
     """
     event = parse_event(text)
-    prob, inner = 1.0, event
     if isinstance(event, dp_accounting.PoissonSampledDpEvent):
         prob, inner = event.sampling_probability, event.event
+    else:  # not sampled: each unit is in every step
+        prob, inner = 1.0, event
     if isinstance(inner, dp_accounting.GaussianDpEvent):
         return {"noise_multiplier": inner.noise_multiplier, "sampling_prob": prob, "num_steps": count}
     return {"mechanism": type(event).__name__, "count": count}

@@ -180,7 +180,8 @@ class Registry:
                 if not spending.fits([*limit.spent, part], limit.epsilon, limit.delta)
             ]
             if refused:
-                raise BudgetExceeded(explain(request, part, refused, [limit for _, limit in snapshot.budgets]))
+                limits = [limit for _, limit in snapshot.budgets]
+                raise BudgetExceeded(explain(request, part, refused, limits))
             reserved = self.database.write(lambda c, s=snapshot: insert(c, s, request, part, manifest))
             if reserved is not None:
                 return reserved
@@ -271,33 +272,31 @@ class Registry:
             now = clock.now(connection)
             endings.expire(connection, now)
             rows = endings.reservations_of(connection, uid)
-            if not rows:
+            if not rows:  # the registry does not know the run
                 row = None if request is None else self._record(connection, request, now)
                 if row is None:
                     return Settled.UNKNOWN
-                endings.outdate(connection, row.dataset_id)
-                endings.close(connection, row, "settle", endings.charge_in_full(row, shown.num_steps), shown.head, now)
-                endings.add_contributions(connection, row.run_id, contributions)
-                return Settled.LATE
-            if shown.head in endings.settled_heads(connection, rows):
-                return Settled.ALREADY
-            row = rows[-1]  # the one that is not closed, if there is one
-            is_ours = row.claim is None or row.claim in claims
-            outcome = Settled.OWN
-            if row.state != "closed" and is_ours:
-                evidence.check(connection, row, shown)
-                charged = endings.charge_of(row, shown.num_steps)
-                charged = row.num_reserved if row.state == "expired" else charged
-                endings.close(connection, row, "settle", charged, shown.head, now)
+                outcome = Settled.LATE
             else:
-                endings.outdate(connection, row.dataset_id)
+                if shown.head in endings.settled_heads(connection, rows):
+                    return Settled.ALREADY
+                row = rows[-1]  # the one that is not closed, if there is one
+                is_ours = row.claim is None or row.claim in claims
+                if row.state != "closed" and is_ours:
+                    _settle_own(connection, row, shown, now)
+                    endings.add_contributions(connection, row.run_id, contributions)
+                    return Settled.OWN
                 # Our own reservation that was closed by hand, charged in full, is settled after all. Any other one
                 # belongs to another release, so this one is charged beside it.
-                charged_separately = not is_ours or endings.closed_by(connection, row) != "close"
-                own = endings.beside(connection, row, now) if charged_separately else row
-                connection.execute(sa.delete(Settlement).where(Settlement.reservation_id == own.id))
-                endings.close(connection, own, "settle", endings.charge_in_full(row, shown.num_steps), shown.head, now)
-                outcome = Settled.BESIDE if charged_separately else Settled.OWN
+                if is_ours and endings.closed_by(connection, row) == "close":
+                    outcome = Settled.OWN
+                    connection.execute(sa.delete(Settlement).where(Settlement.reservation_id == row.id))
+                else:
+                    outcome = Settled.BESIDE
+                    row = endings.beside(connection, row, now)
+            # No open reservation covers this release: it is charged in full, whatever is left of the budget.
+            endings.outdate(connection, row.dataset_id)
+            endings.close(connection, row, "settle", endings.charge_in_full(row, shown.num_steps), shown.head, now)
             endings.add_contributions(connection, row.run_id, contributions)
             return outcome
 
@@ -357,7 +356,8 @@ class Registry:
             check_claim(row, claims)
             evidence.check(connection, row, shown)
             charged = endings.charge_of(row, shown.num_steps)
-            return row.num_reserved - endings.close(connection, row, "refund", charged, shown.head, now)
+            endings.close(connection, row, "refund", charged, shown.head, now)
+            return row.num_reserved - charged
 
         self._warm_up(uid, shown.num_steps)
         return self.database.write(work)
@@ -408,6 +408,15 @@ class Registry:
             connection.execute(sa.insert(OptOut).values(number=number, user_pseudonym=user_pseudonym, created_at=now))
 
         self.database.write(work)
+
+
+def _settle_own(connection: sa.Connection, row: Any, shown: LedgerEvidence, now: float) -> None:
+    """Settle a run's own reservation, if the ledger is the run's: for the steps shown, or in full if it has expired."""
+    evidence.check(connection, row, shown)
+    charged = endings.charge_of(row, shown.num_steps)  # also checks that they are not more than what was reserved
+    if row.state == "expired":
+        charged = row.num_reserved
+    endings.close(connection, row, "settle", charged, shown.head, now)
 
 
 def _is_period(seconds: float | None) -> bool:

@@ -130,7 +130,8 @@ def budgets(database: Database, *, history: bool = False) -> list[BudgetView]:
     now = database.read(clock.estimate)
     views = []
     for row in database.read(active_budgets):
-        since = None if row.period_seconds is None else now - row.period_seconds
+        since = None if row.period_seconds is None else now - row.period_seconds  # the budget's window begins here
+        # Defaults bind this turn's values: a query may be called again, when a connection broke.
         counted = database.read(lambda c, r=row, s=since: _counted(c, r, s))
         parts = database.read(
             lambda c, r=row, s=since: charges(c, population_id=r.population_id, dataset_id=r.dataset_id, since=s)
@@ -167,7 +168,7 @@ def user(database: Database, pseudonym: str) -> UserView:
     """Return what is known of the user with this pseudonym of the registry."""
     out = sa.select(OptOut).where(OptOut.user_pseudonym == pseudonym)
     listed = database.read(lambda c: c.execute(out).one_or_none())
-    held = (
+    held_runs = (
         _run_columns()
         .add_columns(Contribution.num_steps, Contribution.num_records)
         .join(Contribution, Contribution.run_id == Run.id)
@@ -180,14 +181,13 @@ def user(database: Database, pseudonym: str) -> UserView:
     unfinished = _run_columns().where(ReservationRow.state != "closed").order_by(ReservationRow.created_at)
     if listed is not None:
         unfinished = unfinished.where(ReservationRow.num_opt_outs < listed.number)
+    held_rows = database.read(lambda c: c.execute(held_runs).all())
+    unfinished_rows = database.read(lambda c: c.execute(unfinished).all())
     return UserView(
         pseudonym=pseudonym,
         opted_out_at=None if listed is None else listed.created_at,
-        held=tuple(
-            HeldRun(_run_view(row, now), row.num_steps, row.num_records)
-            for row in database.read(lambda c: c.execute(held).all())
-        ),
-        unfinished=tuple(_run_view(row, now) for row in database.read(lambda c: c.execute(unfinished).all())),
+        held=tuple(HeldRun(_run_view(row, now), row.num_steps, row.num_records) for row in held_rows),
+        unfinished=tuple(_run_view(row, now) for row in unfinished_rows),
     )
 
 
@@ -294,15 +294,17 @@ def _history(
     """
     if not counted:
         return ()
-    chosen = sorted(set(np.linspace(1, len(counted), min(len(counted), _MAX_POINTS)).astype(int).tolist()))
+    num_points = min(len(counted), _MAX_POINTS)
+    chosen = set(np.linspace(1, len(counted), num_points).astype(int).tolist()) - {len(counted)}  # numbers of runs
     is_exact = len(parts) <= _MAX_EXACT_HISTORY
     points = []
     so_far: dict[str, Part] = {}  # event → mechanism with its repetitions in the runs so far
-    for index, row in enumerate(counted, start=1):
+    for number, row in enumerate(counted, start=1):
         known = so_far.get(row.event)
+        count = row.num_charged if known is None else known.count + row.num_charged
         divergences = None if row.divergences is None else np.frombuffer(row.divergences)
-        so_far[row.event] = Part(row.event, row.num_charged + (known.count if known else 0), divergences)
-        if index not in chosen[:-1]:
+        so_far[row.event] = Part(row.event, count, divergences)
+        if number not in chosen:
             continue
         composed = list(so_far.values())
         if is_exact:

@@ -105,7 +105,9 @@ def run_server(database: Database, *, host: str, port: int, always_token: bool =
     except OSError as error:
         raise PrivtrainError(f"cannot listen on {host}:{port}: {error.strerror}; choose another --port") from None
     shown = f"[{host}]" if ":" in host else host
-    say(f"http://{shown}:{listener.getsockname()[1]}/{f'?token={token}' if token else ''}  (read-only; Ctrl-C ends it)")
+    _, bound_port, *_ = listener.getsockname()
+    query = "" if token is None else f"?token={token}"
+    say(f"http://{shown}:{bound_port}/{query}  (read-only; Ctrl-C ends it)")
     app = create_app(database, token=token, hosts=[shown if is_local else "*"])
     # No access log: its lines would hold the token and the pseudonyms that were looked up.
     uvicorn.Server(uvicorn.Config(app, access_log=False, log_level="warning", server_header=False)).run([listener])

@@ -60,10 +60,10 @@ def curves_figure(name: str, series: Sequence[Series], labels: AxisLabels, level
     """
     with figure_style():
         figure, axes = new_figure()
-        for number, one in enumerate(series):
-            style = {"color": COLORS[number % len(COLORS)], "marker": _MARKERS[number % len(_MARKERS)], "capsize": 3}
+        for index, one in enumerate(series):
+            style = {"color": COLORS[index % len(COLORS)], "marker": _MARKERS[index % len(_MARKERS)], "capsize": 3}
             # Intervals at the same x stand side by side.
-            shift = 0.012 * (number - (len(series) - 1) / 2)
+            shift = 0.012 * (index - (len(series) - 1) / 2)
             axes.errorbar(
                 _shifted(one.x, shift, labels.x_scale == "log"),
                 [_mean(value) for value in one.y],
@@ -73,8 +73,8 @@ def curves_figure(name: str, series: Sequence[Series], labels: AxisLabels, level
                 markersize=5,
                 **style,
             )
-        for number, level in enumerate(levels):
-            dash: Any = (0, (4, 2 + 2 * number))  # matplotlib's (offset, (ink, gap)): each level has gaps of its own
+        for index, level in enumerate(levels):
+            dash: Any = (0, (4, 2 + 2 * index))  # matplotlib's (offset, (ink, gap)): each level has gaps of its own
             axes.axhline(level.y, color=MUTED, linewidth=1.1, linestyle=dash, label=level.label)
         axes.set(xscale=labels.x_scale, yscale=labels.y_scale, xlabel=labels.x, ylabel=labels.y)
         ticks = sorted({x for one in series for x in one.x})
@@ -98,15 +98,15 @@ def places_figure(
     """
     with figure_style():
         figure, axes = new_figure()
-        for number, one in enumerate(series):
-            shift = 0.16 * (number - (len(series) - 1) / 2)
+        for index, one in enumerate(series):
+            shift = 0.16 * (index - (len(series) - 1) / 2)
             axes.errorbar(
                 [x + shift for x in one.x],
                 [_mean(value) for value in one.y],
                 yerr=_error_bars(one.y),
                 label=one.label,
-                fmt=_MARKERS[number % len(_MARKERS)],
-                color=COLORS[number % len(COLORS)],
+                fmt=_MARKERS[index % len(_MARKERS)],
+                color=COLORS[index % len(COLORS)],
                 capsize=3,
             )
         for level in levels:
@@ -128,12 +128,12 @@ def roc_figure(name: str, curves: Sequence[tuple[str, Sequence[float], Sequence[
     with figure_style():
         figure, axes = new_figure()
         axes.plot([edge, 1.0], [edge, 1.0], color=MUTED, linewidth=1.0, linestyle=DASHED, label="guessing")
-        for number, (label, fpr, tpr) in enumerate(curves):
+        for index, (label, fpr, tpr) in enumerate(curves):
             axes.step(
                 [max(edge, x) for x in fpr],
                 [max(edge, y) for y in tpr],
                 where="post",
-                color=COLORS[number % len(COLORS)],
+                color=COLORS[index % len(COLORS)],
                 linewidth=1.6,
                 label=label,
             )
@@ -150,10 +150,10 @@ def _error_bars(values: Sequence[Estimate | float]) -> list[list[float]] | None:
     """Return matplotlib's ``yerr``: lengths below the points, and above them; ``None`` if no point has an interval."""
     below, above = [], []
     for value in values:
-        has_interval = isinstance(value, Estimate) and value.interval is not None
-        low, high = value.interval if isinstance(value, Estimate) and value.interval else (0.0, 0.0)
-        below.append(_mean(value) - low if has_interval else 0.0)
-        above.append(high - _mean(value) if has_interval else 0.0)
+        interval = value.interval if isinstance(value, Estimate) else None
+        low, high = (_mean(value), _mean(value)) if interval is None else interval  # no interval: bars of length 0
+        below.append(_mean(value) - low)
+        above.append(high - _mean(value))
     return [below, above] if any(below) or any(above) else None
 
 

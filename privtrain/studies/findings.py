@@ -174,11 +174,12 @@ def judge_best(claim: Statement, leads: Mapping[str, Estimate], *, digits: int =
     judged = judge_direction(claim, least, digits=digits)
     ours = f"{judged.ours}, against {rival}, the best other"
     corrected = 1 - (1 - CONFIDENCE) / len(leads)
-    intervals = [(lead.interval, lead.interval_at(corrected)) for lead in leads.values()]
-    if any(wide is not None and wide[1] < 0 for _, wide in intervals):
+    intervals = [lead.interval for lead in leads.values()]
+    wide_intervals = [lead.interval_at(corrected) for lead in leads.values()]
+    if any(ends is not None and ends[1] < 0 for ends in wide_intervals):
         reason = f"another is better, at {100 * corrected:.0f} % for each of {len(leads)}"
         verdict = Verdict.CONTRADICTED
-    elif all(narrow is not None and narrow[0] > 0 for narrow, _ in intervals):
+    elif all(ends is not None and ends[0] > 0 for ends in intervals):
         verdict, reason = Verdict.REPRODUCED, f"better than each of {len(leads)} others, by the whole interval"
     else:
         verdict, reason = Verdict.UNDECIDED, "neither better than every other nor worse than one"

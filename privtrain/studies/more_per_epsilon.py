@@ -81,14 +81,18 @@ def settle(values: Mapping[str, str], tree: Mapping[str, Any], settings: Mapping
     population = settings["populations"][values["corpus"]]
     # Without the seed, so that one recommendation serves all seeds.
     seedless = {**tree, "privacy": {key: value for key, value in tree["privacy"].items() if key != "insecure_seed"}}
-    given = json.dumps(seedless, sort_keys=True)
-    found = recommended(given, population["num_users"], population["num_trained"], plan == "banded")
+    advice = recommended(
+        json.dumps(seedless, sort_keys=True),
+        num_users=population["num_users"],
+        num_trained=population["num_trained"],
+        can_be_banded=plan == "banded",
+    )
     if plan == "rate":
-        return {"training.learning_rate": found["rate_now"]}
+        return {"training.learning_rate": advice["rate_now"]}
     if plan == "none":
         noiseless = {"privacy.noise_multiplier": 0.0, "privacy.target_epsilon": None}
-        return {**found["overrides"], **noiseless, "training.learning_rate": found["rate_without_noise"]}
-    return found["overrides"]
+        return {**advice["overrides"], **noiseless, "training.learning_rate": advice["rate_without_noise"]}
+    return advice["overrides"]
 
 
 @functools.cache
@@ -110,10 +114,10 @@ def recommended(tree: str, num_users: int, num_trained: int, can_be_banded: bool
     if path.exists():
         return json.loads(path.read_text(encoding="utf-8"))
     config = validate({**json.loads(tree), "run": {"name": "run"}})
-    found = _optimized(config, num_users, num_trained, can_be_banded)
+    advice = _optimized(config, num_users, num_trained, can_be_banded)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, found)
-    return found
+    write_json(path, advice)
+    return advice
 
 
 def _optimized(config: Config, num_users: int, num_trained: int, can_be_banded: bool) -> dict[str, Any]:
@@ -121,14 +125,20 @@ def _optimized(config: Config, num_users: int, num_trained: int, can_be_banded: 
     if not can_be_banded:
         # The configuration refuses correlated noise beside kept noised sums, so this takes it out of the choice.
         config = config.model_copy(update={"audit": config.audit.model_copy(update={"keep_noised_sums": True})})
-    found = optimize.optimize(config, num_users, num_trained, optimize.record_draws_of(config.privacy))
-    assert found.now is not None, "the recipe's plan can meet its ε"
-    best = found.best
-    noiseless = noise_law.Point(best.num_steps, 0.0, best.records_per_unit, config.lora.rank)
+    result = optimize.optimize(config, num_users, num_trained, optimize.record_draws_of(config.privacy))
+    assert result.now is not None, "the recipe's plan can meet its ε"
+    best = result.best
+    noiseless = noise_law.Point(
+        num_steps=best.num_steps,
+        relative_noise=0.0,
+        records_per_user=best.records_per_unit,
+        rank=config.lora.rank,
+    )
+    rate_without_noise = noise_law.fitted().learning_rate(noiseless)
     return {
         "overrides": best.overrides(config),
-        "rate_now": found.now.learning_rate,
-        "rate_without_noise": float(f"{noise_law.fitted().learning_rate(noiseless):.2g}"),
+        "rate_now": result.now.learning_rate,
+        "rate_without_noise": float(f"{rate_without_noise:.2g}"),
     }
 
 
@@ -188,14 +198,17 @@ class _View:
             1 where the plan is as good as training without noise, 0 where it is no better than ``of``; ``None`` if no
             seed has all cells complete.
         """
-        sides = [self.cell(name, epsilon) for name in (plan, plan if of == "base" else of, "none")]
+        # The model before training is measured in the plan's own cell, before its first step.
+        other_plan = plan if of == "base" else of
+        sides = [self.cell(name, epsilon) for name in (plan, other_plan, "none")]
         triples = self.results.by_seed(*sides)
         if not triples:
             return None
         shares = []
-        for one, other, noiseless in triples:
-            before = other.first(_LOSS) if of == "base" else other.metric(_LOSS)
-            shares.append((before - one.metric(_LOSS)) / (before - noiseless.metric(_LOSS)))
+        for result, other, noiseless in triples:
+            start = other.first(_LOSS) if of == "base" else other.metric(_LOSS)
+            gap = start - noiseless.metric(_LOSS)
+            shares.append((start - result.metric(_LOSS)) / gap)
         return Estimate(tuple(shares), have_same_split(triples))
 
     def claims(self) -> list[Claim]:
@@ -279,10 +292,14 @@ class _View:
         for epsilon in self.results.values_of("epsilon"):
             for plan in self.results.values_of("plan"):
                 loss = self.results.estimate(_LOSS, **self.cell(plan, epsilon))
-                if loss is not None:
-                    shares = {of: self.closed(plan, epsilon, of) for of in ("base", "old", "rate", "optimised")}
-                    known = {of: share.to_json() for of, share in shares.items() if share is not None and of != plan}
-                    rows.append({"epsilon": epsilon, "plan": plan, "loss": loss.to_json(), "closed_of": known})
+                if loss is None:
+                    continue
+                shares = {}
+                for other in ("base", "old", "rate", "optimised"):
+                    share = self.closed(plan, epsilon, of=other)
+                    if other != plan and share is not None:
+                        shares[other] = share.to_json()
+                rows.append({"epsilon": epsilon, "plan": plan, "loss": loss.to_json(), "closed_of": shares})
         return rows
 
 

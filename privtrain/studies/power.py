@@ -62,11 +62,13 @@ class Design:
         # The interval's half width follows from the spread that is seen in the seeds, and the mean is independent of
         # it. So integrate over the quantiles of the seen spread, up to the one whose half width is the margin, the
         # chance that the mean is within the room that is left.
-        most = float(stats.chi2.cdf(degrees * (margin / (_critical(degrees) * error)) ** 2, degrees))
-        seen_over_spread = np.sqrt(stats.chi2.ppf(most * (_NODES + 1) / 2, degrees) / degrees)
+        most_seen = margin / (_critical(degrees) * error)  # the seen spread, in spreads, whose half width is the margin
+        last_quantile = float(stats.chi2.cdf(degrees * most_seen**2, degrees))
+        quantiles = last_quantile * (_NODES + 1) / 2
+        seen_over_spread = np.sqrt(stats.chi2.ppf(quantiles, degrees) / degrees)
         room = margin - _critical(degrees) * error * seen_over_spread
         inside = stats.norm.cdf((room - difference) / error) - stats.norm.cdf((-room - difference) / error)
-        return float(most / 2 * (_WEIGHTS @ inside))
+        return float(last_quantile / 2 * (_WEIGHTS @ inside))
 
     def detectable(self, power: float = POWER) -> float:
         """Return the least true difference that is shown with this power."""
@@ -111,11 +113,14 @@ def users_to_show(
         users_variance: the part of ``spread``² that users add; if ``None`` all of it, so that the factor is a minimum.
         power: wanted.
     """
-    needed = (difference / Design(num_seeds, 1.0).detectable(power)) ** 2  # the largest variance that shows it
-    of_users = spread**2 if users_variance is None else min(users_variance, spread**2)
-    if spread**2 <= needed:
+    variance = spread**2
+    # What is detectable is proportional to the spread, so this is the largest variance at which the difference shows.
+    largest = (difference / Design(num_seeds, spread=1.0).detectable(power)) ** 2
+    if variance <= largest:
         return 1.0
-    left_for_users = needed - (spread**2 - of_users)
+    of_users = variance if users_variance is None else min(users_variance, variance)
+    of_runs = variance - of_users
+    left_for_users = largest - of_runs
     return of_users / left_for_users if left_for_users > 0 else math.inf
 
 
@@ -207,8 +212,10 @@ def plan(
     fewest: Callable[[float, float], int | None] = seeds_to_show
     if margin is not None:
         difference, fewest = margin, seeds_to_exclude
-    spreads = (spread, upper_spread(spread, num_seeds))
-    can_plan = difference > 0  # no number of seeds shows a zero difference
+    seeds, users = (None, None), math.inf
+    if difference > 0:  # no number of seeds or users shows a zero difference
+        seeds = (fewest(difference, spread), fewest(difference, upper_spread(spread, num_seeds)))
+        users = users_to_show(difference, spread, num_seeds, users_variance)
     share = None if users_variance is None or spread == 0 else min(1.0, users_variance / spread**2)
     return Plan(
         num_seeds=num_seeds,
@@ -216,8 +223,8 @@ def plan(
         detectable=Design(num_seeds, spread).detectable(),
         difference=difference,
         whose=whose,
-        seeds=(fewest(difference, spreads[0]), fewest(difference, spreads[1])) if can_plan else (None, None),
-        users=users_to_show(difference, spread, num_seeds, users_variance) if can_plan else math.inf,
+        seeds=seeds,
+        users=users,
         users_share=share,
         margin=margin,
     )

@@ -12,7 +12,7 @@ model after training, ``base`` the one before; ``train`` are training records, `
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from privtrain.studies.figures import AxisLabels, Level, Series, curves_figure, places_figure
@@ -224,40 +224,45 @@ class _View:
         methods = self._methods()
         if not methods:
             return []
-        slug = "".join(f"-{value.replace('.', '-')}" for value in self.values.values())  # tells models' figures apart
+        figures = [self._losses_figure(methods), self._trade_figure(methods)]
+        return [figure for figure in figures if figure is not None]
+
+    def _slug(self) -> str:
+        """Return the end of a figure's name, which tells the models' figures apart."""
+        return "".join(f"-{value.replace('.', '-')}" for value in self.values.values())
+
+    def _losses_figure(self, methods: Sequence[str]) -> Figure:
+        """Draw the loss of sensitive tokens on train and test, by training method."""
         series = []
         for split in ("train", "test"):
             losses = [self.estimate(nll("sensitive", split, "tuned"), method) for method in methods]
             series.append(Series.through(f"sensitive tokens, {split}", enumerate(losses)))
         base = self.estimate(nll("sensitive", "test", "base"), methods[0])
         levels = [] if base is None else [Level("base model, test", base.mean)]
-        svg = places_figure(f"losses{slug}", methods, series, AxisLabels("", "loss, nats per token"), levels)
-        figures = [
-            Figure(f"losses{slug}", f"loss of sensitive tokens{self.words}", svg, "Train below test: memorised.")
-        ]
+        name = f"losses{self._slug()}"
+        svg = places_figure(name, methods, series, AxisLabels("", "loss, nats per token"), levels)
+        return Figure(name, f"loss of sensitive tokens{self.words}", svg, "Train below test: memorised.")
+
+    def _trade_figure(self, methods: Sequence[str]) -> Figure | None:
+        """Draw leak against operations, a point a training method; ``None`` if no method has both."""
         points = []
         for method in methods:
             cost, value = self.estimate(FLOPS, method), self.estimate(leak, method)
             if cost is not None and value is not None:
                 points.append(Series(method, [cost.mean * 1e-6], [value]))
-        if points:
-            labels = AxisLabels("MFLOP a token", "leak on sensitive tokens, nats")
-            svg = curves_figure(f"trade{slug}", points, labels)
-            figures.append(
-                Figure(f"trade{slug}", f"privacy against cost{self.words}", svg, "Lower and left is better.")
-            )
-        return figures
+        if not points:
+            return None
+        name = f"trade{self._slug()}"
+        svg = curves_figure(name, points, AxisLabels("MFLOP a token", "leak on sensitive tokens, nats"))
+        return Figure(name, f"privacy against cost{self.words}", svg, "Lower and left is better.")
 
     def numbers(self) -> dict[str, Any]:
         """Return everything in the tables, for machines."""
-        return {
-            method: {
-                key: one.to_json()
-                for key, (_, measure, _, _) in MEASURES.items()
-                if (one := self.estimate(measure, method)) is not None
-            }
-            for method in self._methods()
-        }
+        by_method: dict[str, Any] = {}
+        for method in self._methods():
+            estimates = {key: self.estimate(measure, method) for key, (_, measure, _, _) in MEASURES.items()}
+            by_method[method] = {key: one.to_json() for key, one in estimates.items() if one is not None}
+        return by_method
 
     def _methods(self) -> list[str]:
         """Return the training methods with a complete cell, in the order of the grid."""

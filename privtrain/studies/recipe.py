@@ -9,6 +9,7 @@ placeholder such as ``{data}``, for a path that is known only when the study run
 
 from __future__ import annotations
 
+import collections
 import copy
 import dataclasses
 import hashlib
@@ -18,7 +19,7 @@ import json
 import pathlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import pydantic
 from pydantic import Field
@@ -167,8 +168,9 @@ def expand(recipe: Recipe, settle: Settle | None = None) -> list[Cell]:
                 faults += [Fault(f"{name}: {fault.path}", fault.problem) for fault in error.faults]
     if not (cells or faults):
         faults = [Fault("axes", "no cell is left")]
-    names = [cell.name for cell in cells]
-    faults += [Fault("axes", f"two cells are named {n}") for n in sorted({n for n in names if names.count(n) > 1})]
+    uses = collections.Counter(cell.name for cell in cells)
+    repeated = sorted(name for name, count in uses.items() if count > 1)
+    faults += [Fault("axes", f"two cells are named {name}") for name in repeated]
     if faults:
         raise ConfigError(faults, f"study {recipe.study}")
     return cells
@@ -176,13 +178,15 @@ def expand(recipe: Recipe, settle: Settle | None = None) -> list[Cell]:
 
 def _combinations(recipe: Recipe) -> Iterator[dict[str, str]]:
     """Yield axis → value of every combination that the recipe does not exclude."""
-    for chosen in itertools.product(*(axis for axis in recipe.axes.values())):
-        values = dict(zip(recipe.axes, chosen, strict=True))
-        is_excluded = any(
-            all(values.get(axis) in excluded for axis, excluded in rule.items()) for rule in recipe.exclude
-        )
-        if not is_excluded:
+    for combination in itertools.product(*recipe.axes.values()):
+        values = dict(zip(recipe.axes, combination, strict=True))
+        if not any(_is_excluded(values, rule) for rule in recipe.exclude):
             yield values
+
+
+def _is_excluded(values: Mapping[str, str], rule: Mapping[str, Sequence[str]]) -> bool:
+    """Return whether a rule, axis → excluded values, leaves a combination out: all axes that it names must fit."""
+    return all(values.get(axis) in excluded for axis, excluded in rule.items())
 
 
 def _cell(recipe: Recipe, name: str, values: Mapping[str, str], seed: int, settle: Settle | None) -> Cell:
@@ -263,20 +267,27 @@ def _in_strings(node: Any, places: Mapping[str, str]) -> Any:
 
 
 def _with_text_keys(tree: dict[str, Any]) -> dict[str, Any]:
-    """Turn names of axes and of their values into text, in ``tree`` itself: YAML reads the name ``8`` as a number."""
-    axes = tree.get("axes")
+    """Turn names of axes and of their values into text, in ``tree`` itself: YAML reads the name ``8`` as a number.
+
+    What has another form than a recipe's is left as it is, for the model to refuse.
+    """
+    axes, rules = tree.get("axes"), tree.get("exclude")
     if isinstance(axes, dict):
-        tree["axes"] = {
-            str(axis): {str(value): overrides for value, overrides in values.items()}
-            for axis, values in axes.items()
-            if isinstance(values, dict)
-        }
-    rules = cast(Sequence[Any], tree.get("exclude") or [])
-    tree["exclude"] = [
-        {str(axis): _texts(values) for axis, values in rule.items()} if isinstance(rule, dict) else rule
-        for rule in rules
-    ]
+        tree["axes"] = {str(axis): _text_keyed(values) for axis, values in axes.items()}
+    if rules is None:
+        tree.pop("exclude", None)  # an empty key excludes nothing
+    elif isinstance(rules, list):
+        texts = [_text_keyed(rule) for rule in rules]
+        tree["exclude"] = [
+            {axis: _texts(values) for axis, values in rule.items()} if isinstance(rule, dict) else rule
+            for rule in texts
+        ]
     return tree
+
+
+def _text_keyed(node: Any) -> Any:
+    """Return a mapping with its keys as texts; anything else as it is."""
+    return {str(key): value for key, value in node.items()} if isinstance(node, dict) else node
 
 
 def _texts(value: Any) -> list[str]:

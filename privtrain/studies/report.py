@@ -130,18 +130,19 @@ def _design(run: Run, findings: Findings) -> list[str]:
     recipe = run.recipe
     axes = "; ".join(f"{axis}: {', '.join(values)}" for axis, values in recipe.axes.items())
     seeds = ", ".join(map(str, recipe.seeds))
-    paired = (
-        f"Seeds {seeds} go into {recipe.seed_key}: arms of one seed share split, sample, noise and planted secrets as "
-        "far as their settings let them, and are compared with each other, seed by seed"
-        if recipe.seed_key is not None
-        else f"Every job draws its own secrets, {len(recipe.seeds)} for each cell"
-    )
-    random = sum(claim.numbers is not None for claim in findings.claims)
+    if recipe.seed_key is None:
+        paired = f"Every job draws its own secrets, {len(recipe.seeds)} for each cell"
+    else:
+        paired = (
+            f"Seeds {seeds} go into {recipe.seed_key}: arms of one seed share split, sample, noise and planted secrets "
+            "as far as their settings let them, and are compared with each other, seed by seed"
+        )
+    num_random = sum(claim.numbers is not None for claim in findings.claims)
     return [
         f"{len(run.results.planned)} cells in {run.num_jobs} jobs. Axes: {axes}.",
         f"{paired}.",
         f"Commands of a job: {' ; '.join(recipe.commands)}.",
-        f"{random} of {len(findings.claims)} claims rest on an interval over seeds; the others compare computed "
+        f"{num_random} of {len(findings.claims)} claims rest on an interval over seeds; the others compare computed "
         "numbers, or were not measured.",
     ]
 

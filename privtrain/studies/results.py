@@ -91,11 +91,13 @@ class CellResult:
         Raises:
             KeyError: if the run released none.
         """
-        return self._metrics[name][-1][1]
+        _, value = self._metrics[name][-1]
+        return value
 
     def first(self, name: str) -> float:
         """Return the first value of a released metric."""
-        return self._metrics[name][0][1]
+        _, value = self._metrics[name][0]
+        return value
 
     def series(self, name: str) -> list[tuple[int, float]]:
         """Return (step, value) of a released metric."""
@@ -105,7 +107,9 @@ class CellResult:
     def split_commitment(self) -> str | None:
         """What the run committed to before training: equal for runs of equal seed, users and canaries."""
         path = self.run / "privacy.json"
-        return json.loads(path.read_text(encoding="utf-8")).get("split_commitment") if path.exists() else None
+        if not path.exists():
+            return None
+        return json.loads(path.read_text(encoding="utf-8")).get("split_commitment")
 
     def json(self, path: str) -> Any:
         """Return a JSON file of the run directory, e.g. ``privacy.json`` or ``report/attacks.json``."""
@@ -163,16 +167,17 @@ class Results:
         Args:
             sides: axis → value of the cells of each side.
         """
-        found = [{result.cell.seed: result for result in self.where(**side)} for side in sides]
-        return [tuple(side[seed] for side in found) for seed in found[0] if all(seed in side for side in found)]
+        seeds_of_sides = [{result.cell.seed: result for result in self.where(**side)} for side in sides]
+        common = [seed for seed in seeds_of_sides[0] if all(seed in by_seed for by_seed in seeds_of_sides)]
+        return [tuple(by_seed[seed] for by_seed in seeds_of_sides) for seed in common]
 
 
 def have_same_split(groups: Sequence[Sequence[CellResult]]) -> bool | None:
     """Return whether the results of each group committed to the same split; ``None`` if one committed to none."""
-    splits = [[result.split_commitment for result in group] for group in groups]
-    if not all(split for group in splits for split in group):
+    splits = [{result.split_commitment for result in group} for group in groups]
+    if not all(all(distinct) for distinct in splits):
         return None
-    return all(len(set(group)) == 1 for group in splits)
+    return all(len(distinct) == 1 for distinct in splits)
 
 
 def noise_multiplier(result: CellResult) -> float:

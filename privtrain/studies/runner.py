@@ -116,12 +116,18 @@ class Study:
         Raises:
             ConfigError: if a pattern matches no cell.
         """
-        unmatched = [p for p in only if not any(fnmatch.fnmatch(cell.name, p) for cell in self.cells)]
-        if unmatched:
-            raise ConfigError([Fault("--only", f"no cell is named {p}; see --dry-run") for p in unmatched])
         if not only:
             return list(self.jobs)
-        return [job for job in self.jobs if any(fnmatch.fnmatch(cell.name, p) for cell in job.cells for p in only)]
+        wanted: set[str] = set()
+        faults = []
+        for pattern in only:
+            matching = fnmatch.filter([cell.name for cell in self.cells], pattern)
+            wanted.update(matching)
+            if not matching:
+                faults.append(Fault("--only", f"no cell is named {pattern}; see --dry-run"))
+        if faults:
+            raise ConfigError(faults)
+        return [job for job in self.jobs if any(cell.name in wanted for cell in job.cells)]
 
     def results(self) -> Results:
         """Return what is complete, in the order of the grid."""
@@ -192,12 +198,14 @@ def _report(study: Study, chosen: Sequence[Job], options: StudyOptions) -> None:
 
 def _software(jobs: Sequence[Job]) -> list[Mapping[str, Any]]:
     """Return the software that complete jobs recorded, each combination of versions once."""
-    kinds: list[Mapping[str, Any]] = []
+    combinations: list[Mapping[str, Any]] = []
     for job in jobs:
-        facts = (job.record() or {}).get("software") if job.state() == "complete" else None
-        if facts is not None and facts not in kinds:
-            kinds.append(facts)
-    return kinds
+        if job.state() != "complete":
+            continue
+        facts = (job.record() or {}).get("software")
+        if facts is not None and facts not in combinations:
+            combinations.append(facts)
+    return combinations
 
 
 def _command(study: Study, options: StudyOptions) -> str:
@@ -220,7 +228,10 @@ def _prepare(study: Study, num_threads: int) -> None:
             continue
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_name(f".part-{target.name}")
-        shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink(missing_ok=True)
+        # What a command that was cut off has left: a file, or a directory of files.
+        if temporary.is_dir():
+            shutil.rmtree(temporary)
+        temporary.unlink(missing_ok=True)
         log = study.data / "log.txt"
         _console.print(f"preparing {target}")
         places = {"file": str(temporary), "data": str(study.data), "recipe": str(study.recipe_directory)}
@@ -257,7 +268,8 @@ def _run_all(jobs: Sequence[Job], options: StudyOptions, num_complete: int) -> N
         task = bar.add_task("cells", total=len(jobs))
         futures = {pool.submit(_outcome, job, processes): job for job in jobs}
         for number, future in enumerate(concurrent.futures.as_completed(futures), 1):
-            job, (state, note) = futures[future], future.result()
+            job = futures[future]
+            state, note = future.result()
             bar.advance(task)
             if state != "open":
                 _console.print(f"[{number}/{len(jobs)}] {state}: {job.name}{note}", markup=False)
@@ -318,9 +330,9 @@ def _hand_out(study: Study, jobs: Sequence[Job], options: StudyOptions) -> None:
     names = study.root / "cells.txt"
     write_atomically(names, "".join(f"{job.name}\n" for job in jobs))
     recipe = [] if options.recipe is None else ["--recipe", str(options.recipe)]
-    alone = ["privtrain", "study", study.recipe.study, "--scale", "paper", "--output", str(study.root), *recipe]
+    arguments = [study.recipe.study, "--scale", "paper", "--output", str(study.root), *recipe]
     # study.sbatch takes the list of cells, then what follows "privtrain study"; each task runs the cell of its number.
-    array = ["--array", f"0-{len(jobs) - 1}", "launch/slurm/study.sbatch", str(names), *alone[2:]]
+    array = ["--array", f"0-{len(jobs) - 1}", "launch/slurm/study.sbatch", str(names), *arguments]
     if options.submit is not None:
         done = subprocess.run([*shlex.split(options.submit), *array], check=False)
         if done.returncode:
@@ -328,6 +340,7 @@ def _hand_out(study: Study, jobs: Sequence[Job], options: StudyOptions) -> None:
         return
     _console.print(f"{len(jobs)} cells are to be run. One by one, on a machine that has the devices:")
     for job in jobs:
-        _console.print(f"  {shlex.join([*alone, '--here', '--only', job.name])}", markup=False)
+        command = ["privtrain", "study", *arguments, "--here", "--only", job.name]
+        _console.print(f"  {shlex.join(command)}", markup=False)
     _console.print(f"or all of them: sbatch {shlex.join(array)}", markup=False)
     _console.print("then the command that you gave writes the report")

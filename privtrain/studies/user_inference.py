@@ -9,7 +9,7 @@ a user. Its further values, by ``settings.canaries`` of the recipe, plant users 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from privtrain.studies.figures import AxisLabels, Level, Series, curves_figure, places_figure, roc_figure
 from privtrain.studies.findings import Claim, Figure, Findings, Statement, Table, judge_direction, judge_no_effect
@@ -119,27 +119,43 @@ def find(results: Results) -> Findings:
             f"A claim of a difference is contradicted where the whole interval lies below {LEAST} in AUROC.",
             *results.recipe.settings.get("notes", []),
         ],
-        numbers={
-            method: {"auroc": estimate.to_json()}
-            for method in results.values_of("method")
-            if (estimate := results.estimate(auroc, method=method)) is not None
-        },
+        numbers=_numbers(results),
     )
 
 
-def _settings(results: Results) -> tuple[str, list[str], dict[str, int]]:
-    """Return the recipe's (baseline, caps, canaries).
+def _numbers(results: Results) -> dict[str, Any]:
+    """Return method → AUROC of every complete way of training, for machines."""
+    by_method = {}
+    for method in results.values_of("method"):
+        estimate = results.estimate(auroc, method=method)
+        if estimate is not None:
+            by_method[method] = {"auroc": estimate.to_json()}
+    return by_method
 
-    The method without mitigation; the methods with a cap on a user's records; and method → tokens that all documents of
-    a planted user share.
+
+class _Methods(NamedTuple):
+    """Which methods of the grid are what, by the recipe's ``settings``.
+
+    Attributes:
+        plain: the method without mitigation.
+        caps: the methods with a cap on a user's records.
+        canaries: method → tokens that all documents of a planted user share.
     """
-    settings: Mapping[str, Any] = results.recipe.settings
-    return settings["baseline"], list(settings["caps"]), dict(settings["canaries"])
+
+    plain: str
+    caps: list[str]
+    canaries: dict[str, int]
+
+    @classmethod
+    def of(cls, results: Results) -> _Methods:
+        """Return the methods of a recipe."""
+        settings: Mapping[str, Any] = results.recipe.settings
+        return cls(settings["baseline"], list(settings["caps"]), dict(settings["canaries"]))
 
 
 def _claims(results: Results) -> list[Claim]:
     """Judge every claim of the paper by what is complete."""
-    plain, caps, canaries = _settings(results)
+    plain, caps, canaries = _Methods.of(results)
 
     def less(method: str, than: str = plain) -> Estimate | None:
         """Return by how much a method's AUROC is below another's."""
@@ -147,13 +163,16 @@ def _claims(results: Results) -> list[Claim]:
 
     def grows(curve: str) -> Estimate | None:
         """Return how much the AUROC without mitigation grows along a curve of the attack report."""
-        cells = [r for r in results.where(method=plain) if len(_points(r, curve)) > 1]
-        return Estimate(tuple(last_less_first(curve)(r) for r in cells)) if cells else None
+        growth = last_less_first(curve)
+        growths = [growth(result) for result in results.where(method=plain) if len(_points(result, curve)) > 1]
+        return Estimate(tuple(growths)) if growths else None
 
-    def documents() -> Estimate | None:
+    def more_documents() -> Estimate | None:
         """Return what the most documents that every seed has gain over one document."""
-        place = min((len(_points(r, "by_num_documents")) for r in results.where(method=plain)), default=0) - 1
-        return results.estimate(more_documents_gain(place), method=plain) if place > 0 else None
+        lengths = [len(_points(result, "by_num_documents")) for result in results.where(method=plain)]
+        last_place = min(lengths, default=0) - 1
+        # The curve's first point is one document, with which more are compared.
+        return results.estimate(more_documents_gain(last_place), method=plain) if last_place > 0 else None
 
     def users_variance(method: str) -> float | None:
         """Return what the finite number of users adds to the variance of a method's AUROC."""
@@ -182,7 +201,7 @@ def _claims(results: Results) -> list[Claim]:
                 "CC News: 62 % with one, 68 % with fifty",
                 expected=0.06,
             ),
-            documents(),
+            more_documents(),
             None,
         ),
         (
@@ -274,11 +293,11 @@ def _claims(results: Results) -> list[Claim]:
 
 def _mitigations(results: Results) -> Table:
     """Return a table with a row for each complete way of training: AUROC, perplexity, guarantee."""
-    _, _, canaries = _settings(results)
+    canaries = _Methods.of(results).canaries
     rows = []
     for method in results.values_of("method"):
         estimate = results.estimate(auroc, method=method)
-        if estimate is None or method in canaries:
+        if estimate is None or method in canaries:  # runs with planted users are a table of their own
             continue
         others = [results.estimate(measure, method=method) for measure in (tpr(0.01), tpr(0.1), PERPLEXITY)]
         texts = [other.text() if other else "" for other in others]
@@ -306,18 +325,18 @@ _CURVES = {
 
 def _dependences(results: Results) -> list[Table]:
     """Return tables of what raises the AUROC without mitigation, and of planted users; only those with rows."""
-    plain, _, canaries = _settings(results)
+    methods = _Methods.of(results)
     rows = []
     for curve, title in _CURVES.items():
-        for place, points in enumerate(_by_place(results, plain, curve), start=1):
-            at = str(points[0].get("num_documents", place))
-            rows.append([title, at, Estimate(tuple(p["auroc"] for p in points)).text()])
+        for place, points in enumerate(_by_place(results, methods.plain, curve), start=1):
+            value = points[0].get("num_documents", place)  # the other curves' points are quarters: 1 to 4
+            rows.append([title, str(value), Estimate(tuple(point["auroc"] for point in points)).text()])
     tables = [Table("What raises it, without mitigation", ("what", "value", "AUROC"), rows)] if rows else []
-    planted = [
-        [str(length), estimate.text()]
-        for method, length in canaries.items()
-        if (estimate := results.estimate(canary_auroc, method=method)) is not None
-    ]
+    planted = []
+    for method, length in methods.canaries.items():
+        estimate = results.estimate(canary_auroc, method=method)
+        if estimate is not None:
+            planted.append([str(length), estimate.text()])
     if planted:
         tables.append(Table("Planted users", ("tokens shared by all documents of a user", "AUROC"), planted))
     return tables
@@ -335,8 +354,9 @@ _CHANCE = Level("guessing", 0.5)
 
 def _figures(results: Results) -> list[Figure]:
     """Return the figures for which enough is complete."""
-    _, _, canaries = _settings(results)
-    methods = [m for m in results.values_of("method") if m not in canaries and results.where(method=m)]
+    canaries = _Methods.of(results).canaries
+    complete = [method for method in results.values_of("method") if results.where(method=method)]
+    methods = [method for method in complete if method not in canaries]
     figures = [_auroc_figure(results, methods), _roc_curves(results, methods)] if methods else []
     more = (_documents_figure(results), _canaries_figure(results))
     return [*figures, *(figure for figure in more if figure is not None)]
@@ -344,29 +364,33 @@ def _figures(results: Results) -> list[Figure]:
 
 def _auroc_figure(results: Results, methods: Sequence[str]) -> Figure:
     """Draw the AUROC of each way of training."""
-    points: list[Estimate | float] = [e for m in methods if (e := results.estimate(auroc, method=m)) is not None]
-    series = [Series("AUROC", list(range(len(points))), points)]
+    estimates = [results.estimate(auroc, method=method) for method in methods]
+    series = [Series.through("AUROC", enumerate(estimates))]
     labels = AxisLabels("", "AUROC over users")
-    svg = places_figure("mitigations", [_name(m) for m in methods], series, labels, [_CHANCE])
+    svg = places_figure("mitigations", [_name(method) for method in methods], series, labels, [_CHANCE])
     return Figure("mitigations", "AUROC by mitigation", svg, "Means over seeds with 95 % t-intervals.")
 
 
 def _roc_curves(results: Results, methods: Sequence[str]) -> Figure:
     """Draw the ROC curves, of the first seed, of some ways of training."""
-    plain, _, _ = _settings(results)
-    shown = [m for m in (plain, "cap-1", "dp-example", "dp-user") if m in methods]
-    curves = [(_name(m), *_roc(results.where(method=m)[0])) for m in shown]
+    plain = _Methods.of(results).plain
+    curves = []
+    for method in (plain, "cap-1", "dp-example", "dp-user"):
+        if method in methods:
+            false_rates, true_rates = _roc(results.where(method=method)[0])
+            curves.append((_name(method), false_rates, true_rates))
     return Figure("roc", "ROC on log axes", roc_figure("roc", curves, _num_held_out(results)), "Of the first seed.")
 
 
 def _documents_figure(results: Results) -> Figure | None:
     """Draw AUROC against the attacker's number of documents, without mitigation; ``None`` for fewer than two points."""
-    plain, _, _ = _settings(results)
-    documents = _by_place(results, plain, "by_num_documents")
-    if len(documents) < 2:
+    plain = _Methods.of(results).plain
+    by_place = _by_place(results, plain, "by_num_documents")
+    if len(by_place) < 2:
         return None
-    x = [float(points[0]["num_documents"]) for points in documents]
-    series = [Series(_name(plain), x, [Estimate(tuple(p["auroc"] for p in points)) for points in documents])]
+    x = [float(points[0]["num_documents"]) for points in by_place]
+    y = [Estimate(tuple(point["auroc"] for point in points)) for points in by_place]
+    series = [Series(_name(plain), x, y)]
     labels = AxisLabels("documents of the attacker", "AUROC over users", "log")
     svg = curves_figure("documents", series, labels, [_CHANCE])
     return Figure("documents", "AUROC against documents", svg, "Users with at least so many documents.")
@@ -374,17 +398,13 @@ def _documents_figure(results: Results) -> Figure | None:
 
 def _canaries_figure(results: Results) -> Figure | None:
     """Draw AUROC over planted users against the length of their shared substring; ``None`` with fewer than two."""
-    _, _, canaries = _settings(results)
-    planted = [
-        (float(length), estimate)
-        for method, length in canaries.items()
-        if (estimate := results.estimate(canary_auroc, method=method)) is not None
-    ]
-    if len(planted) < 2:
+    canaries = _Methods.of(results).canaries
+    points = [(float(length), results.estimate(canary_auroc, method=method)) for method, length in canaries.items()]
+    planted = Series.through("planted users", points)
+    if len(planted.x) < 2:
         return None
     labels = AxisLabels("tokens shared by a user's documents", "AUROC over planted users", "log")
-    series = [Series("planted users", [length for length, _ in planted], [estimate for _, estimate in planted])]
-    svg = curves_figure("canaries", series, labels, [_CHANCE])
+    svg = curves_figure("canaries", [planted], labels, [_CHANCE])
     return Figure("canaries", "AUROC against the shared substring", svg, "Users with a planted substring.")
 
 

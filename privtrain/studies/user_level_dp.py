@@ -49,7 +49,8 @@ def settle(values: Mapping[str, str], tree: Mapping[str, Any], settings: Mapping
         settings: of the recipe. ``populations``: value of the axis ``data`` (or ``here``) → ``num_users`` held in, and
             ``num_records``: k → their records, at most k of each.
     """
-    population, sampling_prob = settings["populations"][values.get("data", "here")], tree["privacy"]["sampling_prob"]
+    population = settings["populations"][values.get("data", "here")]
+    sampling_prob = tree["privacy"]["sampling_prob"]
     num_units = population["num_users"] if values["method"] == "user" else population["num_records"][values["k"]]
     overrides: dict[str, Any] = {"privacy.expected_batch_size": float(f"{sampling_prob * num_units:.3g}")}
     if values["method"] != "user":
@@ -79,6 +80,7 @@ class _View:
         values: axis → value for the other axes, such as model and data set; maybe none.
 
     Attributes:
+        name: of model and data set, as a key; "here" if the grid has one of each.
         words: of model and data set, for the end of a title.
         selection_k, selection_epsilon: of the cells that compare selections; empty if there are none.
     """
@@ -89,9 +91,10 @@ class _View:
         self.words = f" on {self.name}" if values else ""
         self.methods, self.ks = results.values_of("method"), results.values_of("k")
         self.epsilons, self.selections = results.values_of("epsilon"), results.values_of("selection")
-        chosen = [c.values for c in results.planned if c.values["selection"] != "random"]
-        self.selection_k = chosen[0]["k"] if chosen else ""
-        self.selection_epsilon = chosen[0]["epsilon"] if chosen else ""
+        # The cells that compare selections have one k and one ε: any of them tells both.
+        comparing = [cell.values for cell in results.planned if cell.values["selection"] != "random"]
+        self.selection_k = comparing[0]["k"] if comparing else ""
+        self.selection_epsilon = comparing[0]["epsilon"] if comparing else ""
 
     def cell(self, method: str, k: str, epsilon: str, selection: str = "random") -> dict[str, str]:
         """Return the axis values of one cell."""
@@ -109,13 +112,15 @@ class _View:
         planned = self.planned("k", method=method, epsilon=epsilon, selection="random")
         if not all(self.is_complete(method, k, epsilon) for k in planned):
             return None
-        means = {k: estimate.mean for k in planned if (estimate := self.perplexity(method, k, epsilon)) is not None}
+        estimates = {k: self.perplexity(method, k, epsilon) for k in planned}
+        means = {k: estimate.mean for k, estimate in estimates.items() if estimate is not None}
         return min(means, key=means.__getitem__) if means else None
 
     def planned(self, axis: str, **values: str) -> list[str]:
         """Return the values of an axis that the grid has in combination with these values of other axes."""
         wanted = {**self.values, **values}.items()
-        return list(dict.fromkeys(c.values[axis] for c in self.results.planned if wanted <= c.values.items()))
+        cells = [cell for cell in self.results.planned if wanted <= cell.values.items()]
+        return list(dict.fromkeys(cell.values[axis] for cell in cells))  # each once, in the order of the grid
 
     def is_complete(self, method: str, k: str, epsilon: str, selection: str = "random") -> bool:
         """Return whether every seed of a cell is there."""
@@ -193,20 +198,23 @@ class _View:
 
     def _accounting(self, charles: str) -> Claim:
         """Judge the claim that mixture accounting asks for less noise than group privacy; ``charles``: the citation."""
-        ratios = []  # (noise by mixture over noise by group, k, epsilon) where both are known
+        ratios: dict[tuple[str, str], float] = {}  # (k, ε) → noise by mixture over noise by group, where both are known
         for k in self.ks:
             for epsilon in self.epsilons:
                 mixture, group = self.noise("mixture", k, epsilon), self.noise("group", k, epsilon)
                 if mixture is not None and group is not None:
-                    ratios.append((mixture / group, k, epsilon))
-        least, k, epsilon = min(ratios, default=(1.0, "", ""))
-        statement = f"mixture accounting asks for less noise than group privacy at equal k and ε{self.words}"
-        return judge_fact(
-            Statement(statement, charles, "far below group privacy"),
-            all(ratio < 1 for ratio, _, _ in ratios) if ratios else None,
-            ours=f"down to {least:.3f} of it (k = {k}, ε = {epsilon})" if ratios else "no pair is complete",
-            reason=f"noise multipliers of {len(ratios)} pairs of complete cells",
+                    ratios[k, epsilon] = mixture / group
+        claim = Statement(
+            f"mixture accounting asks for less noise than group privacy at equal k and ε{self.words}",
+            charles,
+            "far below group privacy",
         )
+        reason = f"noise multipliers of {len(ratios)} pairs of complete cells"
+        if not ratios:
+            return judge_fact(claim, None, ours="no pair is complete", reason=reason)
+        k, epsilon = min(ratios, key=ratios.__getitem__)
+        ours = f"down to {ratios[k, epsilon]:.3f} of it (k = {k}, ε = {epsilon})"
+        return judge_fact(claim, max(ratios.values()) < 1, ours=ours, reason=reason)
 
     def _selection_claims(self, chua: str) -> list[Claim]:
         """Judge for two methods which selection of a user's records is the best; ``chua``: the citation."""
@@ -214,7 +222,8 @@ class _View:
         for method, best in (("group", "longest"), ("user", "random_chunk")):
             k, epsilon = self.selection_k, self.selection_epsilon
             planned = self.planned("selection", method=method, k=k, epsilon=epsilon)
-            leads: dict[str, Estimate] = {}  # the best of a part is not the best: none unless all are complete
+            leads: dict[str, Estimate] = {}  # other selection → its perplexity minus that of the claimed best
+            # The best of a part is not the best: nothing is judged unless all selections are complete.
             if all(self.is_complete(method, k, epsilon, selection) for selection in planned):
                 claimed = self.cell(method, k, epsilon, best)
                 for other in planned:
@@ -261,10 +270,15 @@ class _View:
         slug = "".join(f"-{value}" for value in self.values.values())
         base = self.base()
         levels = [] if base is None else [Level("before training", base.mean)]
-        by_epsilon = [self._series(m, [(float(e), self.best(m, e)) for e in self.epsilons]) for m in self.methods]
         epsilon = self.selection_epsilon or self.epsilons[0]
-        by_k = [self._series(m, [(float(k), self.perplexity(m, k, epsilon)) for k in self.ks]) for m in self.methods]
-        noise = [self._series(m, [(float(k), self.noise(m, k, epsilon)) for k in self.ks]) for m in self.methods]
+        by_epsilon, by_k, noise = [], [], []
+        for method in self.methods:
+            bests = [(float(each), self.best(method, each)) for each in self.epsilons]
+            perplexities = [(float(k), self.perplexity(method, k, epsilon)) for k in self.ks]
+            noises = [(float(k), self.noise(method, k, epsilon)) for k in self.ks]
+            by_epsilon.append(self._series(method, bests))
+            by_k.append(self._series(method, perplexities))
+            noise.append(self._series(method, noises))
         labels = AxisLabels("records a user, k", "held-out perplexity", "log")
         sigma = AxisLabels("records a user, k", "noise multiplier σ", "log", "log")
         against = AxisLabels("ε for a user", "held-out perplexity", "log")
@@ -319,14 +333,14 @@ class _View:
     def numbers(self) -> list[dict[str, Any]]:
         """Return the axis values, perplexity and noise of every complete cell, for JSON."""
         rows = []
-        for cell in dict.fromkeys(tuple(c.values.items()) for c in self.results.planned):
-            values = dict(cell)
+        own = [cell.values for cell in self.results.planned if self.values.items() <= cell.values.items()]
+        for items in dict.fromkeys(tuple(values.items()) for values in own):  # each once: seeds share their values
+            values = dict(items)
             estimate = self.results.estimate(_PERPLEXITY, **values)
-            if estimate is not None and all(values[axis] == value for axis, value in self.values.items()):
+            if estimate is not None:
                 noise = self.results.estimate(noise_multiplier, **values)
-                rows.append(
-                    {**values, "perplexity": estimate.to_json(), "noise_multiplier": noise.mean if noise else None}
-                )
+                multiplier = None if noise is None else noise.mean
+                rows.append({**values, "perplexity": estimate.to_json(), "noise_multiplier": multiplier})
         return rows
 
 

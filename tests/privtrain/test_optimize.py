@@ -136,7 +136,7 @@ def test_bands_are_not_offered_where_they_are_refused(private_tree, few_choices,
     private_tree["privacy"] |= change
     config = validate(private_tree)
     assert not can_be_banded(config)
-    assert all(num_bands == 1 for *_, num_bands, _ in module._shapes(config, NUM_USERS, 1000))
+    assert all(shape.num_bands == 1 for shape in module._shapes(config, NUM_USERS, 1000))
 
 
 def test_bands_need_steps_of_more_noise_than_signal(private_tree, few_choices):

@@ -148,6 +148,14 @@ def test_faults_of_all_cells_come_before_anything_starts(recipe, tmp_path):
         run_study("no-such", StudyOptions())
 
 
+@pytest.mark.parametrize(("key", "value"), [("axes", {"k": [1, 2]}), ("exclude", {"k": 2})])
+def test_axes_and_rules_of_another_form_are_refused(recipe, tmp_path, key, value):
+    """An axis that was left out without a word would make another study."""
+    recipe[key] = value
+    with pytest.raises(ConfigError, match=rf"{key}.*(dictionary|list)"):
+        _run(recipe, tmp_path)
+
+
 def test_a_resumed_study_runs_nothing_that_is_complete(recipe, tmp_path):
     output = _run(recipe, tmp_path, num_jobs=2)
     assert len(_starts(tmp_path)) == 9  # 15 cells, six of them the same job as another
