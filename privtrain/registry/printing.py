@@ -67,10 +67,11 @@ def print_budgets(views: Sequence[BudgetView]) -> None:
 
 def _bar(share: float, width: int) -> str:
     """Return a bar that is filled up to a share, green while much is left; nothing for the width 0."""
+    colour = "green"
+    if share >= 0.7:
+        colour = "yellow"
     if share >= 0.95:
         colour = "red"
-    else:
-        colour = "yellow" if share >= 0.7 else "green"
     num_filled = round(share * width)
     return f"[{colour}]{'█' * num_filled}[/]{'·' * (width - num_filled)}"
 
