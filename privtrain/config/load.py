@@ -46,7 +46,7 @@ def load_config(path: pathlib.Path, overrides: Sequence[str] = ()) -> Config:
     document = read_tree(path)
     faults = [Fault(fault.key, fault.problem, fault.line) for fault in document.faults]
     tree = apply_overrides(document.value, overrides)
-    overridden = [tuple(override.partition("=")[0].split(".")) for override in overrides]
+    overridden = [tuple(_key_assigned(override).split(".")) for override in overrides]
 
     def line_of(place: strict_yaml.Path) -> int | None:
         """Return the line of the file where a value stands; None if it comes from an override."""
@@ -66,14 +66,15 @@ def load_config(path: pathlib.Path, overrides: Sequence[str] = ()) -> Config:
 
 def sections_of(path: pathlib.Path, overrides: Sequence[str]) -> tuple[ModelSection | None, DataSection | None]:
     """Return the sections model and data of a file with faults; None in place of a section that has faults itself."""
-    sections: list[Any] = []
-    for name, kind in (("model", ModelSection), ("data", DataSection)):
+
+    def section(name: str, kind: type[pydantic.BaseModel]) -> Any:
         try:
             tree = apply_overrides(read_tree(path).value, overrides)
-            sections.append(kind.model_validate_json(json.dumps(_plain(tree[name]), default=str), strict=True))
-        except (PrivtrainError, ValueError, LookupError, RecursionError):  # their faults are reported already
-            sections.append(None)
-    return sections[0], sections[1]
+            return kind.model_validate_json(json.dumps(_plain(tree[name]), default=str), strict=True)
+        except (PrivtrainError, ValueError, LookupError, RecursionError):  # the faults are reported already
+            return None
+
+    return section("model", ModelSection), section("data", DataSection)
 
 
 def validate(tree: dict[str, Any], source: str = "") -> Config:
@@ -140,9 +141,15 @@ def layered(*layers: Sequence[str]) -> list[str]:
     """Join several lists of ``key=value`` overrides; where lists give the same key, the later list's value stays."""
     merged: list[str] = []
     for layer in layers:
-        keys = {override.partition("=")[0] for override in layer}
-        merged = [override for override in merged if override.partition("=")[0] not in keys] + list(layer)
+        keys = {_key_assigned(override) for override in layer}
+        merged = [*(override for override in merged if _key_assigned(override) not in keys), *layer]
     return merged
+
+
+def _key_assigned(override: str) -> str:
+    """Return the dotted key of an override: of ``a.b=value`` ``a.b``."""
+    key, _, _ = override.partition("=")
+    return key
 
 
 def to_yaml(tree: dict[str, Any]) -> str:
@@ -233,7 +240,8 @@ def _mask(tree: Any, place: strict_yaml.Path) -> bool:
     node, path = tree, []
     for part in place:
         path.append(str(part))
-        if (stand_in := _STAND_INS.get(".".join(path))) is not None:
+        stand_in = _STAND_INS.get(".".join(path))
+        if stand_in is not None:
             node[part] = stand_in
             return True
         is_last = len(path) == len(place)
@@ -252,7 +260,9 @@ def _plain(node: Any) -> Any:
         return {str(key): _plain(value) for key, value in node.items()}
     if isinstance(node, list | tuple):
         return [_plain(value) for value in node]
-    return int(node) if isinstance(node, float) and node.is_integer() and abs(node) < 2**53 else node
+    # Beyond 2**53 doubles are no longer exact, so such a number was hardly meant as a count.
+    is_whole = isinstance(node, float) and node.is_integer() and abs(node) < 2**53
+    return int(node) if is_whole else node
 
 
 def _place(item: Any, tree: Any) -> strict_yaml.Path:
@@ -269,8 +279,10 @@ def _place(item: Any, tree: Any) -> strict_yaml.Path:
         if is_key or is_index:
             node = node[part]
             place.append(part)
-    # A missing key, or item of a pair, is not in the tree either, but belongs to its place.
-    if item["type"] == "missing" and (not place or place[-1] != last or len(place) <= len(parents)):
+    # A missing key, or item of a pair, is not in the tree either, but belongs to its place. It may have the name of a
+    # section above it, so the length tells, too.
+    ends_with_it = len(place) > len(parents) and place[-1] == last
+    if item["type"] == "missing" and not ends_with_it:
         place.append(last)
     return tuple(place)
 
@@ -280,8 +292,10 @@ def _fault(item: Any, place: strict_yaml.Path) -> Fault:
     location = [str(part) for part in place]
     path = ".".join(location)
     if item["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(location[-1], sorted(_keys_beside(location[:-1])), n=1)
-        meant = [".".join([*location[:-1], near[0]])] if near else _homes(location[-1], Config)
+        *section, name = location
+        similar = difflib.get_close_matches(name, sorted(_keys_beside(section)), n=1)
+        # A misspelt key of this section; else the same key in other sections.
+        meant = [".".join([*section, key]) for key in similar] or _homes(name, Config)
         hint = f"; did you mean {' or '.join(meant[:3])}?" if meant else ""
         return Fault(path, f"unknown key{hint}")
     if item["type"] == "missing" and isinstance(place[-1], int):
@@ -325,7 +339,8 @@ def _homes(name: str, section: type[pydantic.BaseModel], above: str = "") -> lis
     homes = []
     for key, field in section.model_fields.items():
         path = f"{above}{key}"
-        homes += [path] if key == name else []
+        if key == name:
+            homes.append(path)
         for below in _models(field.annotation):
             homes += _homes(name, below, f"{path}.")
     return list(dict.fromkeys(homes))

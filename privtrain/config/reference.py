@@ -61,7 +61,8 @@ def _children(spec: dict[str, Any], definitions: dict[str, Any]) -> list[dict[st
     ``spec`` is the key's JSON schema, which refers to sections by ``$ref``.
     """
     choices = [spec, *spec.get("allOf", []), *spec.get("anyOf", []), *spec.get("oneOf", [])]
-    return [definitions[choice["$ref"].rpartition("/")[2]] for choice in choices if "$ref" in choice]
+    references = [choice["$ref"] for choice in choices if "$ref" in choice]
+    return [definitions[reference.removeprefix("#/$defs/")] for reference in references]
 
 
 def _table(section: dict[str, Any], definitions: dict[str, Any]) -> str:

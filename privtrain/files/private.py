@@ -133,7 +133,8 @@ def check_database_file(path: pathlib.Path) -> None:
     if status.st_mode & _OTHERS:
         raise UnsafePath(f"{path} can be read or changed by other users of this machine; run: chmod 600 {path}")
     # SQLite plays back a journal that it finds, so somebody else's would rewrite the registry.
-    for companion in (path.with_name(f"{path.name}{suffix}") for suffix in ("-journal", "-wal", "-shm")):
+    for suffix in ("-journal", "-wal", "-shm"):
+        companion = path.with_name(f"{path.name}{suffix}")
         with contextlib.suppress(FileNotFoundError):
             beside = companion.lstat()
             if not stat.S_ISREG(beside.st_mode):
@@ -260,7 +261,8 @@ def locked_file(path: pathlib.Path, *, busy: str = "") -> Iterator[int]:
     descriptor = _open_lock_file(path)
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
+            at_once = fcntl.LOCK_NB if busy else 0  # without the flag it waits for the lock
+            fcntl.flock(descriptor, fcntl.LOCK_EX | at_once)
         except BlockingIOError:
             raise RunBusy(busy) from None
         yield descriptor

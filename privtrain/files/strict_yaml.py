@@ -156,20 +156,21 @@ class _Survey:
             if key_node.tag == _FLOAT and _EXPONENT.fullmatch(key_node.value):
                 key_node.tag = _TEXT  # a key such as 1e5 is a name, as in YAML 1.1; only values are numbers
             key = self._loader.construct_object(key_node, deep=True)
-            here = (*path, key if isinstance(key, int) and not isinstance(key, bool) else str(key))
+            is_number = isinstance(key, int) and not isinstance(key, bool)
+            key_path = (*path, key if is_number else str(key))
             if key in first_lines:
-                self._add(here, line, f"this key stands twice, in lines {first_lines[key]} and {line}; keep one")
+                self._add(key_path, line, f"this key stands twice, in lines {first_lines[key]} and {line}; keep one")
             else:
                 first_lines[key] = line
-                self.lines.setdefault(here, line)
-            self.visit(value_node, here)
+                self.lines.setdefault(key_path, line)
+            self.visit(value_node, key_path)
 
     def _visit_scalar(self, node: yaml.ScalarNode, path: Path) -> None:
         """Note a number that YAML 1.1 reads as something else than it looks like, or that is not finite."""
         line, text = node.start_mark.line + 1, node.value
         if node.tag == _INT and len(text) > _MOST_DIGITS:
             self._add(path, line, "a whole number beyond the range of a double")
-            node.tag, node.value = _INT, "0"  # PyYAML refuses to read thousands of digits
+            node.value = "0"  # PyYAML refuses to read thousands of digits
         elif node.tag in (_INT, _FLOAT) and ":" in text:
             self._add(path, line, f"YAML reads {text} as minutes and seconds; write the number, or quotes")
         elif node.tag == _INT and _OCTAL.fullmatch(text):

@@ -80,7 +80,8 @@ class Progress:
         if self._bar is not None:
             self._bar.update(self._task, completed=done, note=note)
             return
-        if done == self._total or done == self._start + 1 or now - self._last_line > _LINE_INTERVAL_SECONDS:
+        is_first_or_last = done in (self._start + 1, self._total)
+        if is_first_or_last or now - self._last_line > _LINE_INTERVAL_SECONDS:
             self._last_line = now
             eta_seconds = (now - self._began) / max(done - self._start, 1) * (self._total - done)
             say(f"step {done}/{self._total}  {note}  ETA {eta_seconds:.0f} s")

@@ -43,17 +43,16 @@ def _num_launched() -> int:
     Raises:
         ConfigError: naming the variables that are no numbers, or too large.
     """
-    names = ("WORLD_SIZE", "RANK", "LOCAL_RANK")
-    numbers: dict[str, int] = {"WORLD_SIZE": 1, "RANK": 0, "LOCAL_RANK": 0}
+    numbers: dict[str, int] = {"WORLD_SIZE": 1, "RANK": 0, "LOCAL_RANK": 0}  # without a launcher
     faults = []
-    for name in names:
-        given = os.environ.get(name, "").strip() or str(numbers[name])
+    for name, default in list(numbers.items()):
+        given = os.environ.get(name, "").strip() or str(default)
         if given.isdecimal():
             numbers[name] = int(given)
         elif (name, given) != ("LOCAL_RANK", "-1"):  # older launchers' word for one process
             faults.append(Fault(name, f"given {given!r}; must be a whole number, as accelerate or torchrun set it"))
     size = max(1, numbers["WORLD_SIZE"])
-    for name in names[1:]:
+    for name in ("RANK", "LOCAL_RANK"):
         if not faults and numbers[name] >= size:
             faults.append(Fault(name, f"given {numbers[name]}; WORLD_SIZE={size} has ranks 0 to {size - 1}"))
     if faults:

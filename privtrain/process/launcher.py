@@ -6,6 +6,7 @@ of SIGUSR1. A scheduler needs to know 75 (queue again) from 2 (a mistake in the 
 
 from __future__ import annotations
 
+import itertools
 import os
 import pathlib
 import signal
@@ -80,9 +81,9 @@ def launch(command: Sequence[str]) -> int:
 
 def _check_config_file(command: Sequence[str]) -> None:
     """Raise if the file after ``--config_file`` is missing, where accelerate would only show a traceback."""
-    for word, value in zip(command, [*command[1:], ""], strict=True):
+    for word, next_word in itertools.pairwise([*command, ""]):
         name, _, joined = word.partition("=")
-        path = joined if joined else value
+        path = joined or next_word  # --config_file=PATH, or --config_file PATH
         if name in ("--config_file", "--config-file") and not os.path.isfile(path):
             raise PrivtrainError(f"{name}: no such file: {path}; give its whole path, or start in the checkout")
 

@@ -28,7 +28,8 @@ def adopt_slurm_tasks(environment: MutableMapping[str, str]) -> None:
     environment["WORLD_SIZE"] = str(num_tasks)
     environment["LOCAL_RANK"] = str(local_rank)
     # A list such as "4(x2),3", tasks by node: the first node's count stands for all.
-    environment["LOCAL_WORLD_SIZE"] = environment.get("SLURM_STEP_TASKS_PER_NODE", "1").split("(")[0].split(",")[0]
+    first_count, *_ = re.split(r"[(,]", environment.get("SLURM_STEP_TASKS_PER_NODE", "1"))
+    environment["LOCAL_WORLD_SIZE"] = first_count
     environment.setdefault("MASTER_ADDR", first_host(nodes))
     environment.setdefault("MASTER_PORT", str(port))
 
@@ -40,4 +41,7 @@ def first_host(node_list: str) -> str:
     if match is None:
         return "localhost"
     prefix, numbers, suffix = match.groups()
-    return prefix if numbers is None else prefix + re.split(r"[-,]", numbers)[0] + suffix
+    if numbers is None:
+        return prefix
+    first_number, *_ = re.split(r"[-,]", numbers)
+    return prefix + first_number + suffix

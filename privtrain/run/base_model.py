@@ -22,11 +22,12 @@ _NOT_LOADED = (
     *(".bin", ".safetensors", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".ot", ".onnx", ".tflite", ".pyc"),
 )
 _WEIGHTS = (".safetensors", ".bin", ".gguf", ".index.json")
-#: Files of this project that may lie beside a model, and beginnings of names of legal texts.
+#: Files of this project that may lie beside a model.
 _NO_PART = ("release.json", "export.json", "corpus.json", "privacy.json")
+#: Beginnings of the names of legal texts.
+_LEGAL = ("license", "notice", "use_policy", "readme", "copying")
 #: What a hub calls a model: its owner, where it has one, and its name.
 _HUB_NAME = re.compile(r"(?:[A-Za-z0-9_.-]+/)?[A-Za-z0-9_.-]+")
-_LEGAL = ("license", "notice", "use_policy", "readme", "copying")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,8 +147,9 @@ def digests_in(directory: pathlib.Path, gguf_file: str | None = None) -> dict[st
         raise ConfigError([Fault("model", fault) for fault in faults])
     names = {path.name for path in weights}
     for path in directory.iterdir():
-        is_loaded = not path.name.endswith(_NOT_LOADED) and path.name not in _NO_PART
-        if is_loaded and not path.name.lower().startswith((".", *_LEGAL)) and path.is_file():
+        is_ours = path.name in _NO_PART
+        is_hidden_or_legal = path.name.lower().startswith((".", *_LEGAL))
+        if path.is_file() and not (path.name.endswith(_NOT_LOADED) or is_ours or is_hidden_or_legal):
             names.add(path.name)
     return {name: sha256_of(directory / name) for name in sorted(names)}
 

@@ -98,9 +98,9 @@ class ReleaseManifest:
 
         Exports and corpora hold none of the released files but ``privacy.json``.
         """
-        prefix = PLACES[place]
         if place in ("export", "corpus"):
-            return {"privacy.json": self.files["privacy.json"]} if "privacy.json" in self.files else {}
+            return {path: digest for path, digest in self.files.items() if path == "privacy.json"}
+        prefix = PLACES[place]
         return {path.removeprefix(prefix): digest for path, digest in self.files.items() if path.startswith(prefix)}
 
 
@@ -182,14 +182,14 @@ def files_under(directory: pathlib.Path, skipped: Iterable[str] = ()) -> Iterato
         skipped: names of directories directly in it that are left out.
     """
     for root, directories, files in os.walk(directory):
-        here = pathlib.Path(root)
+        parent = pathlib.Path(root)
         # os.walk goes on into what is left in this list.
-        if here == directory:
+        if parent == directory:
             directories[:] = [name for name in directories if name not in skipped]
-        links = [name for name in directories if (here / name).is_symlink()]
+        links = [name for name in directories if (parent / name).is_symlink()]
         directories[:] = sorted(set(directories) - set(links))
         for name in sorted([*files, *links]):
-            yield (here / name).relative_to(directory).as_posix()
+            yield (parent / name).relative_to(directory).as_posix()
 
 
 def is_harmless(path: str) -> bool:
@@ -221,10 +221,10 @@ def compare_files(
             faults.append(FileFault(path, "is missing"))
         except OSError as error:
             faults.append(FileFault(path, f"cannot be read: {error.strerror or error}"))
-    # In a run, the released directory has a release.json and harmless files of its own.
-    tops = ("", *(prefix for prefix in ("adapter/", "model/") if any(path.startswith(prefix) for path in expected)))
+    # Harmless files may lie at the top and, in a run, in the released directory.
+    released = [prefix for prefix in ("adapter/", "model/") if any(path.startswith(prefix) for path in expected)]
     for path in sorted(present - set(expected) - set(own)):
-        if any(path.startswith(top) and is_harmless(path.removeprefix(top)) for top in tops):
+        if any(path.startswith(prefix) and is_harmless(path.removeprefix(prefix)) for prefix in ("", *released)):
             beside.append(path)
         else:
             faults.append(FileFault(path, "is not part of the release"))
@@ -294,7 +294,7 @@ def check_released(run: pathlib.Path) -> ReleaseManifest:
     directory = RunDirectory(run)
     if not directory.is_complete():
         raise PrivtrainError(f"{run} holds no finished run (no {NAME}); finish it with privtrain train")
-    released_digests(run)
+    released_digests(run)  # raises if it is not the release.json of a run
     manifest, _ = read_manifest(run)
     faults, _ = run_faults(directory, manifest)
     problems = [str(fault) for fault in faults]
@@ -321,10 +321,12 @@ def text_sha256(text: str) -> str:
 
 
 def last_record(log: pathlib.Path) -> dict[str, Any]:
-    """Return the last whole line of a log, unchecked; empty if there is none."""
+    """Return the record in the last line of a log, unchecked; empty if there is none, or a crash cut the line short."""
     lines = log.read_bytes().splitlines(keepends=True)
+    if not lines or not lines[-1].endswith(b"\n"):
+        return {}
     try:
-        record = strict_json.loads(lines[-1]) if lines and lines[-1].endswith(b"\n") else {}
+        record = strict_json.loads(lines[-1])
     except ValueError:
         return {}
     return record if isinstance(record, dict) else {}
@@ -335,8 +337,12 @@ def tokenizer_digest(files: Mapping[str, str]) -> str:
 
     ``files`` maps paths such as ``"adapter/tokenizer.json"`` to SHA-256; what counts is the part after the first slash.
     """
-    own = {path.partition("/")[2]: digest for path, digest in files.items()}
-    return digest_of({name: digest for name, digest in own.items() if name.startswith(_TOKENIZER_PREFIXES)})
+    digests = {}
+    for path, digest in files.items():
+        _, _, name = path.partition("/")
+        if name.startswith(_TOKENIZER_PREFIXES):
+            digests[name] = digest
+    return digest_of(digests)
 
 
 def check_digests(name: str, value: Any) -> None:

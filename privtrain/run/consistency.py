@@ -6,6 +6,7 @@ accountant, and everything else that the statement says of the plan derived agai
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Iterator
@@ -76,8 +77,10 @@ def _form_problem(statement: dict[str, Any]) -> str:
     try:
         parsed = PrivacyStatement.model_validate(statement)
     except pydantic.ValidationError as error:
-        first = error.errors(include_input=False, include_url=False)[0]
-        return f"{'.'.join(map(str, first['loc'])) or 'private'}: {first['msg']}"
+        first, *_ = error.errors(include_input=False, include_url=False)
+        # Without a field it is the model's own check, of ``private`` against ε.
+        field = ".".join(map(str, first["loc"])) or "private"
+        return f"{field}: {first['msg']}"
     software, num_model_steps = statement.get("software"), statement.get("steps_of_the_model")
     if not isinstance(software, dict) or not software or not all(isinstance(value, str) for value in software.values()):
         return "software: names no version"
@@ -184,10 +187,10 @@ def card_faults(card: str, statement: dict[str, Any]) -> list[str]:
     if banner(statement) not in card:
         faults.append("does not say that the run is not private")
     if place < 0 or card[place:] != section:
-        theirs, ours = card[max(place, 0) :].splitlines(), section.splitlines()
+        lines = itertools.zip_longest(section.splitlines(), card[max(place, 0) :].splitlines())
         # The first line of ours that the card lacks or has otherwise; if there is none, the card goes on too long.
-        line = next((ours[i] for i in range(len(ours)) if i >= len(theirs) or theirs[i] != ours[i]), "its end")
-        faults.append(f"is not the card of privacy.json, from this line on: {line}")
+        wrong = next((ours for ours, theirs in lines if ours is not None and ours != theirs), "its end")
+        faults.append(f"is not the card of privacy.json, from this line on: {wrong}")
     return faults
 
 

@@ -120,7 +120,8 @@ class RunDirectory:
 
     def show(self) -> None:
         """Let other users read what is released, as far as the umask let them read the released directory in it."""
-        self.root.chmod(stat.S_IRWXU | self.released.stat().st_mode & 0o055)
+        others = self.released.stat().st_mode & 0o055  # to read and enter, for group and others
+        self.root.chmod(stat.S_IRWXU | others)
 
     def check_new(self) -> None:
         """Raise if the private directories hold anything before the run begins: a planted key would be known to others.
@@ -132,7 +133,8 @@ class RunDirectory:
         if self.prepared.exists():
             files += [self.prepared, self.sources, self.secret / "spans.json"]
             files += [self.secret / "root.key", self.secret / "root.insecure"]
-        check_empty(self.secret, {path.name for file in files for path in (file, temporary_of(file))})
+        files += [temporary_of(file) for file in files]  # of a start that was killed while it wrote them
+        check_empty(self.secret, {file.name for file in files})
         check_empty(self.checkpoints, ())
 
     def check_private(self) -> None:
@@ -206,11 +208,12 @@ class RunDirectory:
             GuaranteeLost: if the key is gone but ``was_used``, or if it was made from a seed, so that it can be
                 guessed, and ``insecure_seed`` is None.
         """
-        if not was_used and not os.path.lexists(self.secret / f"{name}.key"):
+        file = self.secret / f"{name}.key"
+        if not was_used and not os.path.lexists(file):
             return self.create_key(name, insecure_seed)
         if insecure_seed is None and (self.secret / f"{name}.insecure").exists():
             raise GuaranteeLost(
-                f"{self.secret / f'{name}.key'} was made from privacy.insecure_seed, so it can be guessed, and this "
+                f"{file} was made from privacy.insecure_seed, so it can be guessed, and this "
                 "configuration sets no such seed; set another run.name"
             )
         return self.load_key(name)

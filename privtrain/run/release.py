@@ -124,8 +124,10 @@ def _hub_metadata(config: Config, evaluation: Mapping[str, float]) -> str:
     if isinstance(source, HubSource):
         metadata["datasets"] = [source.name]
     if evaluation:
-        held = config.data.evaluation
-        names = {"name": held.name, "type": held.name} if isinstance(held, HubSource) else _LOCAL
+        measured_on = config.data.evaluation
+        names = _LOCAL
+        if isinstance(measured_on, HubSource):
+            names = {"name": measured_on.name, "type": measured_on.name}
         metrics = [{"type": name, "value": round(value, 6)} for name, value in sorted(evaluation.items())]
         result = {"task": {"type": task}, "dataset": names, "metrics": metrics}
         metadata["model-index"] = [{"name": config.run.name, "results": [result]}]
@@ -134,8 +136,8 @@ def _hub_metadata(config: Config, evaluation: Mapping[str, float]) -> str:
 
 def banner(statement: dict[str, Any]) -> str:
     """Return the warning at the top of a card, a line for each reason why the run is not private; else empty."""
-    reasons = statement["not_private_reasons"]
-    return "".join(f"> **NOT PRIVATE**: {reason}.\n" for reason in reasons) + ("\n" if reasons else "")
+    lines = [f"> **NOT PRIVATE**: {reason}.\n" for reason in statement["not_private_reasons"]]
+    return "".join([*lines, "\n"]) if lines else ""
 
 
 def card_section(plan: PrivacyPlan, statement: dict[str, Any]) -> str:

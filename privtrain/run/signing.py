@@ -68,28 +68,38 @@ def signing_faults(keys: Keys, password: str | None, names: tuple[str, str, str]
         names: option names of the key, its certificate and the certificate chain, for the faults.
     """
     assert keys.key is not None
+    key_name, certificate_name, chain_name = names
     if importlib.util.find_spec("model_signing") is None:
-        return [Fault(names[0], _NOT_INSTALLED)]
-    from cryptography import exceptions, x509
+        return [Fault(key_name, _NOT_INSTALLED)]
+    from cryptography import exceptions
 
-    faults, public_key, certificate = [], None, None
+    faults: list[Fault] = []
+    public_key = certificate = None
     try:
         public_key = _public_key(keys.key, password, is_certified=keys.certificate is not None)
     except FileNotFoundError:
-        faults.append(Fault(names[0], f"{keys.key} is missing"))
+        faults.append(Fault(key_name, f"{keys.key} is missing"))
     except (UnsafePath, OSError, ValueError, TypeError, exceptions.UnsupportedAlgorithm) as error:
-        faults.append(Fault(names[0], f"{keys.key} cannot sign: {error}"))
-    for name, path in ((names[1], keys.certificate), *((names[2], path) for path in keys.chain)):
-        try:
-            read = None if path is None else x509.load_pem_x509_certificate(path.read_bytes())
-        except (OSError, ValueError) as error:
-            faults.append(Fault(name, f"{path} is no certificate: {error}"))
-        else:
-            # The chain's certificates need only be readable; the signing one must fit the key.
-            certificate = read if name == names[1] else certificate
+        faults.append(Fault(key_name, f"{keys.key} cannot sign: {error}"))
+    # The chain's certificates need only be readable; the signing one must fit the key.
+    if keys.certificate is not None:
+        certificate = _certificate(keys.certificate, certificate_name, faults)
+    for path in keys.chain:
+        _certificate(path, chain_name, faults)
     if public_key is not None and certificate is not None and certificate.public_key() != public_key:
-        faults.append(Fault(names[1], f"{keys.certificate} is of another key than {keys.key}"))
+        faults.append(Fault(certificate_name, f"{keys.certificate} is of another key than {keys.key}"))
     return faults
+
+
+def _certificate(path: pathlib.Path, name: str, faults: list[Fault]) -> Any:
+    """Return the certificate in a PEM file; ``None`` if there is none, with a fault of the option ``name`` added."""
+    from cryptography import x509
+
+    try:
+        return x509.load_pem_x509_certificate(path.read_bytes())
+    except (OSError, ValueError) as error:
+        faults.append(Fault(name, f"{path} is no certificate: {error}"))
+        return None
 
 
 def _public_key(path: pathlib.Path, password: str | None, *, is_certified: bool) -> Any:
@@ -169,9 +179,9 @@ def sign(directory: pathlib.Path, keys: Keys, files: Sequence[str], password: st
     try:
         if keys.certificate is None:
             # The library hands the password on to cryptography, which takes bytes.
-            encoded = (
-                None if password is None or not _is_encrypted(read_private_file(keys.key)) else password.encode("utf-8")
-            )
+            encoded = None if password is None else password.encode("utf-8")
+            if not _is_encrypted(read_private_file(keys.key)):
+                encoded = None  # the password is for another key
             config.use_elliptic_key_signer(private_key=keys.key, password=encoded)
         else:
             config.use_certificate_signer(

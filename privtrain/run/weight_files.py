@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pathlib
 import struct
+from collections.abc import Iterable
 
 from privtrain.errors import PrivtrainError
 from privtrain.files import reading
@@ -30,10 +31,10 @@ def weight_file_faults(directory: pathlib.Path, gguf_file: str | None = None) ->
         paths = [directory / gguf_file]
     else:
         paths = sorted(path for path in directory.iterdir() if path.suffix in _DESCRIPTIONS and path.is_file())
-    faults = [f"{path} {problem}" for path in paths if (problem := _problem(path))]
+    faults = _problems(paths)
     if gguf_file is None and not faults:
         weights, faults = weights_read(directory)
-        faults += [f"{path} {problem}" for path in weights if (problem := _problem(path))]
+        faults += _problems(weights)
         if (directory / _ADAPTER_CONFIG).exists():
             faults.append(
                 f"{directory / _ADAPTER_CONFIG} makes transformers load an adapter on the model, or another model; "
@@ -54,11 +55,17 @@ def weights_read(directory: pathlib.Path) -> tuple[list[pathlib.Path], list[str]
         index = directory / f"{whole}.index.json"
         if index.is_file():
             return _parts(index)
-    stem = _WHOLE[0].partition(".")[0]
-    if parts := sorted(directory.glob(f"{stem}-*-of-*.safetensors")):
+    parts = sorted(directory.glob("model-*-of-*.safetensors"))
+    if parts:
         problem = f"{directory} holds {parts[0].name} and no {_WHOLE[0]}.index.json, which names the parts; fetch it"
         return [], [problem]
     return [], []
+
+
+def _problems(paths: Iterable[pathlib.Path]) -> list[str]:
+    """Return a line for each file with which something is wrong."""
+    problems = [(path, _problem(path)) for path in paths]
+    return [f"{path} {problem}" for path, problem in problems if problem]
 
 
 def _problem(path: pathlib.Path) -> str:
@@ -89,7 +96,8 @@ def _safetensors_problem(path: pathlib.Path, size: int) -> str:
         header = file.read(length)
     try:
         tensors = dict(json.loads(header).items())
-        end = max((int(tensors[name]["data_offsets"][1]) for name in tensors if name != "__metadata__"), default=0)
+        ranges = [entry["data_offsets"] for name, entry in tensors.items() if name != "__metadata__"]  # [begin, end]
+        end = max((int(offsets[1]) for offsets in ranges), default=0)
     except (ValueError, TypeError, AttributeError, LookupError, RecursionError):
         return damaged
     expected = _LENGTH_BYTES + length + end
@@ -109,4 +117,6 @@ def _parts(index: pathlib.Path) -> tuple[list[pathlib.Path], list[str]]:
         return [], [f"{index} names parts outside of its directory ({elsewhere[0]!r}); put them beside it"]
     parts = [index.parent / name for name in names]
     missing = [f"{index} names {part.name}, which is not there" for part in parts if not part.is_file()]
-    return ([], missing) if missing else (parts, [])
+    if missing:
+        return [], missing
+    return parts, []

@@ -74,13 +74,14 @@ class BlockedMirror:
         self._was_live = is_live or note.get("live", 0) == 1
         #: The last step that people were shown; -1 if none was.
         self._shown = min(note.get("step", -1), from_step)
-        self._rows = [row for row in _rows_of(run) if row[0] > self._shown]
+        self._rows = [(step, values) for step, values in _rows_of(run) if step > self._shown]
         if is_live:
             self._note()
 
     def log(self, step: int, values: Values) -> None:
         """Keep a row; if it begins a new block, show the rows of the last one first."""
-        if step - max(self._shown, 0) > self._num_steps and self._rows:
+        last_shown = max(self._shown, 0)  # 0 also where none was shown: row 0 is in no block
+        if step - last_shown > self._num_steps and self._rows:
             self._flush()
         self._rows.append((step, values))
 

@@ -93,11 +93,12 @@ class MlflowTracker(QuietTracker):
         """Return the id of MLflow's run with this run's tag, made if there is none."""
         project = config.tracking.wandb_project
         experiment = self._client.get_experiment_by_name(project)
-        number = self._client.create_experiment(project) if experiment is None else experiment.experiment_id
+        experiment_id = self._client.create_experiment(project) if experiment is None else experiment.experiment_id
         # The first that the search finds, if any.
-        for run in self._client.search_runs([number], f"tags.`{_TAG}` = '{run_id}'"):
+        for run in self._client.search_runs([experiment_id], f"tags.`{_TAG}` = '{run_id}'"):
             return run.info.run_id
-        return self._client.create_run(number, tags={_TAG: run_id}, run_name=config.run.name).info.run_id
+        made = self._client.create_run(experiment_id, tags={_TAG: run_id}, run_name=config.run.name)
+        return made.info.run_id
 
 
 def _flat(tree: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, Any]]:

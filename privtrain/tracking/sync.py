@@ -35,11 +35,11 @@ def sync_run(path: pathlib.Path) -> str:
     config = load_config(run.resolved_config)
     identity = json.loads(run.identity.read_text(encoding="utf-8"))
     with run.locked():
-        rows = [json.loads(line) for line in run.metrics.read_text(encoding="utf-8").splitlines()]
+        values_of_rows = [json.loads(line) for line in run.metrics.read_text(encoding="utf-8").splitlines()]
+        rows = [(values.pop("train/step"), values) for values in values_of_rows]
         tracker = WandbTracker(config, PrivacyPlan.build(config.privacy, config.training), run, identity["tracker_id"])
         try:
-            split = [(row["train/step"], {name: row[name] for name in row if name != "train/step"}) for row in rows]
-            tracker.log_rows(split)
+            tracker.log_rows(rows)
             if run.is_complete():
                 tracker.publish(run)
         finally:

@@ -41,5 +41,5 @@ class TensorBoardTracker(QuietTracker):
         for file in self._directory.iterdir():
             # events.out.tfevents.TIME.HOST.PID.N: the machine's name has no place in a published directory.
             renamed = file.rename(file.with_name(file.name.replace(f".{socket.gethostname()}.", ".privtrain.")))
-            opened_at = int(renamed.name.split(".")[3])
-            os.utime(renamed, (opened_at, opened_at))
+            _, _, _, opened_at, *_ = renamed.name.split(".")
+            os.utime(renamed, (int(opened_at), int(opened_at)))

@@ -154,8 +154,10 @@ class ReleaseGate:
         published.
         """
         alerts = []
-        before, self._budget_fraction = self._budget_fraction, released.get("privacy/budget_fraction") or 0.0
-        if before is not None and before < _ALERT_BUDGET_FRACTION <= self._budget_fraction:
+        before, now = self._budget_fraction, released.get("privacy/budget_fraction") or 0.0
+        self._budget_fraction = now
+        # Not at a job's first row, before which nothing is known: an earlier job may have alerted already.
+        if before is not None and before < _ALERT_BUDGET_FRACTION <= now:
             alerts.append(("Privacy budget", f"{_ALERT_BUDGET_FRACTION:.0%} of the steps are charged"))
         if released.get("train/num_nonfinite_units"):
             alerts.append(("Non-finite gradients", f"{released['train/num_nonfinite_units']} units contributed zero"))

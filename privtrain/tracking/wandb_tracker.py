@@ -43,7 +43,9 @@ class WandbTracker:
             raise PrivtrainError(f"W&B's settings cannot be read: {' '.join(str(error).split())}; {remedy}") from None
         import wandb
 
-        tags = [plan.unit, plan.sampling, *(["not private"] if plan.not_private_reasons else [])]
+        tags = [plan.unit, plan.sampling]
+        if plan.not_private_reasons:
+            tags.append("not private")
         self._name = config.run.name
         try:
             self._run = wandb.init(

@@ -121,7 +121,8 @@ def _train(texts: Sequence[str], size: Size, directory: pathlib.Path) -> dict[st
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, size.learning_rate, total_steps=size.num_steps, pct_start=0.1
     )
-    state, first = directory / "state.pt", 0
+    state = directory / "state.pt"
+    first = 0  # step to begin with
     if state.exists():
         saved = torch.load(state, weights_only=True)
         model.load_state_dict(saved["model"])
@@ -167,8 +168,11 @@ def _tokenised(texts: Sequence[str], size: Size) -> tuple[PreTrainedTokenizerFas
     )
     core.train_from_iterator(texts, trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<end>", bos_token="<end>", pad_token="<end>")
-    tokens = [token for encoded in core.encode_batch(list(texts)) for token in (*encoded.ids, 0)]
-    return tokenizer, torch.tensor(tokens[: len(tokens) // size.length * size.length]).view(-1, size.length)
+    tokens: list[int] = []
+    for encoded in core.encode_batch(list(texts)):
+        tokens += [*encoded.ids, 0]
+    num_rows = len(tokens) // size.length
+    return tokenizer, torch.tensor(tokens[: num_rows * size.length]).view(num_rows, size.length)
 
 
 def _config(size: Size) -> LlamaConfig:

@@ -27,7 +27,12 @@ def main(directory: pathlib.Path, plays: Sequence[str] = ()) -> None:
         directory: where to.
         plays: titles of the plays to train on; all if none is given.
     """
-    texts = [text for user, text in read_plays() if text and (not plays or user.split("/")[0] in plays)]
+    texts = []
+    for user, text in read_plays():
+        play, _, _ = user.partition("/")  # a user is a character of a play: "hamlet/HORATIO"
+        if text and (not plays or play in plays):
+            texts.append(text)
+
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
@@ -35,9 +40,14 @@ def main(directory: pathlib.Path, plays: Sequence[str] = ()) -> None:
     trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=["<end>"], initial_alphabet=alphabet)
     core.train_from_iterator(texts, trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<end>", bos_token="<end>", pad_token="<end>")
+
     # One stream with the end mark (id 0) after each text, cut into rows of LENGTH tokens.
-    tokens = [token for encoded in core.encode_batch(texts) for token in (*encoded.ids, 0)]
-    rows = torch.tensor(tokens[: len(tokens) // LENGTH * LENGTH]).view(-1, LENGTH)
+    tokens: list[int] = []
+    for encoded in core.encode_batch(texts):
+        tokens += [*encoded.ids, 0]
+    num_rows = len(tokens) // LENGTH
+    rows = torch.tensor(tokens[: num_rows * LENGTH]).view(num_rows, LENGTH)
+
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
