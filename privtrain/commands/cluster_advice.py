@@ -70,6 +70,8 @@ def describe_cluster(config: Config, plan: PrivacyPlan, layout: LaunchLayout, cl
     num_bands = 1 if plan.strategy is None else plan.strategy.num_bands
     memory = model_size(config, layout, num_bands).memory_bytes
     usable = _USABLE_MEMORY * cluster.gpu.memory_bytes
+
+    # Settings that may be faster.
     changes = list(_changes(job, memory))
     if checkpoints:  # without gradient checkpointing: by itself, and together with each further setting
         without = performance.model_copy(update={"gradient_checkpointing": False})

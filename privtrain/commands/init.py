@@ -160,8 +160,11 @@ def guess_configuration(
     files = source_files(FilesSource(kind="files", paths=list(paths)))
     if not files:
         raise ConfigError([Fault("data.source.paths", missing(path)) for path in paths])
-    if faults := _file_faults(files):
+    faults = _file_faults(files)
+    if faults:
         raise ConfigError(faults)
+
+    # Columns, by the first file alone.
     guess = guess_columns(files[0], user_column)
     name = _run_name(files[0])
     tree: dict[str, Any] = {
@@ -175,6 +178,8 @@ def guess_configuration(
     config = validate(tree, "guessed configuration")
     check_inputs(config)
     notes = {f"data.{key}": f"Guessed: {reason}" for key, reason in guess.notes.items()}
+
+    # Length and plan, by the records of all files.
     corpus = load_corpus(config.data)
     tree["data"]["max_length"] = _max_length(config, sample_of(corpus, 512))
     notes["data.max_length"] = "Holds at least 95 of 100 records, unless they are longer than 1,024 tokens."
@@ -383,7 +388,8 @@ def _total_length(column: list[Any]) -> int:
 
 def _user_column(values: dict[str, list[Any]]) -> str | None:
     """Return a column that is named like a user's id, e.g. ``Author-ID`` or ``forum_user``; no value is looked at."""
-    by_normal_name = {name.lower().translate(str.maketrans("- .", "___")): name for name in values}
+    separators = str.maketrans("- .", "___")  # "Author-ID" and "author id" become author_id
+    by_normal_name = {name.lower().translate(separators): name for name in values}
     for name in _USER_NAMES:
         if name in by_normal_name:
             return by_normal_name[name]

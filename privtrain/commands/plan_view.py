@@ -81,8 +81,8 @@ def _plan_table(d: dict[str, Any]) -> Table:
         table.add_row("largest signal / noise of a step", signal)
     epsilon = "∞" if d["epsilon"] is None else f"{d['epsilon']:.4f}"
     table.add_row(f"ε ({d['accountant']}, certified upper bound)", epsilon)
-    people = d["expected_training_users" if d["unit"] == "user" else "expected_training_units"]
-    table.add_row("δ", f"{d['delta']:g}; 1 / {d['unit']}s is {1 / max(people, 1):.2g}")
+    num_protected = d["expected_training_users" if d["unit"] == "user" else "expected_training_units"]
+    table.add_row("δ", f"{d['delta']:g}; 1 / {d['unit']}s is {1 / max(num_protected, 1):.2g}")
     return table
 
 

@@ -86,11 +86,15 @@ def verify_directory(directory: pathlib.Path, anchors: Anchors | None = None) ->
     """
     anchors = anchors or Anchors()
     _check_inputs(directory)
+
+    # The parts against one another.
     manifest, place = bundle.read_manifest(directory)
     checked = ["release.json", "every file by SHA-256", "the statement against its plan, ε by the accountant"]
     faults, beside, description = _compare_files(directory, manifest, place)
     problems = [str(fault) for fault in faults]
     problems += _content_problems(directory, manifest, place)
+
+    # Against what the checker has from elsewhere.
     not_checked: list[str] = []
     outcomes = [_check_digest(manifest, anchors), _check_signed(directory, anchors), _check_base(manifest, anchors)]
     if description is not None:  # an export or a corpus
@@ -105,8 +109,9 @@ def verify_directory(directory: pathlib.Path, anchors: Anchors | None = None) ->
         not_checked += [_NOT_RELEASED[name] for name in _NOT_RELEASED if (directory / name).exists()]
     if place in ("adapter", "model"):
         not_checked.append("config.yaml and metrics.jsonl, which are published beside this directory")
+
+    # Against the ledger, if it is at hand; what is released must hold by itself first.
     run = RunDirectory(directory)
-    # The ledger is compared with what is released, which must hold by itself first.
     if place == "run" and run.ledger.is_file() and not problems:
         checked.append(verify_run(directory))
     elif place == "run" and run.secret.exists() and not run.ledger.is_file():

@@ -56,7 +56,8 @@ class CanariesSection(Section):
         if self.kind != "shared_substring" and self.user_fraction:
             yield f"canaries.kind: {self.kind} adds canaries.num_users; it has no canaries.user_fraction"
         needs_file = self.kind == "samples" and self.num_users > 0
-        if needs_file == (self.samples_file is None):
+        has_file = self.samples_file is not None
+        if needs_file != has_file:
             yield "canaries.kind: samples with canaries.num_users needs canaries.samples_file; no other kind has one"
 
     @property

@@ -112,7 +112,7 @@ def claimed(inputs: Inputs, backend: Backend) -> Iterator[None]:
         yield
         return
     run = inputs.run
-    made_here = False
+    is_new = False  # whether this start gives the directory its identity
     if not run.exists():
         _create(run)
     with run.locked():
@@ -126,7 +126,7 @@ def claimed(inputs: Inputs, backend: Backend) -> Iterator[None]:
                 "fixed": _fixed_keys(inputs.config),
             }
             write_json(run.identity, identity, mode=0o600)
-            made_here = True
+            is_new = True
         if not run.is_complete():
             run.hide()  # what an earlier version, or somebody, left open
         if complete_release(run):
@@ -136,7 +136,7 @@ def claimed(inputs: Inputs, backend: Backend) -> Iterator[None]:
         except (Preempted, RegistryUnreachable):
             raise  # the same command continues: a reservation stands, or may stand, under this identity
         except PrivtrainError:
-            if made_here and not is_bound(run):
+            if is_new and not is_bound(run):
                 run.identity.unlink(missing_ok=True)  # the next start may be of another plan
             raise
 

@@ -76,10 +76,12 @@ def stage(
     write_weights(weights)
     for place in (temporary, weights):  # the released directory is shared on its own, so each has all that it needs
         write_json(place / run.privacy.name, statement)
+
+    # Path from the run directory → SHA-256, of what is staged here and of what training wrote.
     digests = {}
-    for written in _WRITTEN_BEFORE:
-        sync_file(run.root / written)
-        digests[written] = bundle.sha256_of(run.root / written)
+    for name_written in _WRITTEN_BEFORE:
+        sync_file(run.root / name_written)
+        digests[name_written] = bundle.sha256_of(run.root / name_written)
     digests |= {path: bundle.sha256_of(temporary / path) for path in bundle.files_under(temporary)}
     manifest = ReleaseManifest(
         statement=bundle.digest_of(statement),
@@ -91,6 +93,8 @@ def stage(
     )
     write_atomically(weights / bundle.NAME, bundle.render(manifest, name))
     write_atomically(temporary / bundle.NAME, bundle.render(manifest, "run"))
+
+    # Staged at once and whole: the renaming is the step.
     sync_tree(temporary)
     os.replace(temporary, run.staged)
     sync_directory(run.root)
