@@ -218,6 +218,7 @@ def can_be_banded(config: Config) -> bool:
 
 
 def _bands_now(config: Config) -> int:
+    """Return the bands of the configured plan: 1 where its noise is independent."""
     if config.privacy.noise != "banded":
         return 1
     plan = PrivacyPlan.uncertified(config.privacy, config.training)

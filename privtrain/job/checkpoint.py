@@ -12,7 +12,6 @@ Everything else a resumed run needs (sample, noise, data order) is a pure functi
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import json
 import os
@@ -26,7 +25,7 @@ import torch
 from privtrain.backends import Backend
 from privtrain.errors import GuaranteeLost
 from privtrain.files.atomic import replace_directory, write_atomically
-from privtrain.privacy.layout import Layout
+from privtrain.privacy.layout import Layout, Slot
 from privtrain.process.console import say
 
 _STATE = "state.pt"
@@ -177,24 +176,33 @@ def restore(state: pathlib.Path | None, layout: Layout, optimizer: torch.optim.O
             content = _loaded(state)
     head = backend.json_from_main(lambda: content["head"])
     for slot, parameter in zip(layout.slots, layout.parameters.values(), strict=True):
-        optimizer.state[parameter] = {"step": torch.tensor(head["num_updates"], dtype=torch.float32)}
-        for moment in [None, *head["moments"]]:  # None: the parameter itself
-            message = backend.from_main(functools.partial(_tensor_bytes, content, moment, slot.name))
-            whole = np.frombuffer(message, dtype=np.float32)
-            part = whole[slot.first : slot.first + slot.num_coordinates].copy()  # what this rank holds of the tensor
-            value = torch.from_numpy(part).view(slot.shape).to(parameter.device)
-            if moment:
-                optimizer.state[parameter][moment] = value
-            else:
-                parameter.detach().copy_(value)
+        parameter.detach().copy_(_received(content, "tensors", slot, backend))
+        state_of_parameter = {"step": torch.tensor(head["num_updates"], dtype=torch.float32)}
+        for moment in head["moments"]:
+            state_of_parameter[moment] = _received(content, moment, slot, backend).to(parameter.device)
+        optimizer.state[parameter] = state_of_parameter
     backend.publish()
     return head["clipping_norm"]
 
 
-def _tensor_bytes(content: dict[str, Any], moment: str | None, name: str) -> bytes:
-    """Return a whole tensor's fp32 values: a parameter, or its optimizer moment of this name (e.g. ``exp_avg``)."""
-    tensors = content["tensors"] if moment is None else content["moments"][moment]
-    return tensors[name].numpy().tobytes()
+def _received(content: dict[str, Any], kind: str, slot: Slot, backend: Backend) -> torch.Tensor:
+    """Return this rank's part, on the CPU, of a tensor that rank 0 sends whole.
+
+    Args:
+        content: of the checkpoint, on rank 0.
+        kind: ``tensors`` for the parameter itself, or the name of a moment of the optimizer, e.g. ``exp_avg``.
+        slot: the parameter's name, and which part of it this rank holds.
+        backend: sends the tensor.
+    """
+
+    def values() -> bytes:
+        """Return the whole tensor's fp32 values; called on rank 0 alone."""
+        tensors = content["tensors"] if kind == "tensors" else content["moments"][kind]
+        return tensors[slot.name].numpy().tobytes()
+
+    whole = np.frombuffer(backend.from_main(values), dtype=np.float32)
+    part = whole[slot.first : slot.first + slot.num_coordinates].copy()
+    return torch.from_numpy(part).view(slot.shape)
 
 
 def _loaded(state: pathlib.Path) -> dict[str, Any]:

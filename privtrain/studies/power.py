@@ -58,17 +58,19 @@ class Design:
         if self.spread == 0:
             return float(abs(difference) <= margin)
         degrees = self.num_seeds - 1
-        error = self.spread / self.num_seeds**0.5
-        # The interval's half width follows from the spread that is seen in the seeds, and the mean is independent of
-        # it. So integrate over the quantiles of the seen spread, up to the one whose half width is the margin, the
-        # chance that the mean is within the room that is left.
-        most_seen = margin / (_critical(degrees) * error)  # the seen spread, in spreads, whose half width is the margin
-        last_quantile = float(stats.chi2.cdf(degrees * most_seen**2, degrees))
-        quantiles = last_quantile * (_NODES + 1) / 2
-        seen_over_spread = np.sqrt(stats.chi2.ppf(quantiles, degrees) / degrees)
-        room = margin - _critical(degrees) * error * seen_over_spread
-        inside = stats.norm.cdf((room - difference) / error) - stats.norm.cdf((-room - difference) / error)
-        return float(last_quantile / 2 * (_WEIGHTS @ inside))
+        standard_error = self.spread / self.num_seeds**0.5
+        # The interval's half width is (seen spread over true spread) * critical * standard error. The seen spread is
+        # independent of the mean, and (seen over true)² * degrees has a chi-squared law. So integrate over quantiles of
+        # that law, up to the one at which the half width is the margin, the chance that the mean is within the room
+        # that the half width leaves.
+        widest = margin / (_critical(degrees) * standard_error)  # seen over true spread, where nothing is left
+        last_quantile = float(stats.chi2.cdf(degrees * widest**2, degrees))
+        quantiles = last_quantile * (_NODES + 1) / 2  # the nodes of [-1, 1] moved to [0, last_quantile]
+        seen_over_true = np.sqrt(stats.chi2.ppf(quantiles, degrees) / degrees)
+        room = margin - seen_over_true * _critical(degrees) * standard_error
+        below_upper = stats.norm.cdf((room - difference) / standard_error)
+        below_lower = stats.norm.cdf((-room - difference) / standard_error)
+        return float(last_quantile / 2 * (_WEIGHTS @ (below_upper - below_lower)))
 
     def detectable(self, power: float = POWER) -> float:
         """Return the least true difference that is shown with this power."""
