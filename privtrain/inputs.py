@@ -71,7 +71,8 @@ def check_inputs(config: Config) -> None:
         faults.append(Fault("WANDB_MODE", f"given {mode!r}; must be one of {', '.join(_WANDB_MODES)}"))
     keys = Keys.of(config.release)
     is_main = os.environ.get("RANK", "0") == "0"
-    if is_main and (problem := why_unwritable(config.run.directory)):
+    problem = why_unwritable(config.run.directory) if is_main else ""
+    if problem:
         faults.append(Fault("run.output_dir", problem))
     if keys is not None and is_main:
         names = ("release.signing_key", "release.signing_certificate", "release.signing_chain")

@@ -187,7 +187,8 @@ def _wandb(config: Config | None) -> Finding:
     if mode != "online":
         return Finding("W&B", "ok", f"{mode}; later: privtrain track sync RUN")
     netrc = pathlib.Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
-    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("//")[-1].split("/")[0]
+    _, _, address = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").rpartition("//")
+    host, _, _ = address.partition("/")
     has_key = "WANDB_API_KEY" in os.environ or (netrc.is_file() and host in netrc.read_text(encoding="utf-8"))
     if not has_key:
         return Finding("W&B", "fault", f"WANDB_MODE=online without a key for {host}", "run: wandb login, or unset it")

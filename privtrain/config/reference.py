@@ -113,7 +113,8 @@ def _default(key: str, spec: dict[str, Any], section: dict[str, Any], is_section
 
 def plain_text(docstring: str) -> str:
     """Return the first paragraph of a docstring on one line."""
-    return _code(" ".join(docstring.split("\n\n")[0].split()))
+    first_paragraph, _, _ = docstring.partition("\n\n")
+    return _code(" ".join(first_paragraph.split()))
 
 
 def _code(text: str) -> str:

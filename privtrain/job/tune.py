@@ -102,8 +102,8 @@ class Draw:
     @classmethod
     def of(cls, key: SecretKey, tuning: Tuning, num_candidates: int) -> Draw:
         """Return the draw of a key: the same whenever it is asked for."""
-        uniform = float(key.stream("number of trials").uniform(1)[0])
-        num_trials = draw_num_runs(uniform, mean_runs=tuning.mean_trials, shape=tuning.distribution)
+        (uniform,) = key.stream("number of trials").uniform(1)
+        num_trials = draw_num_runs(float(uniform), mean_runs=tuning.mean_trials, shape=tuning.distribution)
         drawn = key.stream("candidates").uniform(num_trials)
         ties = key.stream("ties").uniform(num_trials)
         return cls(tuple(int(u * num_candidates) for u in drawn), tuple(map(float, ties)))

@@ -59,7 +59,8 @@ def _accountant(name: str) -> Accountant:
     if name in ESTIMATES:
         return ESTIMATES[name](Direction.REMOVE)
     if name.startswith("prv"):
-        return PrvAccountant(eps_error=float(name.partition("-")[2] or 0.01))
+        _, _, error = name.partition("-")
+        return PrvAccountant(eps_error=float(error or 0.01))
     if name == "tilted":
         return TiltedAccountant(tolerance=1e-4)  # the studies quote four digits
     return get_accountant(name)
