@@ -244,8 +244,9 @@ class Ledger:
         content = to_parquet(to_table(state.open_bodies, rows, state.zeroed))
         _write_new(segment_path(self._path, index), content)
         self._append("seal", segment=index, num_rows=len(rows), num_bytes=len(content), chunks=chunk_hashes(content))
+        next_rows = _Appender(rows_path(self._path, index + 1))  # first: if it fails, close() still closes the old one
         self._rows.close()
-        self._rows = _Appender(rows_path(self._path, index + 1))
+        self._rows = next_rows
         self._open_rows = [np.zeros(0, dtype=ROW)]
         rows_path(self._path, index).unlink()  # a crash before this leaves it for _drop_leftovers
 
