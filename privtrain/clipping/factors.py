@@ -268,8 +268,9 @@ def _summed(ids: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torc
 def row_blocks(outer: Outer) -> list[slice]:
     """Return slices of the rows of a [p, d] tensor whose blocks a CPU's cache holds; of one device by p and d."""
     p, d = outer.left.shape[-1], outer.right.shape[-1]
-    size = max(1, (_CPU_BLOCK if outer.left.device.type == "cpu" else _LARGEST_BLOCK) // d)
-    return [slice(start, min(start + size, p)) for start in range(0, p, size)]
+    numbers = _CPU_BLOCK if outer.left.device.type == "cpu" else _LARGEST_BLOCK
+    num_rows = max(1, numbers // d)
+    return [slice(start, min(start + num_rows, p)) for start in range(0, p, num_rows)]
 
 
 class Product:

@@ -221,8 +221,8 @@ def _label_number(data: DataSection, label: object) -> int | None:
     """Return the label's place in ``data.labels``; 1 and "1" are the same label, since CSV has no numbers."""
     if isinstance(label, bool) or not isinstance(label, int | str):
         return None
-    names = [str(name) for name in data.labels or ()]
-    return names.index(str(label).strip()) if str(label).strip() in names else None
+    name, names = str(label).strip(), [str(name) for name in data.labels or ()]
+    return names.index(name) if name in names else None
 
 
 def _dump(value: object) -> str:

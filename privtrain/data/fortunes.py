@@ -40,8 +40,12 @@ def fortune_files(root: pathlib.Path = pathlib.Path("/")) -> list[pathlib.Path]:
     if missing:
         problem = f"'fortunes' needs the Debian packages {' and '.join(missing)}: apt-get install fortunes"
         raise ConfigError([Fault("data.source.kind", problem)])
-    named = sorted(line for path in lists for line in path.read_text(encoding="utf-8").splitlines())
-    files = [root / name.lstrip("/") for name in named if name.startswith(_FILES) and "." not in name]
+    installed: list[str] = []
+    for path in lists:
+        installed += path.read_text(encoding="utf-8").splitlines()
+    # Beside each file of sayings lies an index of it, whose name has an ending.
+    sayings = [name for name in sorted(installed) if name.startswith(_FILES) and "." not in name]
+    files = [root / name.lstrip("/") for name in sayings]
     absent = [str(file) for file in files if not file.is_file()]
     if absent:
         problem = f"files of the Debian packages fortunes are gone: {', '.join(absent)}; reinstall them"

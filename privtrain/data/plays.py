@@ -53,9 +53,10 @@ def _speech(body: str) -> str:
     """Return what is spoken under a name: no asides, stage directions or later sections."""
     body = _NEXT_SECTION.split(body, maxsplit=1)[0]
     body = _ASIDE.sub("", body)
-    paragraphs = [p.strip() for p in body.split("\n\n")]
-    spoken = [p for p in paragraphs if p and not _is_direction(p)]
-    return "\n".join(line.strip() for p in spoken for line in p.splitlines())
+    paragraphs = [paragraph.strip() for paragraph in body.split("\n\n")]
+    spoken = [paragraph for paragraph in paragraphs if paragraph and not _is_direction(paragraph)]
+    lines = "\n".join(spoken).splitlines()
+    return "\n".join(line.strip() for line in lines)
 
 
 def _is_direction(paragraph: str) -> bool:

@@ -115,13 +115,15 @@ class _Piece:
 def _pieces_of(user: str, corpus: Corpus, split: Split, encoder: Encoder, cut: Selection) -> list[_Piece]:
     """Return a user's chunks, at most ``cut.max_records`` of them drawn at random."""
     indices = split.training[user]
-    chunks = encoder.chunks([corpus.records[user][i] for i in indices])
+    chunks = encoder.chunks([corpus.records[user][index] for index in indices])
     if cut.max_records is not None:
-        chunks = [chunks[i] for i in cut.key.stream("chunks", user).choose(len(chunks), cut.max_records)]
-    return [
-        _Piece(user, number, record, tuple(indices[place] for place in places))
-        for number, (record, places) in enumerate(chunks)
-    ]
+        chosen = cut.key.stream("chunks", user).choose(len(chunks), cut.max_records)
+        chunks = [chunks[number] for number in chosen]
+    pieces = []
+    for number, (record, places) in enumerate(chunks):
+        indices_inside = tuple(indices[place] for place in places)  # of texts given to the encoder → of the user's
+        pieces.append(_Piece(user, number, record, indices_inside))
+    return pieces
 
 
 def _grouped(pieces: Sequence[_Piece], unit: str) -> UnitData:

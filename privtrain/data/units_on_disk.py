@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 from typing import NamedTuple
 
 import numpy as np
@@ -44,9 +45,13 @@ class UnitsOnDisk(UnitData):
     @override
     def fetch(self, drawn: Drawn) -> list[list[Record]]:
         """Return the drawn units' records, a list for each unit; all are tokenised in one call."""
-        places = [self._locate(unit, number) for unit, numbers in drawn for number in numbers]
-        encoded = iter(self.encoder.encode([self.corpus.records[user][index] for user, index in places]).records)
-        return [[next(encoded) for _ in numbers] for _, numbers in drawn]  # split again unit by unit
+        texts: list[str] = []
+        for unit, numbers in drawn:
+            for number in numbers:
+                user, index = self._locate(unit, number)
+                texts.append(self.corpus.records[user][index])
+        encoded = iter(self.encoder.encode(texts).records)
+        return [list(itertools.islice(encoded, len(numbers))) for _, numbers in drawn]  # split again unit by unit
 
     def sha256(self) -> str:
         """Return a digest of all that decides every unit's name, tokens and targets, without tokenising anything."""

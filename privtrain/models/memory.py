@@ -104,17 +104,18 @@ def model_size(config: Config, layout: LaunchLayout, num_bands: int = 1) -> Mode
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
     # Over how many ranks each is divided; an adapter is never divided, only its base.
-    num_weight_parts = layout.num_ranks if layout.shards_parameters else 1
-    num_gradient_parts = layout.num_ranks if layout.shards_gradients and is_full else 1
-    num_optimizer_parts = layout.num_ranks if layout.shards_optimizer and is_full else 1
     has_sharded_gradients = is_full and layout.shards_gradients
+    num_base_parts = layout.num_ranks if layout.shards_parameters else 1
+    num_trained_parts = layout.num_ranks if layout.shards_parameters and is_full else 1
+    num_gradient_parts = layout.num_ranks if has_sharded_gradients else 1
+    num_optimizer_parts = layout.num_ranks if layout.shards_optimizer and is_full else 1
     num_units = _num_units_held(config, has_sharded_gradients)
     state_bytes = _OPTIMIZER_BYTES + (_FP32_BYTES if config.training.num_averaged_steps else 0)
     # Each rank's whole sum is reduced into parts: where the optimizer alone is divided, both are there at once.
     num_sums = 2 if layout.shards_optimizer and not has_sharded_gradients else 1
     parts = {
-        "frozen base": frozen // num_weight_parts,
-        "trained weights": trained * _FP32_BYTES // (num_weight_parts if is_full else 1),
+        "frozen base": frozen // num_base_parts,
+        "trained weights": trained * _FP32_BYTES // num_trained_parts,
         "optimizer state": 0 if layout.offloads_optimizer else trained * state_bytes // num_optimizer_parts,
         "clipped sum and noise": (num_sums * _SUM_BYTES + _FP32_BYTES) * trained // num_gradient_parts,
         "gradients of units": num_units * trained * _FP32_BYTES // num_gradient_parts,

@@ -99,9 +99,12 @@ def _check_names(base: PreTrainedModel, lora: LoraSection) -> None:
     Raises:
         ConfigError: for each name that matches none, with similar names of modules.
     """
-    modules = [name for name, _ in base.named_modules() if name]
-    known = {ending for name in modules for ending in _endings(name)}
-    last_parts = sorted({ending for ending in known if "." not in ending and not ending.isdigit()})
+    known: set[str] = set()
+    for module_name, _ in base.named_modules():
+        if module_name:  # the model itself has none
+            known.update(_endings(module_name))
+    # What to suggest: last parts of names, without the numbers of layers.
+    last_parts = sorted(ending for ending in known if "." not in ending and not ending.isdigit())
     targets = [] if isinstance(lora.target_modules, str) else lora.target_modules  # a str is "all-linear"
     faults = []
     for key, names in (("lora.target_modules", targets), ("lora.modules_to_save", lora.modules_to_save)):

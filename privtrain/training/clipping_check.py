@@ -250,10 +250,12 @@ def _scaled(row_losses: RowLosses, by_token: torch.Tensor) -> RowLosses:
 def planted_units(vocabulary_size: int) -> list[list[np.ndarray]]:
     """Return records of a huge unit, a small one and one that is not a number; they begin with token 1, 2 and 3."""
     rng = np.random.default_rng(0)
-    units = [[rng.integers(0, vocabulary_size, size=length) for length in _PLANTED_LENGTHS] for _ in range(3)]
-    for first_token, records in enumerate(units, start=1):
+    units = []
+    for first_token in (1, 2, 3):
+        records = [rng.integers(0, vocabulary_size, size=length) for length in _PLANTED_LENGTHS]
         for tokens in records:
             tokens[0] = first_token
+        units.append(records)
     return units
 
 

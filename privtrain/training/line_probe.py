@@ -318,7 +318,9 @@ class LineProbe:
     def _unit(self, lengths: Sequence[int], seed: int) -> list[Record]:
         """Return a unit whose records have these lengths, cut in two where one is too long."""
         most = self._packer.max_length
-        cut = [min(most, length - first) for length in lengths for first in range(0, length, most)]
+        cut: list[int] = []
+        for length in lengths:
+            cut += [min(most, length - first) for first in range(0, length, most)]
         return [self._record(length, 10 * seed + i) for i, length in enumerate(cut)]
 
     # Random numbers.

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import random  # noqa: TID251 - looked at, not drawn from
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any
@@ -151,19 +152,24 @@ class _Walker:
             self._found[place] = len(value)
             yield from ((f"[{i}]", item) for i, item in enumerate(value))
         elif isinstance(value, nn.Module):  # one that hides in a list
-            yield from ((f".{key}", item) for key, item in value.named_buffers(recurse=False))
-            yield from ((f".{key}", item) for key, item in value.named_parameters(recurse=False))
-            yield from ((f".{key}", item) for key, item in _own_attributes(value))
-            yield from ((f".{key}", item) for key, item in value.named_children())
-        elif (
-            isinstance(value, type)
-            or callable(value)
-            or not hasattr(value, "__dict__")
-            or type(value).__module__.startswith(_SHARDING_PACKAGES)
-        ):
-            self._found[place] = type(value).__name__  # only its type: it is not looked into
+            own = itertools.chain(
+                value.named_buffers(recurse=False),
+                value.named_parameters(recurse=False),
+                _own_attributes(value),
+                value.named_children(),
+            )
+            yield from ((f".{key}", item) for key, item in own)
+        elif _is_opaque(value):
+            self._found[place] = type(value).__name__
         else:
             yield from ((f".{key}", item) for key, item in list(vars(value).items()))
+
+
+def _is_opaque(value: object) -> bool:
+    """Return whether an object is not looked into: a class, a function, one of no attributes or of a sharding library."""
+    if isinstance(value, type) or callable(value) or not hasattr(value, "__dict__"):
+        return True
+    return type(value).__module__.startswith(_SHARDING_PACKAGES)
 
 
 def _tensor_digest(value: Any) -> object:
