@@ -172,10 +172,8 @@ class UnitGradients:
         """Take the norms of a tensor and drop its gradients."""
         self.measure(name)
         if name in self._doubtful:  # settle this tensor's doubts now: without its gradients it would be too late
-            others = {key: value for key, value in self._doubtful.items() if key != name}
-            self._doubtful = {name: self._doubtful[name]}
-            self.settle(self._doubtful[name][None].cpu().numpy())
-            self._doubtful = others
+            is_doubtful = self._doubtful.pop(name)
+            self._settle_tensor(name, is_doubtful.cpu().numpy())
         for kept in (self._dense, self._outers, self._lookups):
             kept.pop(name, None)
 
@@ -216,9 +214,15 @@ class UnitGradients:
             doubts: [tensors, units] bool on the CPU, the third result of :meth:`squares_and_doubts`.
         """
         names, self._doubtful = list(self._doubtful), {}
-        for name, units in zip(names, doubts, strict=True):
-            for unit in np.flatnonzero(units).tolist():
-                self._measured[name][0][unit] = squared_norm_float64(*self._of_unit(name, unit))
+        for name, is_doubtful in zip(names, doubts, strict=True):
+            self._settle_tensor(name, is_doubtful)
+
+    def _settle_tensor(self, name: str, is_doubtful: np.ndarray) -> None:
+        """Measure one tensor's norms in float64 where ``is_doubtful``, [units] bool."""
+        squares, _ = self._measured[name]
+        for unit in np.flatnonzero(is_doubtful).tolist():
+            outers, lookups = self._of_unit(name, unit)
+            squares[unit] = squared_norm_float64(outers, lookups)
 
     def _measure_groups(self) -> None:
         """Take the norms of small dense tensors, all of one shape at once; their [rows, …] become [units, …]."""

@@ -97,11 +97,13 @@ class Passes:
         Raises:
             UnsupportedLayer: if a layer's rows cannot be told apart. Nothing was added anywhere then.
         """
+        # Run the forward pass, and choose which modules' gradients to defer.
         calls.sink = self._collect_or_defer if self._defers_refusals else self._collect
         before = RandomState.of(self._device) if self._repeats_forward else None
         losses = row_losses()
         calls.is_forward = False
         self._plan(calls)
+
         # A backward pass runs from the losses or, where a second one may start there, from the head's input.
         start: torch.Tensor = losses.sum()
         gradient_of_start: torch.Tensor | None = None
@@ -113,6 +115,8 @@ class Passes:
         calls.last = None  # lets go of a part of the graph
         keeps_graph = bool(self._deferred) and not self._repeats_forward
         torch.autograd.backward(start, gradient_of_start, retain_graph=keeps_graph)
+
+        # Note where a second pass begins.
         if before is not None:
             self._forward = row_losses, before
         elif self._deferred:

@@ -115,12 +115,12 @@ class ShardedClipper(PerUnitClipper):
                 ``one_unit`` route, the ranks of a group have the same one, and units may continue in the next.
         """
         self._shards.reshard()
-        if not (batch.is_joint or self.route == "one_unit"):
-            if batch.last_continues:
-                raise GuaranteeLost("a unit of one rank's own spans microbatches; this is a bug, report it")
-            super().accumulate(batch)
-        else:
+        if batch.is_joint or self.route == "one_unit":
             self._joint.accumulate(batch)
+        elif batch.last_continues:
+            raise GuaranteeLost("a unit of one rank's own spans microbatches; this is a bug, report it")
+        else:
+            super().accumulate(batch)
 
     @override
     def finish(self) -> torch.Tensor:

@@ -217,7 +217,7 @@ def _rare_secrets(section: CanariesSection, tokenizer: PreTrainedTokenizerBase, 
             f"this tokenizer has {len(rare)}; take fewer, or another kind"
         )
         raise ConfigError([Fault("canaries.kind", problem)])
-    order = np.argsort(root_key.stream("canary new tokens").uint64(wanted), kind="stable").tolist()
+    order = np.argsort(root_key.stream("canary new tokens").uint64(wanted), kind="stable").tolist()  # a random order
     words = [str(tokenizer.decode([rare[place]])).strip() for place in order]
     size = section.num_tokens
     return [" ".join(words[first : first + size]) for first in range(0, wanted, size)]

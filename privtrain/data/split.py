@@ -99,6 +99,8 @@ def split_users(
     training, attacker, held_out = UserIndices(), UserIndices(), Names()
     evaluation_candidates = UserIndices()
     real_canaries = {canary.user for canary in canaries if not canary.is_invented}
+
+    # The users of the data.
     for user, texts in corpus.records.items():
         stream = root_key.stream("split", user)
         (coin,) = stream.uniform(1)
@@ -117,12 +119,16 @@ def split_users(
         held_out.add(user)
         if kept and user not in real_canaries:
             evaluation_candidates.add(user, kept)
+
+    # The held-out records that perplexity is measured on.
     chosen = root_key.stream("evaluation").choose(evaluation_candidates.num_indices, data.num_evaluation_records)
     evaluation = []
     for number in chosen:
         place, index = evaluation_candidates.owner(number)
         evaluation.append((evaluation_candidates.names[place], index))
-    for canary in canaries:  # invented users are not in the corpus; their coins fall here
+
+    # The invented users, who are not in the data: they give no record to the attacker.
+    for canary in canaries:
         if not canary.is_invented:
             continue
         (coin,) = root_key.stream("split", canary.user).uniform(1)

@@ -166,7 +166,7 @@ class _Walker:
 
 
 def _is_opaque(value: object) -> bool:
-    """Return whether an object is not looked into: a class, a function, one of no attributes or of a sharding library."""
+    """Return whether an object is not looked into: a class, a function, without attributes or of a sharding library."""
     if isinstance(value, type) or callable(value) or not hasattr(value, "__dict__"):
         return True
     return type(value).__module__.startswith(_SHARDING_PACKAGES)
