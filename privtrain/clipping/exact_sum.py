@@ -108,8 +108,8 @@ def add_measured(total: torch.Tensor, gradients: torch.Tensor, weights: torch.Te
     Returns:
         [units] float64 squared norms of what was added, in grid steps.
     """
-    parts = zip(gradients.flatten(1).split(_MOST_UNITS), weights.split(_MOST_UNITS), strict=True)
-    return torch.cat([_add_measured(total, values, some) for values, some in parts])
+    of_units = zip(gradients.flatten(1).split(_MOST_UNITS), weights.split(_MOST_UNITS), strict=True)
+    return torch.cat([_add_measured(total, some_values, some_weights) for some_values, some_weights in of_units])
 
 
 def _add_measured(total: torch.Tensor, values: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

@@ -19,6 +19,7 @@ import collections
 import copy
 import dataclasses
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -122,14 +123,15 @@ class Encoder:
         """
         begin, end = marks(self.tokenizer)
         encoded = [[*_unmarked(ids, begin, end), end] for ids in self._ids(texts)]
-        tokens = np.asarray([token for ids in encoded for token in ids], dtype=np.int64)
+        tokens = np.asarray(list(itertools.chain.from_iterable(encoded)), dtype=np.int64)
         text_of_token = np.repeat(np.arange(len(encoded)), [len(ids) for ids in encoded])
         size = self._max_length - 1  # besides the begin mark
         chunks = []
         for start in range(0, len(tokens), size):
-            record = self._within_ids(Record.of(np.concatenate([[begin], tokens[start : start + size]])))
-            texts_inside = np.unique(text_of_token[start : start + size])
-            chunks.append((record, tuple(texts_inside.tolist())))
+            stop = start + size
+            record = Record.of(np.concatenate([[begin], tokens[start:stop]]))
+            texts_inside = np.unique(text_of_token[start:stop])
+            chunks.append((self._within_ids(record), tuple(texts_inside.tolist())))
         return chunks
 
     def _within_ids(self, record: Record) -> Record:
@@ -157,7 +159,8 @@ class Encoder:
     def _texts(self, records: Sequence[str]) -> Iterator[tuple[Record, bool]]:
         begin, end = marks(self.tokenizer)
         for ids in self._ids(records):
-            yield self._cut(Record.of(np.asarray([begin, *_unmarked(ids, begin, end), end], dtype=np.int64)))
+            tokens = np.asarray([begin, *_unmarked(ids, begin, end), end], dtype=np.int64)
+            yield self._cut(Record.of(tokens))  # all but the begin mark is predicted
 
     def _completions(self, records: Sequence[str]) -> Iterator[tuple[Record, bool]]:
         """Yield prompt and completion as one record, of which the completion and the end mark are predicted."""

@@ -359,6 +359,7 @@ def _write(
         files = {name: stack.enter_context(created(directory / name)) for name in (TEXTS, *ARRAYS)}
         texts, text_ends, text_digests, users, user_ends, record_ends = files.values()
         for batch in batches:
+            # What this batch adds to each file.
             new_users: list[bytes] = []
             ends_of_users: list[int] = []  # of users whose last row was in this batch
             kept: list[bytes] = []

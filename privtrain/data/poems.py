@@ -62,4 +62,5 @@ def read_poems(directories: Sequence[pathlib.Path] | None = None) -> Iterator[tu
     for path in poem_files(directories):
         for poem in json.loads(path.read_text(encoding="utf-8")):
             poet = poem["author"].strip()
-            yield "" if poet in _NOBODY else poet, "\n".join([poem["title"], *poem["paragraphs"]]).strip()
+            user = "" if poet in _NOBODY else poet
+            yield user, "\n".join([poem["title"], *poem["paragraphs"]]).strip()

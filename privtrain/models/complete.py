@@ -50,12 +50,8 @@ def new_modules(base: PreTrainedModel, info: Mapping[str, Any], place: str, *, i
         hint = f"; it holds others under names that fit none ({_listed(unused)})" if unused else ""
         faults.append(Fault("model", f"{problem}{hint}; fetch the model again, or mend its config.json"))
     if of_other_shape:
-        shown = []
-        for name in of_other_shape[:_SHOWN]:
-            in_file, in_model = misshapen[name]
-            shown.append(f"{name}: {_shape(in_file)} in the file, {_shape(in_model)} by config.json")
-        more = f" and {len(of_other_shape) - _SHOWN} more" if len(of_other_shape) > _SHOWN else ""
-        faults.append(Fault("model", f"{place} has weights of other shapes: {', '.join(shown)}{more}"))
+        shapes = _listed_shapes({name: misshapen[name] for name in of_other_shape})
+        faults.append(Fault("model", f"{place} has weights of other shapes: {shapes}"))
     unread = sorted(name for name in info.get("unexpected_keys", ()) if _changes_a_part(base, name))
     if unread and not faults:
         problem = (
@@ -94,6 +90,15 @@ def _listed(names: Iterable[str]) -> str:
     listed = list(names)
     more = f", … {len(listed) - _SHOWN} more" if len(listed) > _SHOWN else ""
     return ", ".join(listed[:_SHOWN]) + more
+
+
+def _listed_shapes(misshapen: Mapping[str, tuple[Iterable[int], Iterable[int]]]) -> str:
+    """Return in words the first weights of other shapes: name → (shape in the file, shape in the model)."""
+    listed = []
+    for name, (in_file, in_model) in list(misshapen.items())[:_SHOWN]:
+        listed.append(f"{name}: {_shape(in_file)} in the file, {_shape(in_model)} by config.json")
+    more = f" and {len(misshapen) - _SHOWN} more" if len(misshapen) > _SHOWN else ""
+    return f"{', '.join(listed)}{more}"
 
 
 def _shape(shape: Iterable[int]) -> str:

@@ -162,12 +162,13 @@ def meta_model(config: Config, dtype: torch.dtype) -> tuple[Any, Any]:
         raise ConfigError([Fault("training.method", f"memory is not estimated for {config.training.method}")])
     architecture: Any = load_architecture(config.model)
     architecture.use_cache = False
-    kind = AutoModelForCausalLM
+    auto_class = AutoModelForCausalLM
     if config.data.labels is not None:
-        kind, architecture.num_labels = AutoModelForSequenceClassification, len(config.data.labels)
+        auto_class = AutoModelForSequenceClassification
+        architecture.num_labels = len(config.data.labels)
         architecture.get_text_config().pad_token_id = architecture.pad_token_id or 0
     with torch.device("meta"):
-        base = kind.from_config(architecture, dtype=dtype)
+        base = auto_class.from_config(architecture, dtype=dtype)
         return make_trainable(base.requires_grad_(False), config, 0), base
 
 

@@ -85,19 +85,18 @@ def release(plan: PrivacyPlan, totals: Mapping[str, int], noise: StepNoise) -> d
         Name of the sum → its value with noise, divided by the expected batch size, a public constant that stands for
         the number of units; the same on every rank.
     """
-    return {
-        auxiliary_sum.name: float(
-            noised(
-                torch.tensor([totals[auxiliary_sum.name]]),
-                exponent=EXPONENT,
-                stddev=auxiliary_sum.noise,
-                noise=noise,
-                name=noise_name(auxiliary_sum.name),
-            )
+    released = {}
+    for auxiliary_sum in plan.auxiliary_sums:
+        name = auxiliary_sum.name
+        total = noised(
+            torch.tensor([totals[name]]),
+            exponent=EXPONENT,
+            stddev=auxiliary_sum.noise,
+            noise=noise,
+            name=noise_name(name),
         )
-        / plan.expected_batch_size
-        for auxiliary_sum in plan.auxiliary_sums
-    }
+        released[name] = float(total) / plan.expected_batch_size
+    return released
 
 
 def share_within(released: Mapping[str, float]) -> float:
@@ -116,7 +115,7 @@ def metrics(plan: PrivacyPlan, released: Mapping[str, float]) -> dict[str, float
     stddevs = plan.metric_stddevs
     values = {}
     for metric in plan.noised_metrics.release:
-        # A loss as _centred mapped it, or the share that was clipped.
+        # A loss is mapped back from what _centred made of it; the other metric is the share of units that were clipped.
         value = (low + high) / 2 + (high - low) * released[LOSS] if metric == "loss" else 1 - share_within(released)
         values |= {f"noised/{metric}": value, f"noised/{metric}_stddev": stddevs[metric]}
     return values

@@ -412,8 +412,12 @@ class Probe:
         """
         width, num_rows = width or self._widths()[0], self.trainer.packer.microbatch_size
         short = self._record(max(2, width - 2), 0)
-        rows = [self._record(width, 10 + i, is_loud=True) for i in range(num_rows)] if is_crowded else [short] * place
-        rows[place : place + 1] = [short] if is_member else []
+        if is_crowded:
+            loud = [self._record(width, 10 + i, is_loud=True) for i in range(num_rows)]
+            before, after = loud[:place], loud[place + 1 :]
+        else:
+            before, after = [short] * place, []
+        rows = [*before, short, *after] if is_member else [*before, *after]
         weight_of_others = hooks.LOUD_WEIGHT if is_crowded and is_counted else 0.0
         weights = [1.0 if is_member and i == place else weight_of_others for i in range(len(rows))]
         return self._batch(rows, width, weights, num_rows, pad_id)
