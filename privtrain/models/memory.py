@@ -192,7 +192,7 @@ def _activation_bytes(config: Config, model: Any, base: Any) -> tuple[int, int]:
     weights = {p.untyped_storage()._cdata for p in model.parameters()}
     saved: dict[int, torch.Tensor] = {}
 
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
+    def note_saved(tensor: torch.Tensor) -> torch.Tensor:
         """Note a tensor that autograd saves, unless it is a weight or an attention matrix: fused kernels keep none."""
         storage = tensor.untyped_storage()
         is_attention = tensor.dim() >= 3 and tensor.shape[-2:] == (tokens, tokens)
@@ -203,7 +203,7 @@ def _activation_bytes(config: Config, model: Any, base: Any) -> tuple[int, int]:
     ids = torch.zeros(rows, tokens, dtype=torch.long, device="meta")
     # A ready-made mask: transformers would look into the values of one that it makes itself.
     mask = torch.zeros(rows, 1, tokens, tokens, dtype=base.dtype, device="meta")
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(note_saved, lambda tensor: tensor):
         logits = model(input_ids=ids, attention_mask=mask).logits
     total = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
     if config.performance.gradient_checkpointing:

@@ -119,7 +119,7 @@ def outputs_of_row(model: nn.Module, row: int, num_rows: int, share: float) -> I
     """
     outputs: dict[str, torch.Tensor] = {}
 
-    def keep(name: str, output: Any) -> None:
+    def keep_values(name: str, output: Any) -> None:
         """Keep evenly spaced values of the row, and their sum, in place of the whole output."""
         value = output[0] if isinstance(output, tuple) and output else output
         if isinstance(value, torch.Tensor) and value.ndim > 1 and value.shape[0] % num_rows == 0:
@@ -130,7 +130,7 @@ def outputs_of_row(model: nn.Module, row: int, num_rows: int, share: float) -> I
             outputs.setdefault(name, torch.cat([values[::step].double(), values.double().sum()[None]]))
 
     handles = [
-        module.register_forward_hook(lambda _module, _inputs, output, name=name: keep(name, output))
+        module.register_forward_hook(lambda _module, _inputs, output, name=name: keep_values(name, output))
         for name, module in model.named_modules()
     ]
     try:

@@ -107,13 +107,13 @@ class _Walker:
 
     Args:
         modules: ``id`` of the model's modules, which are skipped: the caller walks them one by one.
-        found: place → value or digest, which :meth:`walk` fills.
+        state: place → value or digest, which :meth:`walk` fills.
     """
 
-    def __init__(self, modules: set[int], found: dict[str, object]) -> None:
+    def __init__(self, modules: set[int], state: dict[str, object]) -> None:
         self._seen = modules
-        self._found = found
-        self._kept: list[object] = []  # objects walked, so that none is freed and its id given to another
+        self._state = state
+        self._walked: list[object] = []  # objects walked, so that none is freed and its id given to another
 
     def walk(self, place: str, value: Any, depth: int) -> None:
         """Write a value under its place, and what it holds under places of their own, to a limited depth.
@@ -124,18 +124,18 @@ class _Walker:
             depth: how many containers it lies in.
         """
         if value is None or isinstance(value, bool | int | float | complex | str | bytes | torch.dtype | torch.device):
-            self._found[place] = repr(value)  # as text, in which a NaN equals itself
+            self._state[place] = repr(value)  # as text, in which a NaN equals itself
             return
         if isinstance(value, torch.Tensor):
-            self._found[place] = _tensor_digest(value.detach())
+            self._state[place] = _tensor_digest(value.detach())
             return
         if isinstance(value, np.ndarray):
-            self._found[place] = (str(value.dtype), value.shape, hashlib.sha256(value.tobytes()).digest())
+            self._state[place] = (str(value.dtype), value.shape, hashlib.sha256(value.tobytes()).digest())
             return
         if id(value) in self._seen:
             return
         self._seen.add(id(value))
-        self._kept.append(value)
+        self._walked.append(value)
         if depth == _MAX_DEPTH:
             return
         for key, item in self._items(place, value):
@@ -144,12 +144,12 @@ class _Walker:
     def _items(self, place: str, value: Any) -> Iterator[tuple[str, object]]:
         """Yield (place relative to ``value``, item) of what a container, module or object holds: e.g. ("[0]", 1)."""
         if isinstance(value, Mapping):
-            self._found[place] = len(value)
+            self._state[place] = len(value)
             yield from ((f"[{key!r}]", item) for key, item in list(value.items()))
         elif isinstance(value, Set):
-            self._found[place] = sorted(map(repr, value))
+            self._state[place] = sorted(map(repr, value))
         elif isinstance(value, Sequence) or type(value).__name__ == "deque":
-            self._found[place] = len(value)
+            self._state[place] = len(value)
             yield from ((f"[{i}]", item) for i, item in enumerate(value))
         elif isinstance(value, nn.Module):  # one that hides in a list
             own = itertools.chain(
@@ -160,7 +160,7 @@ class _Walker:
             )
             yield from ((f".{key}", item) for key, item in own)
         elif _is_opaque(value):
-            self._found[place] = type(value).__name__
+            self._state[place] = type(value).__name__
         else:
             yield from ((f".{key}", item) for key, item in list(vars(value).items()))
 
