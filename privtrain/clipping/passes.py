@@ -104,7 +104,7 @@ class Passes:
         calls.is_forward = False
         self._plan(calls)
 
-        # A backward pass runs from the losses or, where a second one may start there, from the head's input.
+        # A backward pass runs from the losses or, where a second one may start there, from the head's input ("neck").
         start: torch.Tensor = losses.sum()
         gradient_of_start: torch.Tensor | None = None
         neck = self._neck(calls, losses) if self._deferred and self._starts_at_head else None

@@ -66,6 +66,7 @@ class BaseSource:
         self.dtype = dtype
         self.head = head
         self.method = method
+        # By default what asks for no whole weights: see _refuse_parts.
         self.lora = lora if lora is not None and method == "lora" else LoraSection()
 
     def whole(self) -> PreTrainedModel:
