@@ -32,6 +32,7 @@ import functools
 import math
 from collections.abc import Sequence
 from fractions import Fraction
+from typing import NamedTuple
 
 import numpy as np
 from scipy import optimize, signal
@@ -67,9 +68,7 @@ class Strategy:
         values = self.coefficients
         if not isinstance(values, tuple) or not 1 <= len(values) <= MAX_BANDS or values[0] != 1.0:
             raise ValueError(f"a strategy has 1 to {MAX_BANDS} coefficients, the first of them 1")
-        if any(
-            type(c) is not float or not abs(c) < _LARGEST or not (c * 2**FRACTION_BITS).is_integer() for c in values
-        ):
+        if not all(_is_coefficient(value) for value in values):
             raise ValueError(f"coefficients are multiples of 2**-{FRACTION_BITS} below {_LARGEST:g}")
 
     @classmethod
@@ -122,6 +121,11 @@ class Strategy:
         variances = np.cumsum(self.inverse_column(workload.num_steps) ** 2)  # of each step's noise, per unit of σ²
         noise_of_steps = math.sqrt(float(variances.mean()))
         return self.error(workload) / (INDEPENDENT.error(workload) * noise_of_steps)
+
+
+def _is_coefficient(value: object) -> bool:
+    """Return whether ``value`` is a float below ``_LARGEST`` in size, and a multiple of 2**-FRACTION_BITS."""
+    return type(value) is float and abs(value) < _LARGEST and (value * 2**FRACTION_BITS).is_integer()
 
 
 INDEPENDENT = Strategy((1.0,))
@@ -255,12 +259,21 @@ def tried_bands(num_steps: int, sampling_prob: float) -> list[int]:
     largest = min(_MOST_TRIED, num_steps, math.floor(1 / sampling_prob))
     tried = {1}
     for power in range(1, 1 + _MOST_TRIED.bit_length()):
-        near = [b for b in range(1, min(largest, 1 << power) + 1) if num_steps % b == 0 and b * sampling_prob <= 1]
-        tried.add(max(near))
+        candidates = range(1, min(largest, 1 << power) + 1)
+        # Both conditions hold for 1. The second one again: round-off can make 1 / sampling_prob too large.
+        allowed = [b for b in candidates if num_steps % b == 0 and b * sampling_prob <= 1]
+        tried.add(max(allowed))
     return sorted(tried)
 
 
-def _loss(free: np.ndarray, form: np.ndarray) -> tuple[float, np.ndarray]:
+class _Loss(NamedTuple):
+    """A function's value and gradient at one point."""
+
+    value: float
+    slope: np.ndarray
+
+
+def _loss(free: np.ndarray, form: np.ndarray) -> _Loss:
     """Return the logarithm of the squared relative error, and its gradient by the free coefficients.
 
     Args:
@@ -278,7 +291,7 @@ def _loss(free: np.ndarray, form: np.ndarray) -> tuple[float, np.ndarray]:
         -2 * float(along[k:] @ inverse_twice[: len(form) - k]) / error_square for k in range(1, len(coefficients))
     ]
     value = math.log(error_square) + math.log(norm_square) if 0 < error_square < math.inf else math.inf
-    return value, np.array(slope_of_error) + 2 * free / norm_square
+    return _Loss(value, slope=np.array(slope_of_error) + 2 * free / norm_square)
 
 
 def _polished(point: np.ndarray, form: np.ndarray) -> np.ndarray:
@@ -288,13 +301,12 @@ def _polished(point: np.ndarray, form: np.ndarray) -> np.ndarray:
     """
     width = 1e-5  # over which gradients are compared, to get the curvature
     for _ in range(2):
-        slope = _loss(point, form)[1]
-        moves = width * np.eye(len(point))
-        rises = [_loss(point + move, form)[1] - _loss(point - move, form)[1] for move in moves]
+        moves = width * np.eye(len(point))  # one coordinate each
+        rises = [_loss(point + move, form).slope - _loss(point - move, form).slope for move in moves]
         curvature = np.array(rises) / (2 * width)
         if not np.isfinite(curvature).all():
             return point
-        step = np.linalg.solve((curvature + curvature.T) / 2, slope)
+        step = np.linalg.solve((curvature + curvature.T) / 2, _loss(point, form).slope)
         if not np.abs(step).max() < 0.05:
             return point
         point = point - step

@@ -30,6 +30,8 @@ old difference in clear.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from privtrain.errors import GuaranteeLost
@@ -41,6 +43,13 @@ from privtrain.privacy.noise import ExactRounding, StepNoise, noise_exponent
 _HALF_BITS = 32
 #: Noise stays below this in grid steps, and so does every sum: see :mod:`privtrain.clipping.exact_sum`.
 _ROOM = 1 << 61
+
+
+class _GridSteps(NamedTuple):
+    """Numbers as multiples of the grid step h, for more bits than int64 has: whole + rest / 2**F, 0 <= rest < 2**F."""
+
+    whole: torch.Tensor
+    rest: torch.Tensor
 
 
 class NoiseHistory:
@@ -90,9 +99,9 @@ class NoiseHistory:
             GuaranteeLost: if the noise outgrows the integers that it is counted in.
         """
         place = self.num_steps % len(self._last)
-        # Coefficient j = 1, 2, … belongs to the noise of j steps ago.
-        steps_ago = [(self.num_steps - j) % len(self._last) for j in range(1, 1 + len(self._last))]
-        order = torch.tensor(steps_ago, device=self._last.device)
+        # Coefficient j = 1, 2, … belongs to the noise of j steps ago: the rows of the ring in that order.
+        rows = [(self.num_steps - j) % len(self._last) for j in range(1, 1 + len(self._last))]
+        order = torch.tensor(rows, device=self._last.device)
         vector = torch.empty(self._layout.num_coordinates, dtype=torch.int64, device=self._last.device)
         rounding = ExactRounding(self._exponent - FRACTION_BITS, self._stddev, self._last.device)
 
@@ -112,8 +121,8 @@ class NoiseHistory:
         self.num_steps += 1
         return vector
 
-    def _fresh(self, noise: StepNoise, chunk: Chunk, rounding: ExactRounding) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return z of a chunk's coordinates: whole grid steps, and the rest in 2**-F of one.
+    def _fresh(self, noise: StepNoise, chunk: Chunk, rounding: ExactRounding) -> _GridSteps:
+        """Return z of a chunk's coordinates.
 
         ``rounding`` has the grid h / 2**F, and rounds to g = 2**bits of its steps.
         """
@@ -124,13 +133,13 @@ class NoiseHistory:
         points = rounded.mul_(2.0 ** -(fine + bits)).long()  # in steps of g
         if bits < FRACTION_BITS:  # g is finer than h
             fine_steps = (points << bits) + offset
-            return fine_steps >> FRACTION_BITS, fine_steps & ((1 << FRACTION_BITS) - 1)
+            return _GridSteps(fine_steps >> FRACTION_BITS, fine_steps & ((1 << FRACTION_BITS) - 1))
         # In whole steps of h at once: steps of h / 2**F might not fit into int64.
         whole = (points << (bits - FRACTION_BITS)) + (offset >> FRACTION_BITS)
-        return whole, offset & ((1 << FRACTION_BITS) - 1)
+        return _GridSteps(whole, offset & ((1 << FRACTION_BITS) - 1))
 
-    def _taken_back(self, last: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return Σ_j c_j w_{t-j}: whole grid steps, and the rest in 2**-F of one.
+    def _taken_back(self, last: torch.Tensor) -> _GridSteps:
+        """Return Σ_j c_j w_{t-j}.
 
         Args:
             last: [bands - 1, n] the noise w of earlier steps, that of the last step first.
@@ -139,15 +148,14 @@ class NoiseHistory:
         # By the halves of w, since whole products have up to 75 bits.
         low = (coefficients * (last & ((1 << _HALF_BITS) - 1))).sum(0)
         high = (coefficients * (last >> _HALF_BITS)).sum(0)
-        return (high << (_HALF_BITS - FRACTION_BITS)) + (low >> FRACTION_BITS), low & ((1 << FRACTION_BITS) - 1)
+        whole = (high << (_HALF_BITS - FRACTION_BITS)) + (low >> FRACTION_BITS)
+        return _GridSteps(whole, low & ((1 << FRACTION_BITS) - 1))
 
 
-def _rounded_difference(
-    fresh: tuple[torch.Tensor, torch.Tensor], taken: tuple[torch.Tensor, torch.Tensor]
-) -> torch.Tensor:
-    """Return ``fresh`` less ``taken``, rounded to whole grid steps; both are (whole steps, rest in 2**-F of a step)."""
-    rest = fresh[1] - taken[1] + (1 << (FRACTION_BITS - 1))
-    return fresh[0] - taken[0] + (rest >> FRACTION_BITS)
+def _rounded_difference(fresh: _GridSteps, taken: _GridSteps) -> torch.Tensor:
+    """Return ``fresh`` less ``taken``, rounded to whole grid steps."""
+    half = 1 << (FRACTION_BITS - 1)  # of a grid step: the shift rounds down
+    return fresh.whole - taken.whole + ((fresh.rest - taken.rest + half) >> FRACTION_BITS)
 
 
 def _top_bits(drawn: torch.Tensor, bits: int) -> torch.Tensor:

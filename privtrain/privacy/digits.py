@@ -124,7 +124,8 @@ def _from_openssl(key: SecretKey, purpose: str, chunk: Chunk) -> torch.Tensor:
     words = [
         key.stream(purpose, piece.name, piece.block).seek(piece.word).uint64(piece.count) for piece in chunk.pieces
     ]
-    return torch.from_numpy((words[0] if len(words) == 1 else np.concatenate(words)).view(np.int64))
+    joined = words[0] if len(words) == 1 else np.concatenate(words)  # no copy of a single piece
+    return torch.from_numpy(joined.view(np.int64))
 
 
 def _from_tensors(key: SecretKey, purpose: str, chunk: Chunk, device: torch.device) -> torch.Tensor:
@@ -133,20 +134,25 @@ def _from_tensors(key: SecretKey, purpose: str, chunk: Chunk, device: torch.devi
     Not to be taken for the keyed blocks of 2**16 coordinates: a ChaCha20 block is 8 words of one such block's stream.
     """
     per_block = chacha.BLOCK_WORDS
-    # Of each piece, the first ChaCha20 block of its stream that it needs, and how many.
-    first = [piece.word // per_block for piece in chunk.pieces]
-    ends = [-(-(piece.word + piece.count) // per_block) for piece in chunk.pieces]
-    sizes = [end - start for start, end in zip(first, ends, strict=True)]
-    keys = b"".join(key.derive(purpose, piece.name, piece.block) for piece in chunk.pieces)
-    # Which piece each block of the stream belongs to, and its number in the stream of that piece.
-    owner = np.repeat(np.arange(len(sizes)), sizes)
-    counters = np.concatenate([np.arange(f, f + size) for f, size in zip(first, sizes, strict=True)])
-    where = torch.from_numpy(np.stack([owner, counters])).to(device)
-    by_piece = torch.frombuffer(bytearray(keys), dtype=torch.int32).view(len(sizes), -1).to(device)
-    stream = chacha.blocks(by_piece[where[0]], where[1].int()).reshape(-1)
+    # The ChaCha20 blocks that each piece needs, by their numbers in its stream, and the key of that stream.
+    numbers: list[np.ndarray] = []
+    keys: list[bytes] = []
+    for piece in chunk.pieces:
+        last_word = piece.word + piece.count - 1
+        numbers.append(np.arange(piece.word // per_block, last_word // per_block + 1))
+        keys.append(key.derive(purpose, piece.name, piece.block))
+    num_blocks = [len(of_piece) for of_piece in numbers]
+    piece_of_block = np.repeat(np.arange(len(num_blocks)), num_blocks)
+
+    # All blocks at once; both index vectors in one transfer.
+    indices = torch.from_numpy(np.stack([piece_of_block, np.concatenate(numbers)])).to(device)
+    piece_on_device, counters = indices[0], indices[1].int()
+    key_of_piece = torch.frombuffer(bytearray(b"".join(keys)), dtype=torch.int32).view(len(keys), -1).to(device)
+    stream = chacha.blocks(key_of_piece[piece_on_device], counters).reshape(-1)
+
     # A piece may begin and end within a ChaCha20 block: words before and behind it are left out.
-    words = [
-        part[piece.word % per_block :][: piece.count]
-        for piece, part in zip(chunk.pieces, stream.split([per_block * size for size in sizes]), strict=True)
-    ]
+    words: list[torch.Tensor] = []
+    for piece, part in zip(chunk.pieces, stream.split([per_block * num for num in num_blocks]), strict=True):
+        skipped = piece.word % per_block
+        words.append(part[skipped : skipped + piece.count])
     return words[0] if len(words) == 1 else torch.cat(words)

@@ -174,11 +174,20 @@ class ExactRounding:
         whole += nearest.long()
         if len(doubtful):
             # Round these few exactly, and put what comes out in the place of float64's.
-            known = (vector[doubtful].tolist() for vector in (rest, bits, t))
-            decided = [
-                self._decide(r, b & _ALL_DIGITS, estimate, noise, *chunk.coordinate(i))
-                for i, r, b, estimate in zip(doubtful.tolist(), *known, strict=True)
-            ]
+            decided: list[int] = []
+            for index in doubtful.tolist():
+                name, coordinate = chunk.coordinate(index)
+                first_bits = int(bits[index]) & _ALL_DIGITS  # int64 read as unsigned
+                decided.append(
+                    self._decide(
+                        rest=int(rest[index]),
+                        first_bits=first_bits,
+                        t=float(t[index]),
+                        noise=noise,
+                        name=name,
+                        coordinate=coordinate,
+                    )
+                )
             whole[doubtful] += torch.tensor(decided, device=total.device) - nearest[doubtful].long()
         return whole.double().mul_(2.0**self._released_exponent)
 
@@ -204,7 +213,7 @@ class ExactRounding:
         is_certain = (x[indices].abs() <= normal.NEAR) & (distance[indices] < 0.5 - self._near_error)
         return indices[~is_certain]
 
-    def _decide(self, rest: int, first_bits: int, t: float, noise: StepNoise, name: str, coordinate: int) -> int:
+    def _decide(self, *, rest: int, first_bits: int, t: float, noise: StepNoise, name: str, coordinate: int) -> int:
         """Return the integer nearest to one coordinate's exact t, using as many digits of U as needed.
 
         Args:

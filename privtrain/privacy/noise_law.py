@@ -149,13 +149,31 @@ class NoiseLaw:
 
     def gain(self, point: Point) -> float:
         """Return the predicted gain, in a unit that only ratios have a meaning in."""
-        return float(_gain(_of([point]), *dataclasses.astuple(self)[:7])[0])
+        gains = _gain(
+            _columns([point]),
+            half_steps=self.half_steps,
+            step_power=self.step_power,
+            half_noise=self.half_noise,
+            noise_power=self.noise_power,
+            record_power=self.record_power,
+            rank_power=self.rank_power,
+            kept_power=self.kept_power,
+        )
+        return float(gains[0])
 
     def learning_rate(self, point: Point) -> float:
         """Return the learning rate at which AdamW gains most."""
-        scale, *others = dataclasses.astuple(self)[7:13]
         point = dataclasses.replace(point, noise_kept=max(point.noise_kept, self.least_kept))
-        return scale * float(np.exp(_log_rate(_of([point]), 0.0, *others)[0]))
+        log_rates = _log_rate(
+            _columns([point]),
+            log_scale=0.0,
+            step_power=self.rate_step_power,
+            rank_power=self.rate_rank_power,
+            half_noise=self.rate_half_noise,
+            noise_power=self.rate_noise_power,
+            kept_power=self.rate_kept_power,
+        )
+        return self.rate_scale * float(np.exp(log_rates[0]))
 
 
 @functools.cache
@@ -164,12 +182,10 @@ def table() -> tuple[Measured, ...]:
     file = importlib.resources.files("privtrain.privacy") / "noise_law.csv"
     if not file.is_file():
         return ()
-    kinds = {field.name: {"str": str, "int": int, "float": float}[str(field.type)] for field in _FIELDS}
+    types = {"str": str, "int": int, "float": float}
+    type_of = {field.name: types[str(field.type)] for field in dataclasses.fields(Measured)}
     rows = csv.DictReader(file.read_text(encoding="utf-8").splitlines())
-    return tuple(Measured(**{name: kinds[name](value) for name, value in row.items()}) for row in rows)
-
-
-_FIELDS = dataclasses.fields(Measured)
+    return tuple(Measured(**{name: type_of[name](value) for name, value in row.items()}) for row in rows)
 
 
 @functools.cache
@@ -191,11 +207,13 @@ def best_of(rows: Sequence[Measured]) -> list[Best]:
     for _, group in itertools.groupby(sorted(rows, key=lambda r: (setting(r), r.learning_rate)), setting):
         runs = list(group)
         index = int(np.argmin([run.loss for run in runs]))
-        rate, loss = np.log(runs[index].learning_rate), runs[index].loss
+        rate, loss = np.log(runs[index].learning_rate), runs[index].loss  # the rate by its logarithm
         if 0 < index < len(runs) - 1:
             near = runs[index - 1 : index + 2]
             curve = np.polyfit([np.log(run.learning_rate) for run in near], [run.loss for run in near], 2)
-            rate, loss = -curve[1] / (2 * curve[0]), np.polyval(curve, -curve[1] / (2 * curve[0]))
+            second, first_order, _ = curve
+            rate = -first_order / (2 * second)  # the parabola's vertex
+            loss = np.polyval(curve, rate)
         first = runs[0]
         best.append(Best(first.point, first.seed, float(np.exp(rate)), float(first.loss_before - loss)))
     return best
@@ -210,31 +228,54 @@ def fit(rows: Sequence[Measured]) -> NoiseLaw:
     best = best_of(rows)
     if len(best) < 15:
         raise ValueError(f"{len(best)} settings; the law has 14 parameters. Run: python -m tests.bench.noise_law")
-    points = _of([b.point for b in best])
-    drops, rates = np.array([b.drop for b in best]), np.log([b.learning_rate for b in best])
-    most = drops.max()
-    gains = optimize.least_squares(
-        lambda p: np.exp(p[7]) * _gain(points, *np.exp(p[:4]), *p[4:7]) - drops / most,
-        [*np.log([30.0, 0.7, 0.5, 1.0]), 0.2, 0.4, 0.1, np.log(1.5)],
-        bounds=([*np.log([0.5, 0.2, 0.02, 0.3]), 0.0, 0.0, 0.0, 0.0], [*np.log([3000, 3, 50, 4]), 1.0, 1.5, 1.0, 3.0]),
-    ).x
-    # A learning rate that is off where nothing can be gained says nothing.
-    weights = np.sqrt(np.clip(drops / most, 0.05, 1))
-    speed = optimize.least_squares(
-        lambda p: weights * (_log_rate(points, *p) - rates),
-        [np.log(0.03), 0.2, 0.4, 3.0, 1.0, 1.0],
-        bounds=([-12, -0.5, -1, 0.02, 0.2, -1.0], [4, 1.5, 1, 50, 3, 3.0]),
-    ).x
-    names = [field.name for field in dataclasses.fields(NoiseLaw)]
-    values = [*np.exp(gains[:4]), *gains[4:7], np.exp(speed[0]), *speed[1:]]
-    steps, least_kept = [row.num_steps for row in rows], min(row.noise_kept for row in rows)
-    fitted_values = dict(zip(names, map(float, values), strict=False))
+    points = _columns([b.point for b in best])
+    drops = np.array([b.drop for b in best])
+    shares = drops / drops.max()
+    log_scale, *of_rate = _fitted_rate(points, shares, np.log([b.learning_rate for b in best]))
+    # In the order of NoiseLaw's fields: seven parameters of the gain, then six of the rate.
+    parameters = [*_fitted_gain(points, shares), float(np.exp(log_scale)), *of_rate]
+    steps = [row.num_steps for row in rows]
     return NoiseLaw(
-        **fitted_values, num_runs=len(rows), least_steps=min(steps), most_steps=max(steps), least_kept=least_kept
+        *parameters,
+        num_runs=len(rows),
+        least_steps=min(steps),
+        most_steps=max(steps),
+        least_kept=min(row.noise_kept for row in rows),
     )
 
 
-def _of(points: Sequence[Point]) -> np.ndarray:
+def _fitted_gain(points: np.ndarray, shares: np.ndarray) -> list[float]:
+    """Return the parameters of :func:`_gain`, in order, that fit each setting's share of the largest drop in loss.
+
+    With them, and left out, is fitted what gain a share of 1 stands for. The first four parameters and that one are
+    positive and fitted by their logarithms.
+    """
+
+    def errors(values: np.ndarray) -> np.ndarray:
+        by_log, powers, log_unit = values[:4], values[4:7], values[7]
+        return np.exp(log_unit) * _gain(points, *np.exp(by_log), *powers) - shares
+
+    start = [*np.log([30.0, 0.7, 0.5, 1.0]), 0.2, 0.4, 0.1, np.log(1.5)]
+    least = [*np.log([0.5, 0.2, 0.02, 0.3]), 0.0, 0.0, 0.0, 0.0]
+    most = [*np.log([3000, 3, 50, 4]), 1.0, 1.5, 1.0, 3.0]
+    found = optimize.least_squares(errors, start, bounds=(least, most)).x
+    return [*np.exp(found[:4]).tolist(), *found[4:7].tolist()]
+
+
+def _fitted_rate(points: np.ndarray, shares: np.ndarray, log_rates: np.ndarray) -> list[float]:
+    """Return the parameters of :func:`_log_rate`, in order, that fit the log of each setting's best learning rate."""
+    # A learning rate that is off where nothing can be gained says nothing.
+    weights = np.sqrt(np.clip(shares, 0.05, 1))
+    found = optimize.least_squares(
+        lambda values: weights * (_log_rate(points, *values) - log_rates),
+        [np.log(0.03), 0.2, 0.4, 3.0, 1.0, 1.0],
+        bounds=([-12, -0.5, -1, 0.02, 0.2, -1.0], [4, 1.5, 1, 50, 3, 3.0]),
+    ).x
+    return found.tolist()
+
+
+def _columns(points: Sequence[Point]) -> np.ndarray:
+    """Return [fields of a point, points], the fields in their order in :class:`Point`."""
     return np.array([dataclasses.astuple(point) for point in points], dtype=np.float64).T
 
 

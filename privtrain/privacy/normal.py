@@ -90,7 +90,8 @@ def is_below(first: int, more: Callable[[int], int], z: Fraction) -> bool:
             return True
         if digits > bound + 1:
             return False
-        digits = digits << _CHUNK_BITS | more(num_digits // _CHUNK_BITS - 1)
+        num_more = num_digits // _CHUNK_BITS - 1  # how often more digits were drawn so far
+        digits = digits << _CHUNK_BITS | more(num_more)
         num_digits += _CHUNK_BITS
 
 

@@ -210,12 +210,15 @@ class PrivacyPlan:
         if privacy.noise == "banded":
             strategy = strategy or _chosen_strategy(privacy, Workload.of(privacy.num_steps, training))
             privacy = privacy.model_copy(update={"num_bands": strategy.num_bands})
-        is_example = privacy.unit == "example"
-        # Where the unit is the user, how many records it brings to a step; else how many a user may own at all.
-        records_per_user = privacy.records_per_user
-        assert is_example or records_per_user is not None, "the schema has a default"
+        # The key `records_per_user`: where the unit is the example, how many records a user may own at all; else how
+        # many of a user's records a step takes.
+        if privacy.unit == "example":
+            records_per_unit, most_owned = 1, privacy.records_per_user
+        else:
+            assert privacy.records_per_user is not None, "the schema has a default"
+            records_per_unit, most_owned = privacy.records_per_user, None
         scheme = scheme_of(privacy)
-        user_accounting = USER_ACCOUNTING[privacy.user_accounting](records_per_user if is_example else None)
+        user_accounting = USER_ACCOUNTING[privacy.user_accounting](most_owned)
         accountant = privacy.accountant or user_accounting.accountants_for(scheme)[0]
         tuning = None if privacy.tuning is None else Tuning(privacy.tuning.mean_trials, privacy.tuning.distribution)
         noise_multiplier = privacy.noise_multiplier
@@ -228,7 +231,7 @@ class PrivacyPlan:
                 noise_multiplier = _noise_of_tuning(tuning, scheme, privacy.num_steps, privacy.target_epsilon, terms)
         return cls(
             unit=privacy.unit,
-            records_per_unit=1 if is_example else records_per_user or 1,
+            records_per_unit=records_per_unit,
             user_accounting=user_accounting,
             selection=privacy.selection,
             neighboring_relation=privacy.neighboring_relation,
@@ -254,8 +257,8 @@ class PrivacyPlan:
         sums = []
         if self.adaptive_clipping is not None:
             sums.append(AuxiliarySum(WITHIN_NORM, self.adaptive_clipping.count_noise))
-        released = {auxiliary_sum.name for auxiliary_sum in sums}
         if self.noised_metrics is not None:
+            released = {auxiliary_sum.name for auxiliary_sum in sums}  # by adaptive clipping, with its own noise
             name_of = {"loss": LOSS, "clip_fraction": WITHIN_NORM}
             names = [name_of[metric] for metric in self.noised_metrics.release]
             sums += [AuxiliarySum(name, self.noised_metrics.noise) for name in names if name not in released]
@@ -568,20 +571,19 @@ def _check_room(plan: PrivacyPlan) -> None:
     if plan.has_room:
         return
     # Noise s on each of n sums leaves room if n / (2 s)² < 1 / noise_multiplier².
-    least = plan.noise_multiplier / 2 * math.sqrt(len(plan.auxiliary_sums))
-    given = []  # key, noise
+    num_sums = len(plan.auxiliary_sums)
+    least = plan.noise_multiplier / 2 * math.sqrt(num_sums)
+    noise_by_key: dict[str, float] = {}
     if plan.adaptive_clipping is not None:
-        given.append(("privacy.adaptive_clipping.count_noise", plan.adaptive_clipping.count_noise))
+        noise_by_key["privacy.adaptive_clipping.count_noise"] = plan.adaptive_clipping.count_noise
     if plan.noised_metrics is not None:
-        given.append(("privacy.noised_metrics.noise", plan.noised_metrics.noise))
-    what = (
-        "half the noise multiplier"
-        if len(plan.auxiliary_sums) == 1
-        else f"{math.sqrt(len(plan.auxiliary_sums)) / 2:.3g} of it"
-    )
-    raise ConfigError(
-        [Fault(key, f"given {noise:g}; must exceed {what}, {least:g}") for key, noise in given if noise <= least]
-    )
+        noise_by_key["privacy.noised_metrics.noise"] = plan.noised_metrics.noise
+    what = "half the noise multiplier" if num_sums == 1 else f"{math.sqrt(num_sums) / 2:.3g} of it"
+    faults: list[Fault] = []
+    for key, noise in noise_by_key.items():
+        if noise <= least:
+            faults.append(Fault(key, f"given {noise:g}; must exceed {what}, {least:g}"))
+    raise ConfigError(faults)
 
 
 def _answer(plan: PrivacyPlan, num_steps: int) -> accountants.PrivacyAnswer:

@@ -455,16 +455,19 @@ class UnitSampler:
         self._key = key
         self._num_records = np.asarray(num_records, dtype=np.int64)
         self._first_step = first_step
-        #: The epoch drawn last, and the units of each of its steps.
-        self._drawn: tuple[int, list[np.ndarray]] | None = None
+        # The epoch drawn last, and the units of each of its steps: kept, since a draw is for a whole epoch.
+        self._epoch_drawn: int | None = None
+        self._units_by_step: list[np.ndarray] = []
 
     def draw(self, step: int) -> list[DrawnUnit]:
         """Return the units of a step in increasing order; possibly none."""
         epoch, position = divmod(step - self._first_step, self._scheme.period)
         assert epoch >= 0, (step, self._first_step)
-        if self._drawn is None or self._drawn[0] != epoch:
-            self._drawn = epoch, self._scheme.epoch(self._key, epoch, len(self._num_records))
-        return [DrawnUnit(int(unit), self._record_indices_of(int(unit), step)) for unit in self._drawn[1][position]]
+        if self._epoch_drawn != epoch:
+            self._units_by_step = self._scheme.epoch(self._key, epoch, len(self._num_records))
+            self._epoch_drawn = epoch
+        units = self._units_by_step[position].tolist()
+        return [DrawnUnit(unit, self._record_indices_of(unit, step)) for unit in units]
 
     def _record_indices_of(self, unit: int, step: int) -> tuple[int, ...]:
         """Draw the records that a unit brings to a step."""
@@ -505,6 +508,7 @@ def assign_to_ranks(drawn: Sequence[DrawnUnit], costs: Sequence[int], num_ranks:
     Returns:
         For every rank its units, in decreasing cost, so that neighbours have similar lengths.
     """
+    # Dearest first; units of equal cost by their index, so that every rank has the same order.
     order = sorted(range(len(drawn)), key=lambda i: (-costs[i], drawn[i].unit))
     shares: list[list[DrawnUnit]] = [[] for _ in range(num_ranks)]
     for position, i in enumerate(order):

@@ -5,16 +5,16 @@ ranks and in any replay, and different sums never share noise, whoever computes 
 directory: whoever holds two noised sums of different data could subtract the noise otherwise.
 
 The flat vector of all trainable tensors (of whole tensors, whatever part of it a rank holds) is cut into blocks of
-2**16 coordinates. A block's value is, in each of three
-lanes, Σ_i a_i·low_i + b_i·high_i mod 2**64: low_i and high_i are the 32-bit halves of coordinate i, and a_i and b_i
-come from a table under the secret (multilinear hashing: Carter and Wegman 1979; with halves and a power of two, Lemire
-and Kaser 2014, "Strongly universal string hashing is fast", section 3). Sums over disjoint coordinates add up, so a
-rank that holds a part of the vector computes its share, and an integer reduction of a few numbers a block gives every
-rank the whole. HMAC-SHA-256 binds the values of all blocks, the tensors' names and shapes, and all public constants.
+2**16 coordinates. A block's value is, in each of three *lanes* (independent repetitions), Σ_i a_i·low_i + b_i·high_i
+mod 2**64: low_i and high_i are the 32-bit halves of coordinate i, and a_i and b_i come from a table under the secret
+(multilinear hashing: Carter and Wegman 1979; with halves and a power of two, Lemire and Kaser 2014, "Strongly universal
+string hashing is fast", section 3). Sums over disjoint coordinates add up, so a rank that holds a part of the vector
+computes its share, and an integer reduction of a few numbers a block gives every rank the whole. HMAC-SHA-256 binds the
+values of all blocks, the tensors' names and shapes, and all public constants.
 
 Two sums that differ, differ in a half of some coordinate by d with 0 < |d| < 2**32. A block's value is then equal in
 one lane with probability at most 2**-33, since a·d = c mod 2**64 has at most 2**31 solutions a; in three lanes at most
-**2**-99**. The table is independent of the sums, which depend on it through outputs of HMAC alone. Only sums under one
+2**-99. The table is independent of the sums, which depend on it through outputs of HMAC alone. Only sums under one
 secret and of one step are compared, so a union bound over 10**6 steps and 100 copies of each leaves less than 2**-66.
 """
 
@@ -126,6 +126,14 @@ def block_values(total: torch.Tensor, layout: Layout, table: torch.Tensor) -> to
     return values
 
 
+class _Run(NamedTuple):
+    """Coordinates that this rank holds and that follow one another, in its vector and in the whole vector."""
+
+    start: int  # first coordinate in this rank's vector
+    place: int  # first coordinate in the whole vector
+    count: int  # number of coordinates
+
+
 class _Piece(NamedTuple):
     """Coordinates that are hashed at a time: a part of one block, or several whole blocks."""
 
@@ -136,16 +144,21 @@ class _Piece(NamedTuple):
     size: int  # coordinates of each block
 
 
-def _pieces(runs: list[tuple[int, int, int]], most: int) -> Iterator[_Piece]:
-    """Cut the runs of :func:`_runs` into pieces of at most ``most`` coordinates."""
-    for start, place, count in runs:
+def _pieces(runs: list[_Run], most: int) -> Iterator[_Piece]:
+    """Cut runs into pieces of at most ``most`` coordinates."""
+    for run in runs:
         done = 0
-        while done < count:
-            block, offset = divmod(place + done, BLOCK)
-            num_whole = min(count - done, most) // BLOCK if offset == 0 else 0
-            size = BLOCK if num_whole else min(count - done, BLOCK - offset, most)
-            yield _Piece(start + done, block, max(1, num_whole), offset, size)
-            done += max(1, num_whole) * size
+        while done < run.count:
+            left = run.count - done
+            block, offset = divmod(run.place + done, BLOCK)
+            num_whole = min(left, most) // BLOCK if offset == 0 else 0
+            if num_whole:
+                piece = _Piece(run.start + done, block, num_blocks=num_whole, offset=0, size=BLOCK)
+            else:
+                size = min(left, BLOCK - offset, most)
+                piece = _Piece(run.start + done, block, num_blocks=1, offset=offset, size=size)
+            yield piece
+            done += piece.num_blocks * piece.size
 
 
 def _lanes(part: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
@@ -156,28 +169,25 @@ def _lanes(part: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
         table: [2 · lanes, coordinates]: a and b of the first lane, then of the next.
     """
     low, high = part & ((1 << _HALF) - 1), part >> _HALF
-    if part.device.type == "cpu" and len(part) == 1:  # integer products on other devices have no dot
-        sums = [torch.dot(half[0], row) for half, rows in ((low, table[0::2]), (high, table[1::2])) for row in rows]
-        return torch.stack(sums).view(2, _NUM_LANES).sum(0)[None]
-    lanes = [(low * a + high * b).sum(1) for a, b in zip(table[0::2], table[1::2], strict=True)]
+    coefficients = list(zip(table[0::2], table[1::2], strict=True))  # a and b of each lane
+    if part.device.type == "cpu" and len(part) == 1:  # quicker; integers on other devices have no dot
+        lanes = [torch.dot(low[0], a) + torch.dot(high[0], b) for a, b in coefficients]
+        return torch.stack(lanes)[None]
+    lanes = [(low * a + high * b).sum(1) for a, b in coefficients]
     return torch.stack(lanes, dim=1)
 
 
-def _runs(layout: Layout) -> tuple[list[tuple[int, int, int]], int]:
-    """Return the runs of coordinates that this rank holds, and the length of the whole vector.
-
-    A run is (first coordinate in this rank's vector, first coordinate in the whole vector, number of coordinates); what
-    follows one another in both is one run.
-    """
-    runs: list[tuple[int, int, int]] = []
-    whole = 0
+def _runs(layout: Layout) -> tuple[list[_Run], int]:
+    """Return the runs of coordinates that this rank holds, as long as can be, and the length of the whole vector."""
+    runs: list[_Run] = []
+    whole = 0  # length of the whole vector so far
     for slot in layout.slots:
         place, count = whole + slot.first, slot.num_coordinates
-        last_start, last_place, last_count = runs[-1] if runs else (0, 0, -1)  # -1: joins nothing
-        if (last_start + last_count, last_place + last_count) == (slot.start, place):
-            runs[-1] = (last_start, last_place, last_count + count)
+        last = runs[-1] if runs else None
+        if last is not None and (last.start + last.count, last.place + last.count) == (slot.start, place):
+            runs[-1] = last._replace(count=last.count + count)
         elif count:
-            runs.append((slot.start, place, count))
+            runs.append(_Run(slot.start, place, count))
         whole += slot.num_whole_coordinates
     return runs, whole
 

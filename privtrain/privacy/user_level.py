@@ -220,16 +220,19 @@ class Group(Mixture):
         """
         event, k = scheme.event_of_steps(noise_multiplier, num_steps), self.records_per_user
         of_record = terms.epsilon(event)
-        has_bound = math.isfinite(of_record.upper)
-        # The first ε is what is known already, or else that of the group's conversion of a record's whole curve.
-        epsilon = known if has_bound else math.inf
-        if math.isinf(epsilon) and has_bound:
+        epsilon = known
+        if math.isinf(of_record.upper):
+            epsilon = math.inf  # one record has no bound, so k have none
+        elif math.isinf(known):
+            # The first ε is that of the group's conversion of a record's whole curve.
             judge = accountants.get_accountant(terms.accountant)
             of_group = group_epsilon(event, terms.delta, k, judge, relation=relation_of(terms.relation))
             epsilon = terms.certified(of_group)
         for _ in range(_NUM_REFINEMENTS):
-            record_delta = 0.0 if math.isinf(epsilon) else record_delta_of(epsilon / k, terms.delta, k)
-            if record_delta == 0:
+            if math.isinf(epsilon):
+                break
+            record_delta = record_delta_of(epsilon / k, terms.delta, k)
+            if record_delta == 0:  # too small for float64
                 break
             # If ε holds then so does k times the record's ε at this δ: a smaller ε needs less of the user's δ.
             epsilon = min(epsilon, k * _record_epsilon(event, record_delta, terms))
