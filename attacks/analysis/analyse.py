@@ -111,24 +111,19 @@ def _analyse(run: pathlib.Path, seed: int, audit_delta: float | None) -> dict[st
     not_run = _not_run(scored)
     candidates = _statistics(scored, models, not_run)
     declared, *others = _of_enough_users(candidates, not_run)  # the headline, declared before any run, comes first
-    # Bonferroni: among all statistics but the declared one, a false accusation is as rare as in one.
-    strict = 1.0 - (1.0 - statistics.CONFIDENCE_LEVEL) / max(len(others), 1)
-    evaluated = {declared.name: results.evaluate(declared, cap, seed, confounded_by, statistics.CONFIDENCE_LEVEL)}
-    for statistic in others:
-        evaluated[statistic.name] = results.evaluate(statistic, cap, seed, confounded_by, strict)
-        has_users_of_headline = statistic.unit == "user" and statistic.documents == signals.FRESH
-        if has_users_of_headline:
-            evaluated[statistic.name]["less_headline"] = results.compare(statistic, declared)
-    num_p_values = results.correct_for_multiplicity(evaluated, user_inference.HEADLINE)
+    evaluated, multiplicity = _evaluated(declared, others, cap, seed, confounded_by)
     headline = evaluated[user_inference.HEADLINE]
+
     num_held_out = counts[signals.HELD_OUT]["num_units"]
     ceiling = statistics.perfect_separation(counts[signals.HELD_IN]["num_units"], num_held_out)
     users = _user_values(scored)
+
     findings = auditing.audit_run(scoring, statement, scored, models, cap, seed, confounded_by, audit_delta)
     found_verdict, reason = verdict.combine(
         (verdict.Verdict(headline["verdict"]), headline["verdict_reason"]),
         [(finding.verdict, f"the audit of {finding.name}: {finding.verdict_reason}") for finding in findings],
     )
+
     facts: dict[str, Any] = {
         "schema": SCHEMA_NAME,
         "attack": "user_inference",
@@ -150,8 +145,7 @@ def _analyse(run: pathlib.Path, seed: int, audit_delta: float | None) -> dict[st
         "verdict_reason": reason,
         "achieved": _achieved(headline, findings),
         "results": evaluated,
-        "multiplicity": f"Holm over all {num_p_values} p-values, paired differences included, but the headline's, "
-        f"which was declared before any run; the other {len(others)} are judged at confidence level {strict:.5g}",
+        "multiplicity": multiplicity,
         "not_run": not_run,
         "shadows": {"num": len(references), "seals": [reference.seal for reference in references]},
         "blind": {name: _blind_facts(result) for name, result in families.items()},
@@ -165,6 +159,37 @@ def _analyse(run: pathlib.Path, seed: int, audit_delta: float | None) -> dict[st
     make_public_directory((run / ATTACKS_PATH).parent)
     _write_per_user(directory, scoring, scored, users)
     return write_sealed(directory, run / ATTACKS_PATH, facts, mode=0o644)
+
+
+def _evaluated(
+    declared: Statistic, others: list[Statistic], cap: verdict.Cap, seed: int, confounded_by: str
+) -> tuple[dict[str, dict[str, Any]], str]:
+    """Evaluate all statistics, corrected for their number.
+
+    Args:
+        declared: the headline, which needs no correction: it was declared before any run.
+        others: all other statistics.
+        cap: what the run's guarantee allows.
+        seed: of the bootstrap.
+        confounded_by: how the sides differ without any model; empty if they do not.
+
+    Returns:
+        Name → results, the headline first; and the sentence of the report about the correction.
+    """
+    # Bonferroni: among all statistics but the declared one, a false accusation is as rare as in one.
+    strict = 1.0 - (1.0 - statistics.CONFIDENCE_LEVEL) / max(len(others), 1)
+    evaluated = {declared.name: results.evaluate(declared, cap, seed, confounded_by, statistics.CONFIDENCE_LEVEL)}
+    for statistic in others:
+        evaluated[statistic.name] = results.evaluate(statistic, cap, seed, confounded_by, strict)
+        has_users_of_headline = statistic.unit == "user" and statistic.documents == signals.FRESH
+        if has_users_of_headline:
+            evaluated[statistic.name]["less_headline"] = results.compare(statistic, declared)
+    num_p_values = results.correct_for_multiplicity(evaluated, declared.name)
+    multiplicity = (
+        f"Holm over all {num_p_values} p-values, paired differences included, but the headline's, which was declared "
+        f"before any run; the other {len(others)} are judged at confidence level {strict:.5g}"
+    )
+    return evaluated, multiplicity
 
 
 def _achieved(headline: dict[str, Any], findings: list[auditing.Finding]) -> list[str]:
@@ -282,15 +307,13 @@ def _of_shadows(
         not_run: gets an entry for each attack that has too few shadow models.
     """
     suffix = "" if kind == signals.FRESH else "_training"
-    users_and_known = None if models is None else shadow_models.by_user(models, table.owner, len(scored.users))
+    by_user = None if models is None else shadow_models.by_user(models, table.owner, len(scored.users))
     for attack in registry.reference_attacks():
         lacking = shadow_models.lacking(attack, models)
-        if lacking:
+        if lacking or models is None or by_user is None:  # without models every attack lacks them
             not_run.append({"attack": f"{attack.name}{suffix}", "documents": kind, "reason": lacking})
             continue
-        assert models is not None, "without models every attack lacks them"
-        assert users_and_known is not None
-        of_users, has_documents = users_and_known
+        of_users, has_documents = by_user
         values = np.full(len(scored.users), np.nan)  # NaN: no document, so no score
         values[has_documents] = attack.score(of_users)
         yield _split(scored, f"{attack.name}{suffix}", attack.definition, kind, values)
@@ -355,9 +378,12 @@ def _not_run(scored: Scored) -> list[dict[str, str]]:
     for kind, table in scored.documents.items():
         for name, need in sorted(table.missing.items()):
             how = ""
-            variant = need.partition(".")[2].split("_")[0]  # "variants.neighbour_0" -> "neighbour"
-            if variant:
-                how = f"; score with --variants {'neighbours:N' if variant == 'neighbour' else variant}"
+            _, _, variant = need.partition(".")  # "lowercase" of "variants.lowercase"; empty for other signals
+            if variant.startswith("neighbour_"):
+                how = "; score with --variants neighbours:N"
+            elif variant:
+                option, _, _ = variant.partition("_")  # "recall" of "recall_plain"
+                how = f"; score with --variants {option}"
             reasons.append({"attack": name, "documents": kind, "reason": f"the signals lack {need}{how}"})
         if not table.keys:
             reasons.append({"attack": "all", "documents": kind, "reason": "no such documents were scored"})

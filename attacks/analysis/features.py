@@ -89,14 +89,15 @@ def collect(
     attacks = list(attacks)
     kept: dict[str, list[_Summary]] = collections.defaultdict(list)  # by kind
     counts: dict[tuple[str, str], collections.Counter[int]] = {}  # (side, user) to counts of token ids
-    facts: dict[tuple[str, str], tuple[int, int]] = {}  # (side, user) to numbers of records and bytes
+    num_records: dict[tuple[str, str], int] = {}  # (side, user) to records that training could use
+    num_bytes: dict[tuple[str, str], int] = {}  # (side, user) to bytes of text in them
     missing: dict[str, dict[str, str]] = collections.defaultdict(dict)  # kind to attack to the field that it lacks
     for row in rows:
         if row.kind not in (FRESH, TRAINING):
             continue
         watch(row)
         user = (row.side, row.user)
-        facts[user] = (row.user_num_records, row.user_num_bytes)
+        num_records[user], num_bytes[user] = row.user_num_records, row.user_num_bytes
         scores = user_inference.document_log_ratios(row)
         for attack in attacks:
             # An attack that lacked a signal of one document stays out for all documents of the kind.
@@ -109,15 +110,15 @@ def collect(
         kept[row.kind].append(_Summary.of(row, scores))
         if row.kind == FRESH and row.token_ids is not None:
             counts.setdefault(user, collections.Counter()).update(row.token_ids.tolist())
-    order = sorted(facts)
+    order = sorted(num_records)
     place = {user: number for number, user in enumerate(order)}
     tables = {kind: _table(kept[kind], place, missing[kind]) for kind in (FRESH, TRAINING)}
     traits, languages = _traits(kept[FRESH], place)
     return Scored(
         users=[user for _, user in order],
         is_held_in=np.array([side == HELD_IN for side, _ in order], dtype=np.bool_),
-        num_records=np.array([facts[user][0] for user in order], dtype=np.int64),
-        num_bytes=np.array([facts[user][1] for user in order], dtype=np.int64),
+        num_records=np.array([num_records[user] for user in order], dtype=np.int64),
+        num_bytes=np.array([num_bytes[user] for user in order], dtype=np.int64),
         documents=tables,
         tokens=_matrix(counts, order) if counts else None,
         traits=traits,
@@ -175,9 +176,17 @@ class _Summary:
 
     @classmethod
     def of(cls, row: DocumentSignals, scores: Mapping[str, float]) -> _Summary:
-        mean = float(row.target_logp.mean(dtype=np.float64))
-        facts = (row.num_bytes, row.zlib_bytes, row.date, row.language)
-        return cls((row.side, row.user), row.document, row.num_tokens, mean, scores, *facts)
+        return cls(
+            user=(row.side, row.user),
+            document=row.document,
+            num_tokens=row.num_tokens,
+            mean_logp=float(row.target_logp.mean(dtype=np.float64)),
+            scores=scores,
+            num_bytes=row.num_bytes,
+            zlib_bytes=row.zlib_bytes,
+            date=row.date,
+            language=row.language,
+        )
 
 
 def _table(kept: list[_Summary], place: Mapping[tuple[str, str], int], missing: Mapping[str, str]) -> DocumentTable:

@@ -190,7 +190,8 @@ def _permuted(points: FloatArray, train: FloatArray, test: FloatArray) -> tuple[
     rest = pooled.sum(axis=0) - chosen
     drawn = _gaps(chosen, rest) if len(train) <= len(test) else _gaps(rest, chosen)
     # A choice without such tokens is NaN, says nothing, and counts as extreme: hence "not less", which NaN satisfies.
-    as_high, as_low = ((~(sign * drawn < sign * points - 1e-12)).sum(axis=0) for sign in (1.0, -1.0))
+    as_high = (~(drawn < points - 1e-12)).sum(axis=0)
+    as_low = (~(drawn > points + 1e-12)).sum(axis=0)
     observed = 0 if is_every else 1  # among drawn choices the observed one counts as one more
     num_choices = observed + len(drawn)
     return (observed + as_high) / num_choices, (observed + as_low) / num_choices

@@ -11,7 +11,7 @@ import enum
 import functools
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from attacks.analysis import statistics
 from privtrain.privacy.sampling import RELATIONS, Poisson, Scheme, relation_of, scheme_from_statement
@@ -83,11 +83,12 @@ class Cap:
         # The guarantee protects a record, so a user's is that of k records. k is the stated limit of records per user
         # (0: none stated) or the number counted in the data, whichever is less.
         stated = statement.contribution_bound
-        stated_bound = 0 if stated is None else stated.records_per_user_in_training_set or 0
+        limit = 0 if stated is None else stated.records_per_user_in_training_set or 0
         if stated is not None and stated.selection == "random_chunk":
             # What is protected is a chunk, and a record may be cut into many: the count of records says nothing.
-            return cls._of_records(statement.unit, bound, stated_bound)
-        return cls._of_records(statement.unit, bound, min(stated_bound or records_per_user, records_per_user))
+            return cls._of_records(statement.unit, bound, limit)
+        num_records = min(limit, records_per_user) if limit else records_per_user
+        return cls._of_records(statement.unit, bound, num_records)
 
     @classmethod
     def _of_records(cls, unit: str, bound: statistics.DpBound, records_per_user: int) -> Cap:
@@ -141,14 +142,14 @@ def epsilon_at(statement: PrivacyStatement, delta: float) -> float | None:
     stated = None if statement.unit != ATTACKED_UNIT else _mechanism(statement)
     if stated is None:
         return None
-    scheme, noise_multiplier, num_steps, num_records = stated
-    event = _event(scheme, statement.neighboring_relation, noise_multiplier, num_steps, num_records)
+    relation = statement.neighboring_relation
+    event = _event(stated.scheme, relation, stated.noise_multiplier, stated.num_steps, stated.num_records)
     if event is None:
         return None
     import accountants
 
-    asked = relation_of(statement.neighboring_relation)
-    for name in _accountants(scheme, num_records):  # the first that can resolve the event answers
+    asked = relation_of(relation)
+    for name in _accountants(stated.scheme, stated.num_records):  # the first that can resolve the event answers
         try:
             answer = accountants.epsilon(event, delta, accountant=name, relation=asked)
             return accountants.certified_upper(answer, asked)
@@ -162,16 +163,27 @@ def _curve(statement: PrivacyStatement) -> statistics.CurveBound | None:
     stated = _mechanism(statement)
     if stated is None:
         return None
-    scheme, noise_multiplier, num_steps, num_records = stated
-    largest_epsilon = max(1.0, statement.effective_epsilon)
-    return _tabulate(scheme, statement.neighboring_relation, noise_multiplier, num_steps, largest_epsilon, num_records)
+    return _tabulate(
+        scheme=stated.scheme,
+        relation=statement.neighboring_relation,
+        noise_multiplier=stated.noise_multiplier,
+        num_steps=stated.num_steps,
+        largest_epsilon=max(1.0, statement.effective_epsilon),
+        num_records=stated.num_records,
+    )
 
 
-def _mechanism(statement: PrivacyStatement) -> tuple[Scheme, float, int, int] | None:
-    """Return (sampling scheme, noise multiplier, steps, sampled records of a unit) as the accountants need them.
+class _Mechanism(NamedTuple):
+    """A stated mechanism as the accountants need it."""
 
-    None if the statement lacks one, or its mechanism is not the Gaussian one.
-    """
+    scheme: Scheme  # how units are sampled for a step
+    noise_multiplier: float
+    num_steps: int  # that are charged
+    num_records: int  # of a unit, that are sampled apart; 1 if the unit itself is sampled
+
+
+def _mechanism(statement: PrivacyStatement) -> _Mechanism | None:
+    """Return the stated mechanism; None if the statement lacks a part of it, or it is not the Gaussian one."""
     noise_multiplier, num_steps = statement.mechanism.noise_multiplier, _charged_steps(statement)
     num_records = statement.sampled_records_per_unit
     if statement.tuning is not None:
@@ -181,7 +193,7 @@ def _mechanism(statement: PrivacyStatement) -> tuple[Scheme, float, int, int] | 
     scheme = scheme_from_statement(statement.sampling.model_dump())
     if statement.neighboring_relation not in RELATIONS or scheme is None:
         return None
-    return scheme, noise_multiplier, num_steps, num_records
+    return _Mechanism(scheme, noise_multiplier, num_steps, num_records)
 
 
 def _charged_steps(statement: PrivacyStatement) -> int:
@@ -311,5 +323,10 @@ def combine(headline: tuple[Verdict, str], audits: Sequence[tuple[Verdict, str]]
     Where the split is confounded, the audit of the split's users says so itself; that of canaries is not concerned.
     A true claim is called falsified with probability at most .025 by the headline and .05 by all audits together.
     """
-    falsified = [audit for audit in audits if audit[0] is Verdict.FALSIFIED]
-    return falsified[0] if falsified and headline[0] is not Verdict.FALSIFIED else headline
+    of_headline, _ = headline
+    if of_headline is Verdict.FALSIFIED:
+        return headline
+    for of_audit, reason in audits:
+        if of_audit is Verdict.FALSIFIED:
+            return of_audit, reason
+    return headline

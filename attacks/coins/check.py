@@ -54,7 +54,9 @@ def check_documents(scoring: Scoring) -> int:
             f"{'; '.join(filter(None, wrong))}; it was altered or belongs to other coins; {scoring.remedy}"
         )
     left_out = read_used(run)["left_out"]  # user -> indices of records
-    unused = {(attack_pseudonym(key, user), str(index)) for user, indices in left_out.items() for index in indices}
+    unused: set[tuple[str, str]] = set()  # (pseudonym, document) as the signals name them
+    for user, indices in left_out.items():
+        unused |= {(attack_pseudonym(key, user), str(index)) for index in indices}
     return sum(item.kind == TRAINING and (item.user, item.document) in unused for item in scored)
 
 

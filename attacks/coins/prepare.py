@@ -95,10 +95,13 @@ def prepare(config_path: pathlib.Path, overrides: Sequence[str] = (), *, spans_c
         if spans_column:
             labelled = {place: spans_of(row[spans_column], row["offset"]) for place, row in extras.items()}
             write_sealed(run, run.root / SPANS_PATH, _spans(manifest, labelled))
-        elif _coins_of_spans(run) not in (None, manifest["sha256"]):
-            raise AttackInputError(
-                "the opt-out list changed since spans were sealed with the split; run prepare again with --spans COLUMN"
-            )
+        else:
+            sealed_with = _coins_of_spans(run)
+            if sealed_with is not None and sealed_with != manifest["sha256"]:
+                raise AttackInputError(
+                    "the opt-out list changed since spans were sealed with the split; run prepare again with --spans "
+                    "COLUMN"
+                )
         write_sources(run, digests)
         # Last: it says that the run is prepared.
         write_json(run.prepared, manifest, mode=0o600)

@@ -141,11 +141,13 @@ def panel_figure(figure_facts: Mapping[str, Any], name: str) -> str:
         for number, (item, color) in enumerate(zip(series, itertools.cycle(_SERIES_COLORS), strict=False)):
             if figure_facts["kind"] == "bar":
                 width = 0.76 / len(series)  # of 1 between groups, so that groups stay apart
+                # A bar for each series in every group, around the group's middle.
                 places = [place + width * (number - (len(series) - 1) / 2.0) for place in range(len(item["x"]))]
                 _bars(axes, places, item["y"], width=0.94 * width, color=color, label=item["label"])
             else:
-                points = [(x, y) for x, y in zip(item["x"], item["y"], strict=True) if y is not None]
-                axes.plot(*zip(*points, strict=True), color=color, linewidth=1.6, marker="o", ms=3, label=item["label"])
+                known = [(x, y) for x, y in zip(item["x"], item["y"], strict=True) if y is not None]
+                xs, ys = [x for x, _ in known], [y for _, y in known]
+                axes.plot(xs, ys, color=color, linewidth=1.6, marker="o", ms=3, label=item["label"])
         if figure_facts["kind"] == "bar":
             axes.set_xticks(range(len(series[0]["x"])), [str(label) for label in series[0]["x"]])
         elif figure_facts.get("x_scale") == "log":

@@ -117,7 +117,8 @@ def read_results(run: pathlib.Path) -> Mapping[str, Any]:
     Raises:
         AttackInputError: if the run is not finished or not analysed, or the results are of another plan or target.
     """
-    return _read(run)[1]
+    _, attacks = _read(run)
+    return attacks
 
 
 def _identity(run: pathlib.Path, statement: rundir.PrivacyStatement, attacks: Mapping[str, Any]) -> dict[str, str]:

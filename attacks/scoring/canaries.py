@@ -69,9 +69,10 @@ def _references(user: str, texts: list[str]) -> list[Document]:
 
 def _other_digits(canary: Canary, section: CanariesSection, root_key: SecretKey, count: int) -> list[str]:
     """Return ``count`` different secrets of the same number of digits, not the canary's own; all if there are fewer."""
-    size = 10**section.num_digits
+    size = 10**section.num_digits  # how many secrets there are
     if size - 1 <= count:
-        return [text for number in range(size) if (text := digits_of(number, section.num_digits)) != canary.secret]
+        every = [digits_of(number, section.num_digits) for number in range(size)]
+        return [text for text in every if text != canary.secret]
     stream = root_key.stream("canary references", canary.user)
     texts: dict[str, None] = {}
     while len(texts) < count:

@@ -63,14 +63,16 @@ def read_columns(
     extras: dict[tuple[str, int], dict[str, Any]] = {}
     counters: dict[str, _RecordCounter] = {}
     for row in _rows(data.source, digests):
-        values = [row.get(getattr(data, key)) for key in data.column_keys]
+        # Number the row as the corpus does: rows without an owner or a text, and a user's equal rows, have no number.
+        values = [row.get(getattr(data, key)) for key in data.column_keys]  # of the columns that the trainer reads
         owner, content = owner_of(row.get(data.user_column)), formats.canonical(data, values).strip()
         if not owner or not content or owner not in owners:
             continue
         counter = counters.setdefault(owner, _RecordCounter(data.deduplicate == "within_user"))
         index = counter.next_index(content)
-        is_wanted = index is not None and (chosen is None or (owner, index) in chosen)
-        if index is None or not is_wanted:
+        if index is None:
+            continue
+        if chosen is not None and (owner, index) not in chosen:
             continue
         known = corpus.records.get(owner, ())
         if index >= len(known) or known[index] != content:
@@ -78,7 +80,7 @@ def read_columns(
         missing = [name for name in names if name not in row]
         if missing:
             raise AttackInputError(f"a row has no column {', '.join(missing)}; name one that every row has")
-        text = values[0] if data.format == "text" else None
+        text = values[0] if data.format == "text" else None  # spans are for this format alone
         offset = len(text) - len(text.lstrip()) if isinstance(text, str) else 0
         extras[owner, index] = {name: row[name] for name in names} | {"offset": offset}
     if chosen is not None and len(extras) < len(chosen):

@@ -180,9 +180,11 @@ def plan_documents(
         if user in canaries:  # judged apart from natural users
             continue
         documents += [Document(user, index, FRESH) for index in fresh]
-        usable = sorted(set(range(len(corpus.records[user]))) - set(fresh), key=lambda index: _shuffle_key(user, index))
-        for kind in (TRAINING, CONTROL_PREFIX) if with_controls else (TRAINING,):
-            documents += [Document(user, index, kind) for index in usable[:num_training_records]]
+        usable = set(range(len(corpus.records[user]))) - set(fresh)
+        chosen = sorted(usable, key=lambda index: _shuffle_key(user, index))[:num_training_records]
+        documents += [Document(user, index, TRAINING) for index in chosen]
+        if with_controls:
+            documents += [Document(user, index, CONTROL_PREFIX) for index in chosen]
     if not documents:
         raise AttackInputError(
             "the manifest gives the attacker no document; see data.attack_fraction and attack_min_records"
@@ -247,8 +249,8 @@ def sensitive_tokens(
     """
     offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
     is_sensitive = np.zeros(max(num_tokens, len(offsets)), dtype=np.bool_)
-    for number, (start, end) in enumerate(offsets):
-        is_sensitive[number] = any(start < last and first < end for first, last in spans)
+    for number, (start, end) in enumerate(offsets):  # of each token's characters
+        is_sensitive[number] = any(start < span_end and span_start < end for span_start, span_end in spans)
     return is_sensitive[:num_tokens]
 
 

@@ -211,11 +211,14 @@ def prepare_job(
     digests = {**targets.digests_of(run, config.model), "precision": precision}
     evidence.check_base(run, digests["base"])
     own = planning.read_manifest(run)
-    manifest = own if attacked.root == run.root else planning.read_manifest(attacked)
-    attacked_config = config if attacked.root == run.root else evidence.read_config(attacked)
+    is_shadow = attacked.root != run.root
+    manifest = planning.read_manifest(attacked) if is_shadow else own
+    attacked_config = evidence.read_config(attacked) if is_shadow else config
     data = attacked_config.data
     if attacked_config.model != config.model:
         raise AttackInputError(f"{run.root} starts from another base model than {attacked.root}; expected the same one")
+
+    # Which documents.
     tokenizer = load_tokenizer(config.model)
     encoder = Encoder(data, tokenizer, num_ids_of(config.model))
     natural = evidence.read_corpus(attacked_config)
@@ -225,9 +228,11 @@ def prepare_job(
     documents = planning.plan_documents(
         manifest, corpus, options.num_training_records, with_controls=variants.control_prefix
     )
-    if attacked.root == run.root:
+    if not is_shadow:  # shadows are trained without canaries
         root_key = run.load_key("root")
         documents += plan_canaries(manifest, config.canaries, tokenizer, root_key, options.num_canary_references)
+
+    # What is known of them beside their text.
     has_spans = options.spans_column or (run.root / planning.SPANS_PATH).is_file()
     if data.format != "text" and (options.variants or has_spans):
         raise AttackInputError(
@@ -237,7 +242,9 @@ def prepare_job(
     digests_of_files = read_sources(attacked) if options.columns else ()
     extras = read_columns(data, natural, options.columns, digests_of_files, _records_of(documents))
     sealed_spans = planning.read_spans(attacked, manifest) if options.spans_column is None else None
+
     # Whatever a score depends on: a finished part counts only for a job with the same fingerprint.
+    template = data.chat_template_file
     settings = {
         "schemas": [SCHEMA_NAME, PSEUDONYM_PURPOSE],
         "coins": [own["sha256"], manifest["sha256"]],
@@ -246,15 +253,14 @@ def prepare_job(
         "model": config.model.model_dump(mode="json"),
         # The records are in the manifest's digest, wherever they lie.
         "data": data.model_dump(mode="json", exclude={"source", "evaluation", "chat_template_file"}),
-        "template": None
-        if data.chat_template_file is None
-        else file_sha256(data.chat_template_file, follow_links=True),
+        "template": None if template is None else file_sha256(template, follow_links=True),
         "canaries": config.canaries.model_dump(mode="json"),
         "extras": hashlib.sha256(repr(sorted(extras.items())).encode("utf-8", errors="surrogatepass")).hexdigest(),
         "spans": hashlib.sha256(json.dumps(sealed_spans, sort_keys=True).encode()).hexdigest(),
         "software": {name: importlib.metadata.version(name) for name in _SOFTWARE},
     }
     fingerprint = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
     share = data.held_out_fraction
     return Job(
         run=run,

@@ -72,6 +72,7 @@ def measure(find: Callable[[str], Sequence[Span]], records: Iterable[CustomerRec
                     num_found=len(places & labelled),
                     num_whole=places <= labelled,
                 )
+    in_order = sorted(totals.items(), key=lambda item: (item[0] == ALL, item[0]))  # by name, "all" last
     rows: list[Recall] = [
         {
             "kind": kind,
@@ -80,7 +81,7 @@ def measure(find: Callable[[str], Sequence[Span]], records: Iterable[CustomerRec
             "recall": total["num_found"] / total["num_characters"],
             "found_whole": total["num_whole"] / total["num_spans"],
         }
-        for kind, total in sorted(totals.items(), key=lambda item: (item[0] == ALL, item[0]))
+        for kind, total in in_order
     ]
     if rows:
         rows[-1]["precision"] = totals[ALL]["num_found"] / num_found if num_found else None

@@ -52,16 +52,16 @@ class NeuralScorer:
     def score(self, sequences: Sequence[npt.NDArray[np.int64]]) -> list[TokenSignals]:
         """Return the signals of each sequence's tokens after its first, from one forward pass over all sequences."""
         labels = torch.from_numpy(np.concatenate([tokens[1:] for tokens in sequences])).to(self._device)
-        signals = []
+        blocks: list[tuple[torch.Tensor, ...]] = []  # of each block the signals, in the order of TokenSignals' fields
         for start, block in self._blocks(sequences):
             chosen = labels[start : start + len(block)]
+            # First, since the other signals overwrite the block.
             sampled = () if self._scheme is None else (sampled_logp(block, chosen, self._scheme),)
-            signals.append((*_signals_of(block, chosen), *sampled))
+            blocks.append((*_signals_of(block, chosen), *sampled))
         # Blocks run over all sequences in a row: join each kind of signal, then cut it where sequences end.
-        joined = [torch.cat(column).cpu().numpy() for column in zip(*signals, strict=True)]
         ends = np.cumsum([len(tokens) - 1 for tokens in sequences])[:-1]
-        by_sequence = zip(*(np.split(column, ends) for column in joined), strict=True)
-        return [TokenSignals(*columns) for columns in by_sequence]
+        by_kind = [np.split(torch.cat(parts).cpu().numpy(), ends) for parts in zip(*blocks, strict=True)]
+        return [TokenSignals(*of_sequence) for of_sequence in zip(*by_kind, strict=True)]
 
     def likeliest(self, sequences: Sequence[npt.NDArray[np.int64]], count: int) -> list[npt.NDArray[np.int64]]:
         """Return [len - 1, count] per sequence: the most likely tokens at each position after the first."""

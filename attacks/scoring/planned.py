@@ -98,8 +98,9 @@ def check_training(scored: Iterable[DocumentKey], num_usable: Mapping[str, int],
             fresh[key.user].add(key.document)
         elif key.kind == CONTROL_PREFIX:
             controls[key.user].add(key.document.removesuffix(f"-{CONTROL_PREFIX}"))
-    # -1 equals no number of records: a user who was not attacked must have none.
-    wrong = [user for user, names in records.items() if len(names) != min(num_wanted, num_usable.get(user, -1))]
+    # A user who was not attacked must have no record at all: -1 equals no number of them.
+    num_expected = {user: min(num_wanted, num_usable.get(user, -1)) for user in records}
+    wrong = [user for user, names in records.items() if len(names) != num_expected[user]]
     mixed = [user for user, names in records.items() if names & fresh[user] or not controls[user] <= names]
     mixed += [user for user in controls if user not in records]
     parts = []

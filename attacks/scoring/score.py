@@ -13,8 +13,8 @@ from __future__ import annotations
 import contextlib
 import pathlib
 import shutil
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import accelerate.utils
 import numpy as np
@@ -199,11 +199,12 @@ def _join(job: Job, parts: Sequence[Sequence[Document]]) -> int:
     Raises:
         AttackInputError: if a part is missing, the parts are not all that was planned, or the target changed since.
     """
-    digests = {number: job.sealed_part(number, documents) for number, documents in enumerate(parts)}
-    absent = [number for number, digest in digests.items() if digest is None]
-    if absent:
+    sealed = [job.sealed_part(number, documents) for number, documents in enumerate(parts)]
+    digests = [digest for digest in sealed if digest is not None]
+    num_absent = len(sealed) - len(digests)
+    if num_absent:
         raise AttackInputError(
-            f"{len(absent)} parts not found in {job.parts}: all ranks must see the run directory; "
+            f"{num_absent} parts not found in {job.parts}: all ranks must see the run directory; "
             "score on one machine or on a shared file system"
         )
     now = {**targets.digests_of(job.run, job.model), "precision": job.digests["precision"]}
@@ -214,11 +215,10 @@ def _join(job: Job, parts: Sequence[Sequence[Document]]) -> int:
             f"{job.run.root} changed while it was scored ({', '.join(changed)}); restore it and run the same command "
             "again"
         )
-    paths = [job.part(number) for number in digests]
+    paths = [job.part(number) for number in range(len(parts))]
     # Signals count only with their record: remove the old one first, so that a crash leaves no record that fits.
     record_path(job.signals_path).unlink(missing_ok=True)
-    joined = join_signals(job.signals_path, paths, [digest or "" for digest in digests.values()])
-    keys = [DocumentKey(*key) for key in joined]
+    keys = [DocumentKey(*key) for key in join_signals(job.signals_path, paths, digests)]
     wrong = planned.difference(job.keys(job.documents), keys)
     if wrong:
         job.signals_path.unlink()
@@ -252,7 +252,6 @@ def score_documents(job: Job, documents: Sequence[Document], target: Scorer, bas
     batch_tokens = job.options.batch_tokens
     target_signals, base_signals = (score_sequences(scorer, tokens, batch_tokens) for scorer in (target, base))
     names = [attack_pseudonym(job.key, document.user) for document in documents]
-    # For each document: name of a re-written text to its mean log-probability under the target.
     means = _variant_means(job, names, documents, texts, tokens, target, base)
     rows = []
     for place, document in enumerate(documents):
@@ -265,11 +264,11 @@ def score_documents(job: Job, documents: Sequence[Document], target: Scorer, bas
             means[place][rewriting.RECALL_PLAIN] = float(of_target.logp[:num_shared].mean(dtype=np.float64))
         rows.append(
             DocumentSignals(
-                names[place],
-                document.name,
-                job.sides[document.user],
-                of_target.logp,
-                of_base.logp,
+                user=names[place],
+                document=document.name,
+                side=job.sides[document.user],
+                target_logp=of_target.logp,
+                base_logp=of_base.logp,
                 kind=document.kind,
                 target_correct=of_target.correct,
                 target_mean=of_target.mean,
@@ -295,20 +294,33 @@ def _with_control_prefixes(
     Documents, texts and tokens are parallel lists, as given and as returned. Control documents that find no other
     user's prompt within the part are left out.
     """
-    chosen = [place for place, document in enumerate(documents) if document.kind == CONTROL_PREFIX]
-    rewritten: dict[int, Tokens | None] = dict(enumerate(tokens))
-    users = [documents[place].user for place in chosen]
-    rewritten |= zip(chosen, rewriting.exchange_prefixes(users, [tokens[place] for place in chosen]), strict=True)
-    kept = {place: ids for place, ids in rewritten.items() if ids is not None}
+    controls = [place for place, document in enumerate(documents) if document.kind == CONTROL_PREFIX]
+    exchanged = rewriting.exchange_prefixes(
+        [documents[place].user for place in controls], [tokens[place] for place in controls]
+    )
+    new_tokens: dict[int, Tokens | None] = dict(enumerate(tokens))  # place → tokens; None: left out
+    new_tokens.update(zip(controls, exchanged, strict=True))
+    kept = {place: ids for place, ids in new_tokens.items() if ids is not None}
     return [documents[place] for place in kept], [texts[place] for place in kept], list(kept.values())
 
 
 def score_sequences(scorer: Scorer, sequences: Sequence[Tokens], batch_tokens: int) -> list[TokenSignals]:
     """Return the signals of each sequence, in the order given; forward passes are batches of similar length."""
-    by_place: dict[int, TokenSignals] = {}
+    return _in_batches(scorer.score, sequences, batch_tokens)
+
+
+_Result = TypeVar("_Result")
+
+
+def _in_batches(
+    ask: Callable[[Sequence[Tokens]], Sequence[_Result]], sequences: Sequence[Tokens], batch_tokens: int
+) -> list[_Result]:
+    """Return what ``ask`` makes of each sequence, in the order given; it gets a batch of similar length at a time."""
+    results: dict[int, _Result] = {}  # place of the sequence → its result
     for batch in planning.compose_batches([len(tokens) for tokens in sequences], batch_tokens):
-        by_place.update(zip(batch, scorer.score([sequences[place] for place in batch]), strict=True))
-    return [by_place[place] for place in range(len(sequences))]
+        of_batch = ask([sequences[place] for place in batch])
+        results.update(zip(batch, of_batch, strict=True))
+    return [results[place] for place in range(len(sequences))]
 
 
 def _variant_means(
@@ -338,12 +350,9 @@ def _variant_means(
     # A document as long as the prefix leaves nothing to predict.
     rewritten = [item for item in rewritten if len(item.tokens) - 1 > item.first]
     if wanted.num_neighbours:
-        proposals: dict[int, Tokens] = {}
-        for batch in planning.compose_batches([len(ids) for ids in tokens], job.options.batch_tokens):
-            proposals.update(zip(batch, rewriting.propose(base, [tokens[place] for place in batch]), strict=True))
+        proposals = _in_batches(lambda batch: rewriting.propose(base, batch), tokens, job.options.batch_tokens)
         labels = [f"{name}/{document.index}" for name, document in zip(names, documents, strict=True)]
-        ordered = [proposals[place] for place in range(len(tokens))]
-        rewritten += rewriting.neighbours(labels, tokens, ordered, wanted.num_neighbours)
+        rewritten += rewriting.neighbours(labels, tokens, proposals, wanted.num_neighbours)
     means: list[dict[str, float]] = [{} for _ in documents]
     scored = score_sequences(target, [item.tokens for item in rewritten], job.options.batch_tokens)
     for item, signals in zip(rewritten, scored, strict=True):
@@ -356,11 +365,12 @@ def _facts(job: Job, document: Document, text: str, num_tokens: int) -> dict[str
 
     Canaries, their references and controls have sizes only.
     """
-    extra = job.extras.get((document.user, document.index), {})
+    sizes = {**planning.text_facts(text), **planning.user_facts(job.manifest, job.corpus, document.user)}
+    if document.kind in (CANARY, CANARY_REFERENCE, CONTROL_PREFIX):
+        return sizes
+    extra = job.extras.get((document.user, document.index), {})  # further columns of the document's row
     options = job.options
     spans = None
-    if document.kind in (CANARY, CANARY_REFERENCE, CONTROL_PREFIX):
-        return {**planning.text_facts(text), **planning.user_facts(job.manifest, job.corpus, document.user)}
     if options.spans_column == PRESIDIO:
         spans = find_personal_data(text)
     elif options.spans_column is not None:
@@ -373,8 +383,7 @@ def _facts(job: Job, document: Document, text: str, num_tokens: int) -> dict[str
         is_sensitive = planning.sensitive_tokens(text, spans, job.tokenizer, num_tokens)
     given = extra.get(options.language_column) if options.language_column else None
     return {
-        **planning.text_facts(text),
-        **planning.user_facts(job.manifest, job.corpus, document.user),
+        **sizes,
         "sensitive": is_sensitive,
         "date": days_of(extra.get(options.date_column)) if options.date_column else None,
         "language": str(given) if given else guess_language(text),

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import yaml
 
@@ -18,6 +19,8 @@ from attacks.errors import AttackInputError
 from attacks.reporting.record import read_scoring
 from attacks.scoring.documents import read_manifest
 from attacks.signals import SIGNALS_PATH
+from privtrain.config import Config
+from privtrain.data.corpus import Corpus
 from privtrain.files.atomic import write_atomically
 from privtrain.files.private import make_private_directory
 from privtrain.run.directory import RunDirectory
@@ -49,41 +52,56 @@ def write_recipes(run_path: pathlib.Path, count: int) -> list[pathlib.Path]:
     for private in (run_path / SHADOWS_PATH.parent, run_path / SHADOWS_PATH):
         make_private_directory(private)
     folder = (run_path / SHADOWS_PATH).resolve()
+    data = folder / "records.jsonl"
+    lines = [json.dumps(row, ensure_ascii=False) for row in _rows_of_shadows(corpus, manifest)]
+    write_atomically(data, "\n".join(lines) + "\n", mode=0o600)
+    recipes = []
+    for number in range(count):
+        tree = _recipe(config, data, number)
+        tree["run"] = {"name": f"{run_path.resolve().name}-shadow-{number}", "output_dir": str(folder / "runs")}
+        path = folder / f"shadow-{number}.yaml"
+        write_atomically(path, yaml.safe_dump(tree, sort_keys=False, allow_unicode=True), mode=0o600)
+        recipes.append(path)
+    return recipes
+
+
+def _rows_of_shadows(corpus: Corpus, manifest: Mapping[str, Any]) -> Iterator[dict[str, str]]:
+    """Yield the records that shadows are trained on, as rows with ``user`` and ``text``."""
     # Users who opted out are on neither side of the manifest.
     allowed = {*manifest["held_in"], *manifest["held_out"]}
-    lines = []
     for user, texts in corpus.records.items():
         if user not in allowed:
             continue
         # No shadow may train on what the attacker holds: fresh documents are fresh to every model.
         fresh = set(manifest["attacker"].get(user, ()))
-        kept = [text for index, text in enumerate(texts) if index not in fresh]
-        lines += [json.dumps({"user": user, "text": text}, ensure_ascii=False) for text in kept]
-    data = folder / "records.jsonl"
-    write_atomically(data, "\n".join(lines) + "\n", mode=0o600)
-    recipes = []
-    for number in range(count):
-        tree = config.model_dump(mode="json", exclude_unset=True)  # the attacked run's, with what must differ replaced
-        tree["run"] = {"name": f"{run_path.resolve().name}-shadow-{number}", "output_dir": str(folder / "runs")}
-        tree["data"] |= {
-            "source": {"kind": "files", "paths": [str(data)]},
-            "user_column": "user",
-            "text_column": "text",
-            "held_out_fraction": 0.5,
-            "attack_fraction": 0.0,
-            "num_evaluation_records": 0,
-        }
-        tree.pop("canaries", None)
-        tree.pop("audit", None)
-        tree.pop("release", None)  # nobody publishes a shadow
-        tree["tracking"] = {**tree.get("tracking", {}), "wandb": False}
-        if tree["privacy"].get("insecure_seed") is not None:
-            # A shadow with the same seed would flip the same coins.
-            tree["privacy"]["insecure_seed"] += number + 1
-        path = folder / f"shadow-{number}.yaml"
-        write_atomically(path, yaml.safe_dump(tree, sort_keys=False, allow_unicode=True), mode=0o600)
-        recipes.append(path)
-    return recipes
+        yield from ({"user": user, "text": text} for index, text in enumerate(texts) if index not in fresh)
+
+
+def _recipe(config: Config, data: pathlib.Path, number: int) -> dict[str, Any]:
+    """Return the configuration of shadow ``number``: the attacked run's, with what must differ replaced.
+
+    Args:
+        config: of the attacked run.
+        data: the file of the shadows' records.
+        number: of the shadow, from 0.
+    """
+    tree = config.model_dump(mode="json", exclude_unset=True)
+    tree["data"] |= {
+        "source": {"kind": "files", "paths": [str(data)]},
+        "user_column": "user",
+        "text_column": "text",
+        "held_out_fraction": 0.5,
+        "attack_fraction": 0.0,
+        "num_evaluation_records": 0,
+    }
+    tree.pop("canaries", None)
+    tree.pop("audit", None)
+    tree.pop("release", None)  # nobody publishes a shadow
+    tree["tracking"] = {**tree.get("tracking", {}), "wandb": False}
+    if tree["privacy"].get("insecure_seed") is not None:
+        # A shadow with the same seed would flip the same coins.
+        tree["privacy"]["insecure_seed"] += number + 1
+    return tree
 
 
 def commands(run_path: pathlib.Path, recipes: Sequence[pathlib.Path]) -> list[str]:

@@ -33,6 +33,8 @@ CONTROL_PREFIX_TOKENS = 16
 _NUM_PROPOSALS = 10
 _REPLACED_SHARE = 0.3
 _PREFIX_SHARE = 0.25
+_MOST_DONORS = 20
+"""Users whose texts are joined into the prefix of ``recall``: enough to fill it."""
 
 Tokens = npt.NDArray[np.int64]
 
@@ -104,9 +106,11 @@ def recall_prefix(manifest: Mapping[str, Any], corpus: Corpus, encoder: Encoder,
         raise AttackInputError("variant recall needs a held-out user without attacker documents; leave the variant out")
     size = max(2, int(_PREFIX_SHARE * max_length))  # tokens of the prefix
     shorter = text_encoder(encoder, size + 1)
-    texts = [text for user in donors[:20] for text in corpus.records[user]]
+    texts = [text for user in donors[:_MOST_DONORS] for text in corpus.records[user]]
+    # A text that cannot be trained on is encoded without a token to predict: it is left out.
     readable = [text for text, record in zip(texts, shorter.encode(texts).records, strict=True) if record.num_targets]
-    return tokens_of([" ".join(readable)], shorter)[0][:size]
+    (tokens,) = tokens_of([" ".join(readable)], shorter)
+    return tokens[:size]
 
 
 def exchange_prefixes(users: Sequence[str], tokens: Sequence[Tokens]) -> list[Tokens | None]:
@@ -122,14 +126,15 @@ def exchange_prefixes(users: Sequence[str], tokens: Sequence[Tokens]) -> list[To
     size = 1 + CONTROL_PREFIX_TOKENS  # with the begin mark
     exchanged: list[Tokens | None] = []
     for place, ids in enumerate(tokens):
-        # The next documents in turn, around the end of the list: the first that fits lends its tokens.
-        others = ((place + step) % len(tokens) for step in range(1, len(tokens)))
-        lenders = (other for other in others if users[other] != users[place] and len(tokens[other]) > size)
-        lender = next(lenders, None)
-        if lender is None or len(ids) <= size:
-            exchanged.append(None)
-        else:
-            exchanged.append(np.concatenate([tokens[lender][:size], ids[size:]]))
+        new_ids = None
+        if len(ids) > size:
+            # The next documents in turn, around the end of the list: the first that fits lends its tokens.
+            for step in range(1, len(tokens)):
+                lender = (place + step) % len(tokens)
+                if users[lender] != users[place] and len(tokens[lender]) > size:
+                    new_ids = np.concatenate([tokens[lender][:size], ids[size:]])
+                    break
+        exchanged.append(new_ids)
     return exchanged
 
 
@@ -177,16 +182,16 @@ def neighbours(
     """
     copies = []
     for place, (name, ids, likely) in enumerate(zip(names, tokens, proposals, strict=True)):
-        rng = np.random.default_rng(list(hashlib.sha256(name.encode()).digest()))
-        # The last token may be the end mark: it stays.
-        places = np.arange(1, max(2, len(ids) - 1))
+        seed = list(hashlib.sha256(name.encode()).digest())
+        rng = np.random.default_rng(seed)
+        # The first token is never predicted; the last may be the end mark: both stay.
+        positions = np.arange(1, max(2, len(ids) - 1))
+        num_replaced = max(1, round(_REPLACED_SHARE * len(positions)))
         for number in range(count):
-            chosen = rng.choice(places, max(1, round(_REPLACED_SHARE * len(places))), replace=False)
             copy = ids.copy()
-            # ``likely`` has a row for each predicted token, so none for the first.
-            for at in chosen:
-                others = likely[at - 1][likely[at - 1] != ids[at]]
-                copy[at] = rng.choice(others)
+            for position in rng.choice(positions, num_replaced, replace=False):
+                proposed = likely[position - 1]  # there is no row for the first token
+                copy[position] = rng.choice(proposed[proposed != ids[position]])
             copies.append(Rewritten(place, f"neighbour_{number}", copy))
     return copies
 

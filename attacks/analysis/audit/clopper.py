@@ -21,6 +21,7 @@ import numpy as np
 import scipy.special
 
 from attacks.analysis.arrays import FloatArray
+from attacks.analysis.statistics.roc import threshold_of
 
 Strategy = Literal["bonferroni", "split"]
 
@@ -90,11 +91,14 @@ def epsilon_lower_bound(
         return 0.0
     if strategy == "split":
         return _by_split(held_in, held_out, delta, significance, seed)
-    # The mirror image: negated and exchanged, so that held-out units are the ones above a threshold.
+    # (scores of the positives, scores that the threshold is read off). In the mirror image, negated and exchanged, the
+    # held-out units are the positives.
     sides = ((held_in, held_out), (-held_out, -held_in))
-    num_thresholds = sum(len(_ranks(other.size)) for _, other in sides)
-    share = significance / num_thresholds
-    return max(_at_rank(one, other, rank, delta, share) for one, other in sides for rank in _ranks(other.size))
+    share = significance / sum(len(_ranks(others.size)) for _, others in sides)
+    bounds: list[float] = []
+    for positives, others in sides:
+        bounds += [_at_rank(positives, others, rank, delta, share) for rank in _ranks(others.size)]
+    return max(bounds)
 
 
 def ceiling(
@@ -109,11 +113,18 @@ def _ranks(num_units: int) -> list[int]:
     return sorted({math.floor(share * num_units) for share in RANK_SHARES})
 
 
-def _at_rank(one: FloatArray, other: FloatArray, rank: int, delta: float, significance: float) -> float:
-    """Return the bound at the threshold above which ``rank`` units of ``other`` lie, with ``one`` as the positives."""
-    threshold = np.sort(other)[other.size - 1 - rank]
-    # Units that tie with the threshold count as below it on both sides, so at most ``rank`` of ``other`` lie above.
-    return epsilon_of_counts(int(np.count_nonzero(one > threshold)), one.size, rank, other.size, delta, significance)
+def _at_rank(positives: FloatArray, others: FloatArray, rank: int, delta: float, significance: float) -> float:
+    """Return the bound at the threshold above which ``rank`` of ``others`` lie."""
+    # Units that tie with the threshold count as below it on both sides, so at most ``rank`` of ``others`` lie above.
+    num_above = int(np.count_nonzero(positives > threshold_of(others, rank)))
+    return epsilon_of_counts(
+        true_positives=num_above,
+        num_in=positives.size,
+        false_positives=rank,
+        num_out=others.size,
+        delta=delta,
+        significance=significance,
+    )
 
 
 def _by_split(held_in: FloatArray, held_out: FloatArray, delta: float, significance: float, seed: int) -> float:
@@ -128,8 +139,14 @@ def _by_split(held_in: FloatArray, held_out: FloatArray, delta: float, significa
     thresholds = thresholds[:: math.ceil(thresholds.size / _MAX_THRESHOLDS)]
 
     def bound(threshold: float, scores_in: FloatArray, scores_out: FloatArray) -> float:
-        hits, false = (int(np.count_nonzero(scores >= threshold)) for scores in (scores_in, scores_out))
-        return epsilon_of_counts(hits, scores_in.size, false, scores_out.size, delta, significance)
+        return epsilon_of_counts(
+            true_positives=int(np.count_nonzero(scores_in >= threshold)),
+            num_in=scores_in.size,
+            false_positives=int(np.count_nonzero(scores_out >= threshold)),
+            num_out=scores_out.size,
+            delta=delta,
+            significance=significance,
+        )
 
     best = max(thresholds, key=lambda threshold: bound(threshold, choose_in, choose_out))
     return bound(best, count_in, count_out)

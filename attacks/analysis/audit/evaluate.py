@@ -134,14 +134,15 @@ def audit(
         num_sources: how many sources are audited in this run; they share the error.
         confounded_by: why no verdict can be trusted; empty if nothing speaks against it.
     """
+    # The coins, and what is guessed of them.
     sample = fair(coins, seed)
     num_coins, num_in = sample.num_coins, int(sample.is_in.sum())
     num_tests = _NUM_TESTS + coins.are_independent  # independent scores get a third test
     significance = SIGNIFICANCE / (num_sources * num_tests)
     delta = delta if claim.pair is None else claim.pair.delta
     num_right = {guess: correct_guesses(sample, guess, seed) for guess in declared_guesses(num_coins)}
-    # Each bound that decides nothing has the whole error for itself, shared between the declared guesses only.
-    shown_share = SIGNIFICANCE / max(len(num_right), 1)
+
+    # The one-run bound, by each guess that can show anything.
     telling = telling_guesses(num_coins, delta, significance)
     epsilons = {
         guess: one_run.epsilon_lower_bound(num_coins, guess.num, num_right[guess], delta, significance / len(telling))
@@ -150,12 +151,16 @@ def audit(
     # The highest bound, on a tie the one with more guesses; where none can show anything, the largest declared guess.
     fallback = max(num_right, default=Guess(0))
     best = max(telling, key=lambda guess: (epsilons[guess], guess), default=fallback)
-    sides = sample.scores[sample.is_in], sample.scores[~sample.is_in]
+
+    # The test of the claimed curve.
     p_values, p_floors = [], []  # one for each declared guess: as counted, and had every guess been right
     if claim.pair is not None:
         inverse = tradeoff.of_points(claim.pair if claim.curve is None else claim.curve)
         p_values = [tradeoff.p_value(inverse, num_coins, guess.num, right) for guess, right in num_right.items()]
         p_floors = [tradeoff.p_value(inverse, num_coins, guess.num, guess.num) for guess in num_right]
+
+    # Each bound that decides nothing has the whole error for itself, shared between the declared guesses only.
+    shown_share = SIGNIFICANCE / max(len(num_right), 1)
     gaussian_bounds = [
         tradeoff.gaussian_epsilon_lower_bound(num_coins, guess.num, right, delta, shown_share)
         for guess, right in num_right.items()
@@ -164,6 +169,7 @@ def audit(
         tradeoff.gaussian_epsilon_lower_bound(num_coins, num, num, delta, shown_share)
         for num in {guess.num for guess in num_right}
     ]
+    sides = sample.scores[sample.is_in], sample.scores[~sample.is_in]
     finding = Finding(
         name=coins.name,
         unit=coins.unit,

@@ -111,8 +111,9 @@ def declared_guesses(num_coins: int) -> list[Guess]:
     """Return all guesses that are declared for so many coins, without repeats; they share the error equally."""
     if not num_coins:
         return []
-    both = {Guess(max(1, math.floor(share * num_coins))) for share in GUESS_SHARES}
-    return sorted(both | {Guess(max(1, math.floor(share * num_coins)), only_in=True) for share in TOP_SHARES})
+    both_sides = {Guess(max(1, math.floor(share * num_coins))) for share in GUESS_SHARES}
+    only_in = {Guess(max(1, math.floor(share * num_coins)), only_in=True) for share in TOP_SHARES}
+    return sorted(both_sides | only_in)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -122,11 +123,17 @@ def telling_guesses(num_coins: int, delta: float, significance: float) -> tuple[
     The one-run theorem adds about 4 δ m / r to the p-value of r guesses among m coins. So at a large delta small
     guesses cannot reject anything and would only use up error. The choice does not look at any score.
     """
-    # The smallest p-value that each guess could give against epsilon = 0, smallest first.
-    floors = sorted((one_run.p_value(num_coins, g.num, g.num, 0.0, delta), g) for g in declared_guesses(num_coins))
+    # The smallest p-value that each guess could give against epsilon = 0: had all of it been right.
+    floors = {
+        guess: one_run.p_value(num_coins, guess.num, guess.num, 0.0, delta) for guess in declared_guesses(num_coins)
+    }
+    ordered = sorted(floors, key=lambda guess: (floors[guess], guess))  # those that could show most first
     # k guesses share the error, so keep the most for which the worst of them still fits into significance / k.
-    fitting = [k for k, (floor, _) in enumerate(floors, start=1) if floor <= significance / k]
-    return tuple(sorted(guess for _, guess in floors[: max(fitting, default=0)]))
+    num_kept = 0
+    for k, guess in enumerate(ordered, start=1):
+        if floors[guess] <= significance / k:
+            num_kept = k
+    return tuple(sorted(ordered[:num_kept]))
 
 
 def correct_guesses(coins: Coins, guess: Guess, seed: int) -> int:
@@ -145,12 +152,16 @@ def correct_guesses(coins: Coins, guess: Guess, seed: int) -> int:
     num_coins, num_guesses = coins.num_coins, guess.num
     assert 0 < num_guesses <= num_coins, (num_guesses, num_coins)
     shuffle = np.random.default_rng(seed).permutation(num_coins)
-    order = shuffle[np.argsort(coins.scores[shuffle], kind="stable")]
-    # Half of the units that are not guessed lie below the cut; the rest of those below are guessed "out".
-    num_out = _cut(coins.scores[order]) - (num_coins - num_guesses) // 2
-    num_out = 0 if guess.only_in else min(max(num_out, 0), num_guesses)
+    order = shuffle[np.argsort(coins.scores[shuffle], kind="stable")]  # units by ascending score, ties at random
+    if guess.only_in:
+        num_out = 0
+    else:
+        # Half of the units that are not guessed lie below the cut; the rest of those below are guessed "out".
+        num_out = _cut(coins.scores[order]) - (num_coins - num_guesses) // 2
+        num_out = min(max(num_out, 0), num_guesses)
+    num_in = num_guesses - num_out
     right_out = np.count_nonzero(~coins.is_in[order[:num_out]])
-    right_in = np.count_nonzero(coins.is_in[order[num_coins - (num_guesses - num_out) :]])
+    right_in = np.count_nonzero(coins.is_in[order[num_coins - num_in :]])
     return int(right_out + right_in)
 
 
@@ -160,8 +171,9 @@ def _cut(ordered: FloatArray) -> int:
     "Near" is within two standard deviations of the number of heads among n fair coins, which is sqrt(n) / 2.
     """
     half, two_deviations = ordered.size // 2, math.isqrt(ordered.size)
-    first, last = max(half - two_deviations, 0), min(half + two_deviations, ordered.size)
-    gaps = np.diff(ordered)[max(first - 1, 0) : last]
+    # A gap with k scores below it is entry k - 1 of the differences; both sides of the cut have a score.
+    fewest, most = max(half - two_deviations, 1), half + two_deviations
+    gaps = np.diff(ordered)[fewest - 1 : most]
     if not gaps.size or gaps.max() == 0.0:
         return half
-    return max(first, 1) + int(np.argmax(gaps))
+    return fewest + int(np.argmax(gaps))

@@ -13,6 +13,7 @@ for any score.
 from __future__ import annotations
 
 import collections
+import itertools
 import math
 import pathlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -29,6 +30,7 @@ from attacks.errors import AttackInputError
 from attacks.scoring.documents import read_manifest
 from privtrain.config.data import DataSection
 from privtrain.data.canaries import Canary, canaries_of, plant
+from privtrain.data.corpus import Corpus
 from privtrain.data.formats import written
 from privtrain.files import reading
 from privtrain.files.atomic import write_json
@@ -101,7 +103,8 @@ def scores_of(texts: Sequence[str], records: Mapping[str, Sequence[str]]) -> dic
         texts: of the corpus.
         records: user → texts of the records that training could use, of both sides alike.
     """
-    corpus, pool = PairCounts(texts), PairCounts(text for own in records.values() for text in own)
+    corpus = PairCounts(texts)
+    pool = PairCounts(itertools.chain.from_iterable(records.values()))
     vocabulary = len(set(corpus.words) | set(pool.words)) + 1
     scores = {}
     for user, own in records.items():
@@ -138,13 +141,7 @@ def audit_corpus(run: pathlib.Path, corpus: pathlib.Path, *, seed: int = 0) -> t
     if natural.manifest_sha256 != manifest["data_sha256"]:
         raise AttackInputError("data.source holds other rows than the run was trained on; restore them")
     canaries = [canary for canary in canaries_of(manifest) if canary.is_text]
-    everybody = plant(natural, canaries).records
-    users = [user for side in ("held_in", "held_out") for user in manifest[side] if user in everybody]
-    records = {}
-    for user in sorted(users):
-        kept_back = set(manifest["attacker"].get(user, ()))  # for the attacker, so training could not use them
-        usable = [record for number, record in enumerate(everybody[user]) if number not in kept_back]
-        records[user] = [written(record, config.data) for record in usable]
+    records = _usable_texts(plant(natural, canaries), manifest, config.data)
     sources = _coins(scores_of(texts, records), records, manifest, canaries, config.data.held_out_fraction, statement)
     findings = [
         audit(
@@ -159,10 +156,29 @@ def audit_corpus(run: pathlib.Path, corpus: pathlib.Path, *, seed: int = 0) -> t
     return findings, _write(directory, described["relation"], findings)
 
 
+def _usable_texts(corpus: Corpus, manifest: Mapping[str, Any], data: DataSection) -> dict[str, list[str]]:
+    """Return, for each user of either side, the texts of the records that training could use.
+
+    Args:
+        corpus: the run's data with its canaries.
+        manifest: of the split.
+        data: the format of the records.
+    """
+    texts: dict[str, list[str]] = {}
+    for user in sorted([*manifest["held_in"], *manifest["held_out"]]):
+        if user not in corpus.records:
+            continue
+        kept_back = set(manifest["attacker"].get(user, ()))  # for the attacker, so training could not use them
+        usable = [record for index, record in enumerate(corpus.records[user]) if index not in kept_back]
+        texts[user] = [written(record, data) for record in usable]
+    return texts
+
+
 def _checked(run: RunDirectory, corpus: pathlib.Path) -> dict[str, Any]:
     """Return the description of a corpus; raise unless it is of this run's release and unaltered."""
     described = generated.read_description(corpus)
-    if described["release"] != bundle.read_manifest(run.root)[0].digest:
+    released, _ = bundle.read_manifest(run.root)
+    if described["release"] != released.digest:
         raise AttackInputError(f"{corpus} was sampled from another release than {run.root} holds; name its own run")
     if bundle.sha256_of(corpus / generated.TEXTS) != described["files"].get(generated.TEXTS):
         raise AttackInputError(f"{corpus / generated.TEXTS} was altered since it was sampled; sample it again")

@@ -107,10 +107,12 @@ def projections(run: RunDirectory, canaries: list[Canary]) -> tuple[FloatArray, 
             for first in range(0, len(canaries), _CANARIES_AT_ONCE):
                 chosen = canaries[first : first + _CANARIES_AT_ONCE]
                 directions = np.stack([signs(key, canary.user, name, number, size) for canary in chosen])
-                for at, part in _parts(paths, begin + start, size):
+                for offset, part in _parts(paths, begin + start, size):
+                    of_part = directions[:, offset : offset + len(part)]
+                    products[first : first + len(chosen)] += _products(of_part, part)
                     # The sums are read again for every group of canaries, but enter the Gram matrix once.
-                    gram += 0.0 if first else part.astype(np.float64).T @ part
-                    products[first : first + len(chosen)] += _products(directions[:, at : at + len(part)], part)
+                    if first == 0:
+                        gram += part.astype(np.float64).T @ part
         begin += num
     # ``signs`` are 1 and -1; a direction is those over sqrt(d).
     return products / np.sqrt(num_coordinates), gram / num_coordinates
@@ -122,9 +124,9 @@ def _parts(paths: Sequence[pathlib.Path], begin: int, size: int) -> Iterator[tup
     Each part is (offset within the block, [coordinates, steps]). No file stays open, however many steps there are.
     """
     width = max(1, _NUMBERS_AT_ONCE // len(paths))
-    for at in range(0, size, width):
-        chosen = slice(begin + at, begin + min(at + width, size))
-        yield at, np.stack([np.array(np.load(path, mmap_mode="r")[chosen]) for path in paths], axis=1)
+    for offset in range(0, size, width):
+        chosen = slice(begin + offset, begin + min(offset + width, size))
+        yield offset, np.stack([np.array(np.load(path, mmap_mode="r")[chosen]) for path in paths], axis=1)
 
 
 def _products(directions: npt.NDArray[np.int8], part: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
@@ -145,7 +147,8 @@ def score(signals: FloatArray, covariance: FloatArray, sampling_prob: float) -> 
     ridge = _RIDGE * max(float(np.trace(covariance)) / num_steps, 1e-30)  # never 0, or nothing could be inverted
     whole = np.linalg.inv(covariance + ridge * np.eye(num_steps))
     alone = np.diag(1.0 / (np.diag(covariance) + ridge))
-    return np.logaddexp(*(_log_ratio(signals, inverse, sampling_prob) for inverse in (alone, whole)))
+    # The average up to a constant factor, which orders canaries alike.
+    return np.logaddexp(_log_ratio(signals, alone, sampling_prob), _log_ratio(signals, whole, sampling_prob))
 
 
 def _log_ratio(signals: FloatArray, inverse: FloatArray, sampling_prob: float) -> FloatArray:
@@ -172,4 +175,5 @@ def _sampling_prob(statement: PrivacyStatement) -> float:
     """
     if statement.sampling.sampling_prob is not None:
         return statement.sampling.sampling_prob
-    return 1.0 / max(getattr(statement.sampling, "steps_per_epoch", None) or 2, 1)
+    steps_per_epoch = getattr(statement.sampling, "steps_per_epoch", None)
+    return 1.0 / steps_per_epoch if steps_per_epoch else 0.5

@@ -111,19 +111,30 @@ def read_canaries(run: pathlib.Path) -> list[Scored]:
     for row in read_scoring(directory).rows():
         if row.kind in (CANARY, CANARY_REFERENCE):
             rows[row.kind, row.user].append(row)
-    held_in, scored = set(manifest["held_in"]), []
+    held_in = set(manifest["held_in"])
+    scored = []
     for canary in canaries:
         own = rows[CANARY, attack_pseudonym(key, canary.user)]
+        if not own:  # a changed user may have no fresh records
+            continue
         owner = POOL if canary.has_shared_references else canary.user
         references = rows[CANARY_REFERENCE, attack_pseudonym(key, owner)]
-        if own:  # a changed user may have no fresh records
-            gains = [float((row.target_logp - row.base_logp).mean(dtype=np.float64)) for row in own]
-            drawn = used.get(canary.user, {}).get("num_drawn")
-            exposures = _exposures(canary, own[0], references) if references else {}
-            pool = None  # the canary's own score comes last, as ``Scored.pool`` says
-            if references and canary.has_shared_references:
-                pool = _logps([*references, own[0]], "target_logp")
-            scored.append(Scored(canary, canary.user in held_in, drawn, gains, exposures, pool))
+        exposures: dict[str, Exposure] = {}
+        pool: FloatArray | None = None
+        if references:  # then the canary has one text
+            exposures = _exposures(canary, own[0], references)
+            if canary.has_shared_references:
+                pool = _logps([*references, own[0]], "target_logp")  # the canary last, as ``Scored.pool`` says
+        scored.append(
+            Scored(
+                canary=canary,
+                is_held_in=canary.user in held_in,
+                num_drawn=used.get(canary.user, {}).get("num_drawn"),
+                gains=[float((row.target_logp - row.base_logp).mean(dtype=np.float64)) for row in own],
+                exposures=exposures,
+                pool=pool,
+            )
+        )
     return scored
 
 
@@ -272,9 +283,10 @@ def _notes(scored: Sequence[Scored], exposed: Sequence[Scored]) -> list[str]:
             f"Control: the mean over {control['num']} held-out canaries, ties averaged, is {control['mean_bits']:.2f} "
             f"bits where {control['expected_bits']:.2f} is expected (p = {control['p_value']:.2g})."
         )
-    fits = [p for item in exposed if (p := item.exposures["tuned"].fit_p_value) is not None]
+    p_values = [item.exposures["tuned"].fit_p_value for item in exposed]
+    fits = [p_value for p_value in p_values if p_value is not None]  # None: too few references for a fit
     if fits:
-        num_refused = sum(p < FIT_SIGNIFICANCE for p in fits)
+        num_refused = sum(p_value < FIT_SIGNIFICANCE for p_value in fits)
         notes.append(
             f"Extrapolation by a skew-normal law fitted to half of the references: a Kolmogorov-Smirnov test on the "
             f"other half refused {num_refused} of {len(fits)} fits at 5 % (smallest p = {min(fits):.2g}); refused ones "

@@ -71,8 +71,9 @@ def panel(run: pathlib.Path, statement: PrivacyStatement, seed: int) -> dict[str
     scoring = read_scoring(RunDirectory(run))
     for row in scoring.rows():
         _count(row, tallies)
-    for key in [key for key, tally in tallies.items() if len(tally.records) < MIN_USERS]:
-        del tallies[key]  # a row of few users would be about each of them
+    for key, tally in list(tallies.items()):
+        if len(tally.records) < MIN_USERS:  # a row of few users would be about each of them
+            del tallies[key]
     prefixes = [length for length in PREFIX_LENGTHS if tallies["held-in", length].records]
     if not prefixes:
         return None
@@ -136,14 +137,14 @@ def _users(tally: Tally, hits: collections.Counter[str]) -> str:
 def _summary(tallies: dict[tuple[str, int], Tally], length: int) -> str:
     """Return what greedy decoding gives back after ``length`` tokens, beside the controls."""
 
-    def of(group: str) -> str:
+    def share_of(group: str) -> str:
         tally = tallies[group, length]
         return f"{tally.greedy.total()} of {tally.records.total()}"
 
     return (
-        f"Given the first {length} tokens, greedy decoding gives back the rest of {of('held-in')} scored training "
-        f"records of held-in users verbatim ({of('held-in, base')} by the base model), and of {of('held-out')} records "
-        "of held-out users, which nobody trained on."
+        f"Given the first {length} tokens, greedy decoding gives back the rest of {share_of('held-in')} scored "
+        f"training records of held-in users verbatim ({share_of('held-in, base')} by the base model), and of "
+        f"{share_of('held-out')} records of held-out users, which nobody trained on."
     )
 
 
@@ -162,18 +163,16 @@ def _notes(scheme: str, tallies: dict[tuple[str, int], Tally], headline: int) ->
 
 def _figure(tallies: dict[tuple[str, int], Tally], length: int) -> dict[str, Any]:
     """Return the line chart of records that come back against samples drawn, a line a group, at one prompt length."""
+    series = []
+    for group, label in GROUPS.items():
+        tally = tallies[group, length]
+        if tally.records:
+            shares = [users.total() / tally.records.total() for users in tally.sampled.values()]
+            series.append({"label": label, "x": [math.log10(count) for count in NUM_SAMPLES], "y": shares})
     return {
         "kind": "line",
         "x_label": "samples drawn, log10",
         "y_label": "share of records",
         "caption": f"Records that come back at least once with probability one half, after {length} tokens.",
-        "series": [
-            {
-                "label": label,
-                "x": [math.log10(count) for count in NUM_SAMPLES],
-                "y": [users.total() / tally.records.total() for users in tally.sampled.values()],
-            }
-            for group, label in GROUPS.items()
-            if (tally := tallies[group, length]).records
-        ],
+        "series": series,
     }

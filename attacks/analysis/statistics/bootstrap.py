@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -73,9 +74,9 @@ def bootstrap_interval(
     of_users = influences(placements, places, area)
     ends = Interval(area, area)  # where no user moves the AUROC, resamples would all equal it
     if any(influence.any() for influence in of_users):
-        wins, sizes, _ = _resampled(held_in, held_out, places, _multinomial, num_resamples, seed)
+        drawn = _resampled(held_in, held_out, places, _multinomial, num_resamples, seed)
         # The number of records differs from resample to resample, so the weights do not cancel.
-        ends = bca_interval(area, of_users, wins / (sizes[0] * sizes[1]), level)
+        ends = bca_interval(area, of_users, drawn.wins / (drawn.weight_in * drawn.weight_out), level)
     return floored(ends, held_in, held_out, level, owners, num_resamples=num_resamples, seed=seed)
 
 
@@ -162,7 +163,8 @@ def _may_lack_a_value(held_in: FloatArray, held_out: FloatArray) -> bool:
 
 def _most_equal(values: FloatArray) -> int:
     """Return how often the commonest value occurs."""
-    return int(np.unique(values, return_counts=True)[1].max())
+    _, counts = np.unique(values, return_counts=True)
+    return int(counts.max())
 
 
 def worst_case(
@@ -182,12 +184,13 @@ def worst_case(
     v), which are Clopper and Pearson's (Gaffke 2005 for scores in general).
     """
     places = owner_places(held_in, held_out, owners)
-    # Of each resample: weight of the pairs that the held-in record wins; of each side's records; of its invented user.
-    wins, sizes, extra = _resampled(held_in, held_out, places, _exponential, num_resamples, seed)
-    total = (sizes[0] + extra[0]) * (sizes[1] + extra[1])  # weight of all pairs, with the invented users
+    drawn = _resampled(held_in, held_out, places, _exponential, num_resamples, seed)
+    # Weights of all pairs, and of those with an invented user.
+    total = (drawn.weight_in + drawn.invented_in) * (drawn.weight_out + drawn.invented_out)
+    invented = total - drawn.weight_in * drawn.weight_out
     tail = (1.0 - level) / 2.0
-    # total - sizes[0] * sizes[1] is the weight of the pairs with an invented user: none won, or all.
-    lower, upper = wins / total, (wins + total - sizes[0] * sizes[1]) / total
+    # Of the pairs with an invented user none is won, or all.
+    lower, upper = drawn.wins / total, (drawn.wins + invented) / total
     return Interval(float(np.quantile(lower, tail)), float(np.quantile(upper, 1.0 - tail)))
 
 
@@ -261,9 +264,19 @@ def _exponential(rng: np.random.Generator, num_resamples: int, num_users: int) -
     return rng.standard_exponential((num_resamples, num_users + 1))
 
 
+class _Resamples(NamedTuple):
+    """What became of each resample, [resamples] each. Its AUROC is ``wins / (weight_in * weight_out)``."""
+
+    wins: FloatArray  # weight of the pairs whose held-in record scores above the held-out one, ties one half
+    weight_in: FloatArray  # of all held-in records
+    weight_out: FloatArray  # of all held-out records
+    invented_in: FloatArray  # of the held-in side's invented user, with an average number of records; 0 without one
+    invented_out: FloatArray  # of the held-out side's
+
+
 def _resampled(
     held_in: FloatArray, held_out: FloatArray, places: list[np.ndarray], draw: Draw, num_resamples: int, seed: int
-) -> tuple[FloatArray, FloatArray, FloatArray]:
+) -> _Resamples:
     """Resample users with all their records, in blocks, with O(records) work a resample and without sorting again.
 
     Args:
@@ -273,12 +286,6 @@ def _resampled(
         draw: gives [resamples, users + 1] weights; the last column is that of an invented user.
         num_resamples: how many.
         seed: of the draws.
-
-    Returns:
-        Three arrays, resamples last. [resamples] weight of the pairs whose held-in record scores above the held-out
-        one, ties one half. [2, resamples] weight of all records of each side. [2, resamples] weight of each side's
-        invented user, with an average number of records (0 where none is drawn). The AUROC of a resample is the first
-        over the product of the second.
     """
     # Held-out records in ascending order, and for each held-in record how many of them are below, and at most equal.
     order = np.argsort(held_out, kind="stable")
@@ -293,10 +300,12 @@ def _resampled(
         cumulative = np.concatenate([np.zeros((size, 1)), weights_out.cumsum(axis=1)], axis=1)
         # Strictly below counts twice, a tie once; half of that is the weight below, ties one half.
         wins = (weights_in * (cumulative[:, below] + cumulative[:, at_most])).sum(axis=1) / 2.0
-        extra = [weights[:, -1] * place.size / (place.max() + 1) for weights, place in zip(drawn, places, strict=True)]
-        blocks.append(np.stack([wins, weights_in.sum(axis=1), cumulative[:, -1], *extra]))
-    sums = np.concatenate(blocks, axis=1)
-    return sums[0], sums[1:3], sums[3:5]
+        invented = [
+            weights[:, -1] * len(place) / num for weights, place, num in zip(drawn, places, num_users, strict=True)
+        ]
+        # In the order of the fields of ``_Resamples``.
+        blocks.append(np.stack([wins, weights_in.sum(axis=1), cumulative[:, -1], *invented]))
+    return _Resamples(*np.concatenate(blocks, axis=1))
 
 
 def _drawn(

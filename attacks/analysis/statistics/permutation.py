@@ -108,7 +108,8 @@ def no_narrower_than_test(
     tail, lower, upper = (1.0 - level) / 2.0, found.lower, found.upper
     if lower > 0.5 and auroc_p_value(held_in, held_out, owners) > tail:
         lower = 0.5
-    if upper < 0.5 and auroc_p_value(held_out, held_in, None if owners is None else (owners[1], owners[0])) > tail:
+    exchanged_owners = None if owners is None else (owners[1], owners[0])
+    if upper < 0.5 and auroc_p_value(held_out, held_in, exchanged_owners) > tail:
         upper = 0.5
     return Interval(lower, upper)
 

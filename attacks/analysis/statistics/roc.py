@@ -27,7 +27,7 @@ import numpy as np
 import scipy.optimize
 import scipy.special
 
-from attacks.analysis.arrays import FloatArray
+from attacks.analysis.arrays import FloatArray, IntArray
 from attacks.analysis.statistics import interval
 from attacks.analysis.statistics.interval import Interval
 from attacks.analysis.statistics.mann_whitney import check_sides
@@ -81,6 +81,11 @@ def num_false_positives_allowed(target_fpr: float, num_held_out: int) -> int:
     return math.floor(target_fpr * num_held_out * (1.0 + 1e-12))
 
 
+def threshold_of(held_out: FloatArray, num_allowed: int) -> float:
+    """Return the lowest threshold with at most ``num_allowed`` of the held-out scores above: the next score itself."""
+    return float(np.sort(held_out)[held_out.size - 1 - num_allowed])
+
+
 def tpr_at_fpr(
     held_in: FloatArray, held_out: FloatArray, target_fpr: float, level: float = interval.CONFIDENCE_LEVEL
 ) -> OperatingPoint:
@@ -99,7 +104,7 @@ def tpr_at_fpr(
     assert 0.0 <= target_fpr < 1.0, target_fpr
     check_sides(held_in, held_out)
     allowed = num_false_positives_allowed(target_fpr, held_out.size)
-    threshold = np.sort(held_out)[held_out.size - 1 - allowed]
+    threshold = threshold_of(held_out, allowed)
     num_true_positives = int(np.count_nonzero(held_in > threshold))
     return OperatingPoint(
         target_fpr=target_fpr,
@@ -133,7 +138,7 @@ def rate_interval(
         For the rate at the false positive rate (k + 1) / (n + 1), which such a threshold has on average.
     """
     check_sides(held_in, held_out)
-    threshold = np.sort(held_out)[held_out.size - 1 - num_allowed]
+    threshold = threshold_of(held_out, num_allowed)
     # Users who tie with the threshold count as below it for the lower end, and as above it for the upper end.
     above, at_least = int(np.count_nonzero(held_in > threshold)), int(np.count_nonzero(held_in >= threshold))
     return _rate_interval(above, at_least, held_in.size, num_allowed, held_out.size, level)
@@ -145,26 +150,26 @@ def _rate_interval(
 ) -> Interval:
     """Return :func:`rate_interval` from counts: held-in users above, and at or above, the threshold."""
     tail, luck = (1.0 - level) / 2.0, _threshold_luck(num_allowed, num_held_out)
-
-    def end(law: tuple[int, int], scale: FloatArray, chance: float) -> float:
-        """Return the quantile at ``chance`` of B / scale, B a Beta variable with this law, at most 1.
-
-        ``scale`` lists equally likely values, so P(B / scale <= rate) is a mean over them.
-        """
-
-        def excess(rate: float) -> float:
-            return float(scipy.special.betainc(*law, np.minimum(rate * scale, 1.0)).mean()) - chance
-
-        if excess(1.0) <= 0.0:
-            return 1.0
-        return float(scipy.optimize.root_scalar(excess, bracket=(0.0, 1.0), xtol=1e-9).root)
-
     lower, upper = 0.0, 1.0
     if num_above:
-        lower = end((num_above, num_held_in - num_above + 1), np.maximum(luck, 1.0), tail)
+        lower = _quantile(tail, a=num_above, b=num_held_in - num_above + 1, scale=np.maximum(luck, 1.0))
     if num_at_least < num_held_in:
-        upper = end((num_at_least + 1, num_held_in - num_at_least), np.minimum(luck, 1.0), 1.0 - tail)
+        upper = _quantile(1.0 - tail, a=num_at_least + 1, b=num_held_in - num_at_least, scale=np.minimum(luck, 1.0))
     return Interval(lower, upper)
+
+
+def _quantile(chance: float, *, a: int, b: int, scale: FloatArray) -> float:
+    """Return the quantile at ``chance`` of B / scale, B from Beta(a, b), at most 1.
+
+    ``scale`` lists equally likely values, so P(B / scale <= rate) is a mean over them.
+    """
+
+    def excess(rate: float) -> float:
+        return float(scipy.special.betainc(a, b, np.minimum(rate * scale, 1.0)).mean()) - chance
+
+    if excess(1.0) <= 0.0:
+        return 1.0
+    return float(scipy.optimize.root_scalar(excess, bracket=(0.0, 1.0), xtol=1e-9).root)
 
 
 @functools.lru_cache(maxsize=256)
@@ -185,11 +190,14 @@ def roc_points(held_in: FloatArray, held_out: FloatArray) -> tuple[FloatArray, F
         (fpr, tpr), both non-decreasing, from (0, 0) to (1, 1).
     """
     thresholds = np.unique(np.concatenate([held_in, held_out]))[::-1]
-    num_false, num_true = (
-        np.concatenate([[0], scores.size - np.searchsorted(np.sort(scores), thresholds, side="left")])
-        for scores in (held_out, held_in)
-    )
+    num_false, num_true = _num_at_least(held_out, thresholds), _num_at_least(held_in, thresholds)
     # Drop vertices in the middle of a straight edge, where the slope does not change.
     across, up = np.diff(num_false), np.diff(num_true)
     is_corner = np.concatenate([[True], across[:-1] * up[1:] != across[1:] * up[:-1], [True]])
     return num_false[is_corner] / held_out.size, num_true[is_corner] / held_in.size
+
+
+def _num_at_least(scores: FloatArray, thresholds: FloatArray) -> IntArray:
+    """Return 0, and then how many scores are at least as high as each of the descending thresholds."""
+    num_below = np.searchsorted(np.sort(scores), thresholds, side="left")
+    return np.concatenate([[0], scores.size - num_below])
