@@ -185,12 +185,11 @@ def worst_case(
     """
     places = owner_places(held_in, held_out, owners)
     drawn = _resampled(held_in, held_out, places, _exponential, num_resamples, seed)
-    # Weights of all pairs, and of those with an invented user.
+    # Weights of all pairs, and of those without an invented user; of those with one none is won, or all.
     total = (drawn.weight_in + drawn.invented_in) * (drawn.weight_out + drawn.invented_out)
-    invented = total - drawn.weight_in * drawn.weight_out
+    known = drawn.weight_in * drawn.weight_out
     tail = (1.0 - level) / 2.0
-    # Of the pairs with an invented user none is won, or all.
-    lower, upper = drawn.wins / total, (drawn.wins + invented) / total
+    lower, upper = drawn.wins / total, (drawn.wins + total - known) / total
     return Interval(float(np.quantile(lower, tail)), float(np.quantile(upper, 1.0 - tail)))
 
 
