@@ -97,7 +97,14 @@ def calibrate_noise(
     As :func:`calibrate_noise_multiplier`, for any family of events: ``make_event`` gives the event of a noise
     multiplier. It may build several phases, each with its own multiple of the noise.
     """
-    judge = _Judge(make_event, 1.0, target_epsilon, target_delta, accountant, relation)
+    judge = _Judge(
+        make_event,
+        example=1.0,
+        target_epsilon=target_epsilon,
+        target_delta=target_delta,
+        accountant=accountant,
+        relation=relation,
+    )
     step = 10.0**-DECIMALS
 
     def find(aim: float) -> float:
@@ -133,8 +140,14 @@ def calibrate_probability(
     Raises:
         CalibrationError: if the target cannot be met above a probability of 1e-9.
     """
-    # The example is of 0.5: at 1 nothing is sampled, and the event may be of a simpler kind.
-    judge = _Judge(lambda q: make_event(min(q, 1.0)), 0.5, target_epsilon, target_delta, accountant, relation)
+    judge = _Judge(
+        lambda q: make_event(min(q, 1.0)),
+        example=0.5,  # at 1 nothing is sampled, and the event may be of a simpler kind
+        target_epsilon=target_epsilon,
+        target_delta=target_delta,
+        accountant=accountant,
+        relation=relation,
+    )
     if judge.allows(1.0):
         return 1.0
     low = 1e-9
@@ -186,7 +199,14 @@ def calibrate_count(
     Raises:
         CalibrationError: if a count of one exceeds the target, or one of ``largest`` does not.
     """
-    judge = _Judge(lambda n: make_event(int(n)), 1, target_epsilon, target_delta, accountant, relation)
+    judge = _Judge(
+        lambda n: make_event(int(n)),
+        example=1,
+        target_epsilon=target_epsilon,
+        target_delta=target_delta,
+        accountant=accountant,
+        relation=relation,
+    )
     if judge.guide(1) > target_epsilon and not judge.allows(1):
         raise CalibrationError(f"target_epsilon={target_epsilon} is exceeded by {name}=1")
 
@@ -298,6 +318,7 @@ class _Judge:
     def __init__(
         self,
         make_event: MakeEvent,
+        *,
         example: float,
         target_epsilon: float,
         target_delta: float,
@@ -305,8 +326,8 @@ class _Judge:
         relation: NeighboringRelation,
     ) -> None:
         _check_target(target_epsilon)
-        event = make_event(example)
         # `example` is a value of the parameter whose event has the kind of all the others.
+        event = make_event(example)
         self._make_event, self.target, self._delta = make_event, target_epsilon, target_delta
         self._accountant = get_accountant(accountant or fitting(event, relation.name)[0])
         self._relation = relation

@@ -57,7 +57,8 @@ class MixtureStep:
 
     def __post_init__(self) -> None:
         assert len(self.shifts) == len(self.probs) > 0, self
-        assert 0 <= self.shifts[0] <= self.shifts[-1] != 0, self
+        assert self.shifts[0] >= 0, self
+        assert self.shifts[-1] > 0, self
         assert min(self.probs) > 0, self
         assert abs(math.fsum(self.probs) - 1) <= WEIGHTS_ERROR, self
         assert all(low < high for low, high in zip(self.shifts, self.shifts[1:], strict=False)), self

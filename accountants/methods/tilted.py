@@ -286,6 +286,8 @@ def _worst_delta(composed: Composition, epsilon: float, tolerance: float) -> Bou
             if found_upper is not None:  # None: epsilon lies outside the attempt's window
                 best_upper = min(best_upper, found_upper)
             best_lower = max(best_lower, attempt.lower_delta(epsilon) or 0.0)
+            # Delta falls like e^(-t epsilon): relative to itself it moves about t epsilon times as much as epsilon, so
+            # its tolerance is wider.
             if best_upper - best_lower <= 10 * tolerance * best_upper or best_upper <= lower:
                 break
         lower = max(lower, best_lower)

@@ -156,7 +156,8 @@ def _bag_of_words(tokens: Matrix) -> Matrix:
     """Return log counts of the commonest tokens that some but not all users have; each user's row has length 1."""
     num_users = np.asarray((tokens > 0).sum(axis=0)).ravel()
     useful = np.flatnonzero((num_users >= 2) & (num_users < tokens.shape[0]))
-    chosen = np.sort(useful[np.argsort(-num_users[useful], kind="stable")[:_MAX_WORDS]])
+    commonest_first = useful[np.argsort(-num_users[useful], kind="stable")]
+    chosen = np.sort(commonest_first[:_MAX_WORDS])
     if not chosen.size:
         return scipy.sparse.csr_matrix((tokens.shape[0], 1))
     counts: Matrix = tokens[:, chosen]

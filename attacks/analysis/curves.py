@@ -25,21 +25,22 @@ def by_num_documents(scored: Scored, table: DocumentTable, scores: FloatArray, s
     Only users with that many documents take part, each with that many drawn at random. ``auroc_with_one`` is of the
     same users with one document each, since users with many may differ from the others in more than their number.
     """
-    # All documents grouped by owner, in random order within each owner; ``rank`` is a document's place among them.
+    # All documents grouped by owner, in random order within each owner.
     rng = np.random.default_rng(seed)
     shuffled = rng.permutation(len(scores))
-    shuffled = shuffled[np.argsort(table.owner[shuffled], kind="stable")]
-    owners = table.owner[shuffled]
-    rank = np.arange(len(scores)) - np.searchsorted(owners, owners, side="left")
-    num_held = np.bincount(table.owner, minlength=len(scored.users))[owners]
+    order = shuffled[np.argsort(table.owner[shuffled], kind="stable")]
+    owners = table.owner[order]
+    place = np.arange(len(scores)) - np.searchsorted(owners, owners, side="left")  # among the owner's, from 0
+    num_held = np.bincount(table.owner, minlength=len(scored.users))[owners]  # documents of the same owner
+
     points, count = [], 1
-    while True:
-        chosen = shuffled[(rank < count) & (num_held >= count)]
-        point = _point(lift(scores[chosen], table.owner[chosen], len(scored.users)), scored.is_held_in)
+    while True:  # until too few users have so many documents
+        with_count = order[(place < count) & (num_held >= count)]
+        point = _point(lift(scores[with_count], table.owner[with_count], len(scored.users)), scored.is_held_in)
         if point is None:
             return points
-        first = shuffled[(rank < 1) & (num_held >= count)]
-        alone = _point(lift(scores[first], table.owner[first], len(scored.users)), scored.is_held_in)
+        with_one = order[(place == 0) & (num_held >= count)]
+        alone = _point(lift(scores[with_one], table.owner[with_one], len(scored.users)), scored.is_held_in)
         assert alone is not None, "the same users"
         points.append({"num_documents": count, **point, "auroc_with_one": alone["auroc"]})
         count *= 2

@@ -47,7 +47,8 @@ def verify_report(root: pathlib.Path) -> Checked:
     has_key = (run.secret / "root.key").exists()
     results = _read(run, root / analyse.ATTACKS_PATH, analyse.SCHEMA_NAME, has_key=has_key)
     facts = _read(run, root / report.REPORT_PATH, report.SCHEMA_NAME, has_key=has_key)
-    target, scoring = (_mapping(results, name, root / analyse.ATTACKS_PATH) for name in ("target", "scoring"))
+    target = _mapping(results, "target", root / analyse.ATTACKS_PATH)
+    scoring = _mapping(results, "scoring", root / analyse.ATTACKS_PATH)
     _mapping(target, "released", root / analyse.ATTACKS_PATH)
     files = _mapping(facts, "files", root / report.REPORT_PATH)
     if facts.get("attacks") != results:

@@ -163,10 +163,12 @@ class PrivacyPlan:
     tuning: Tuning | None = None
 
     def __post_init__(self) -> None:
+        # Bands of noise need the steps of a unit to be as far apart, which groups of units see to.
         num_groups = self.scheme.num_bands if isinstance(self.scheme, CyclicPoisson) else None
         num_bands = None if self.strategy is None else self.strategy.num_bands
         if num_groups != num_bands:
             raise ValueError(f"{num_bands} bands of noise and {num_groups} groups of units do not go together")
+        # `how` is empty where ε protects the sampled unit itself.
         if self.tuning is not None and self.user_accounting.how:
             raise ValueError("tuning is accounted for where the unit is sampled itself")
         if num_bands is not None and self.clipping_style == "adaptive":

@@ -50,8 +50,11 @@ def of_points(bound: Bound) -> InverseCurve:
     def inverse(rate: float) -> float:
         # A point bounds the TPR by two lines, e^eps x + delta and 1 - e^-eps (1 - delta - x). Solve both for the FPR x.
         # The lowest of all lines binds, and the inverse of the lowest is the largest of the inverses.
-        least = max(max(shrink * (rate - delta), 1.0 - delta - (1.0 - rate) / shrink) for shrink, delta in lines)
-        return min(max(least, 0.0), 1.0)
+        least = 0.0
+        for shrink, delta in lines:
+            of_first, of_second = shrink * (rate - delta), 1.0 - delta - (1.0 - rate) / shrink
+            least = max(least, of_first, of_second)
+        return min(least, 1.0)
 
     return inverse
 

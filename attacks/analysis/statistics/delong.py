@@ -84,10 +84,14 @@ def paired_difference(
     variances = [float(change.var(ddof=1)) / change.size for change in changes]
     if difference == 0.0 and sum(variances) == 0.0:
         return PairedDifference(0.0, Interval(0.0, 0.0), 1.0)
-    if sum(variances) == 0.0:  # every user moved alike: the sample says nothing of how far others would
+    if sum(variances) == 0.0:
+        # Every user moved alike: the sample says nothing of how far others would, at most in which direction.
         p_value = _exchanged(first, second)
-        ends = (-1.0, 1.0) if p_value > 1.0 - level else (0.0, math.copysign(1.0, difference))
-        return PairedDifference(difference, Interval(min(ends), max(ends)), p_value)
+        if p_value > 1.0 - level:
+            ends = Interval(-1.0, 1.0)
+        else:
+            ends = Interval(0.0, 1.0) if difference > 0.0 else Interval(-1.0, 0.0)
+        return PairedDifference(difference, ends, p_value)
     error = math.sqrt(sum(variances))
     freedom = sum(variances) ** 2 / sum(
         variance**2 / (size - 1) for variance, size in zip(variances, sizes, strict=True)
