@@ -270,8 +270,9 @@ def _few_evaluations(judge: _Judge, find: Callable[[float], float], *, smaller_i
             break
         tried.add(value)
         spent = judge.spent(value)
-        if spent <= target and (best is None or (value < best) is smaller_is_better):
-            best = value
+        if spent <= target:
+            better_of = min if smaller_is_better else max
+            best = value if best is None else better_of(best, value)
         if 0.995 * target <= spent <= target or spent == 0:
             break
         # A little below the target, since what exceeds it is of no use.

@@ -292,7 +292,7 @@ def _add(
         # The rounding of many weights is spread over them; a sampling probability and its complement stay as they are.
         merged = {sensitivity: prob / total for sensitivity, prob in merged.items()}
     pairs = sorted(merged.items())
-    largest = pairs[-1][0] if pairs else 0.0
+    largest = max(merged, default=0.0)
     if largest == 0:
         return False  # the unit never moves the sum: nothing is released about it
     if noise == 0:

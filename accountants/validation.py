@@ -152,7 +152,7 @@ def _faults(event: Any, place: str) -> Iterator[str]:
             rule = _each(whole(0)) if isinstance(value, Sequence) else whole(0)  # a list of counts, or a single one
             if fault := rule(value):
                 yield f"{path}={value!r} {fault}"
-        elif (rule := _RULES.get(name)) and (fault := rule(value)):
+        elif name in _RULES and (fault := _RULES[name](value)):
             fields_are_sound = False
             yield f"{path}={value!r} {fault}"
     if fields_are_sound:

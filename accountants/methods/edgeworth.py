@@ -197,12 +197,13 @@ class EeaiAccountant(NormalFormAccountant):
     @override
     def epsilon_bounds(self, composed: Composition, delta: float) -> Bounds:
         """Return the interval of epsilon; an infinite one bears the note ``vacuous``."""
-        sides = [with_error(composed, add=add) for add in (False, True)]
-        # Each is the larger one of the two directions.
-        lower, estimate, upper = (max(side.epsilon(delta, sign) for side in sides) for sign in (-1.0, 0.0, 1.0))
+        remove, add = with_error(composed, add=False), with_error(composed, add=True)
+        lower = max(remove.epsilon(delta, -1.0), add.epsilon(delta, -1.0))
+        estimate = max(remove.epsilon(delta), add.epsilon(delta))
+        upper = max(remove.epsilon(delta, 1.0), add.epsilon(delta, 1.0))
         # A lower end of infinity says that no crossing was found: nothing is known.
         lower = 0.0 if math.isinf(lower) else min(lower, upper)
-        error = max(side.first_error for side in sides)
+        error = max(remove.first_error, add.first_error)
         note = f"vacuous: the distribution functions are known to {error:.2g} only" if math.isinf(upper) else ""
         return Bounds(lower, upper, estimate=estimate, note=note)
 

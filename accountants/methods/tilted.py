@@ -94,7 +94,8 @@ class TiltedAccountant(NormalFormAccountant):
     def epsilon_bounds(self, composed: Composition, delta: float) -> Bounds:
         """Return ends by closed form for one step, else by tilting; if far apart, the upper one capped by Renyi's."""
         if composed.num_steps == 1:
-            return _for_both_directions(closed_form.epsilon_bounds(composed.phases[0][0], delta))
+            step, _ = composed.phases[0]
+            return _for_both_directions(closed_form.epsilon_bounds(step, delta))
         try:
             ends = _worst_epsilon(composed, delta, self.tolerance)
         except ArithmeticError as error:
@@ -109,7 +110,8 @@ class TiltedAccountant(NormalFormAccountant):
     def delta_bounds(self, composed: Composition, epsilon: float) -> Bounds:
         """Return ends by closed form for one step, else by tilting."""
         if composed.num_steps == 1:
-            return _for_both_directions(closed_form.delta_bounds(composed.phases[0][0], epsilon))
+            step, _ = composed.phases[0]
+            return _for_both_directions(closed_form.delta_bounds(step, epsilon))
         try:
             return _for_both_directions(_worst_delta(composed, epsilon, self.tolerance))
         except ArithmeticError as error:

@@ -90,14 +90,14 @@ def distinctness(scored: Scored) -> FloatArray:
     everybody = np.asarray(scored.tokens.sum(axis=0)).ravel()
     divergences = np.empty(len(scored.users))
     for number in range(len(scored.users)):
-        own = np.asarray(scored.tokens[number].todense()).ravel()
-        if not own.sum():
+        counts = np.asarray(scored.tokens[number].todense()).ravel()
+        if not counts.sum():
             divergences[number] = np.nan
             continue
-        others = everybody - own + _PSEUDOCOUNT
-        mine = own / own.sum()
-        used = mine > 0.0
-        divergences[number] = float((mine[used] * np.log(mine[used] / (others[used] / others.sum()))).sum())
+        counts_of_others = everybody - counts + _PSEUDOCOUNT
+        used = counts > 0.0  # other tokens add nothing
+        own, others = counts[used] / counts.sum(), counts_of_others[used] / counts_of_others.sum()
+        divergences[number] = float((own * np.log(own / others)).sum())
     return divergences
 
 

@@ -56,7 +56,8 @@ class Statistic:
         """Users behind each side."""
         if self.owners is None:
             return self.held_in.size, self.held_out.size
-        return np.unique(self.owners[0]).size, np.unique(self.owners[1]).size
+        owners_in, owners_out = self.owners
+        return np.unique(owners_in).size, np.unique(owners_out).size
 
 
 def evaluate(

@@ -381,10 +381,10 @@ def _facts(job: Job, document: Document, text: str, num_tokens: int) -> dict[str
     is_sensitive = None
     if spans is not None:
         is_sensitive = planning.sensitive_tokens(text, spans, job.tokenizer, num_tokens)
-    given = extra.get(options.language_column) if options.language_column else None
+    stated_language = extra.get(options.language_column) if options.language_column else None
     return {
         **sizes,
         "sensitive": is_sensitive,
         "date": days_of(extra.get(options.date_column)) if options.date_column else None,
-        "language": str(given) if given else guess_language(text),
+        "language": str(stated_language) if stated_language else guess_language(text),
     }

@@ -42,7 +42,8 @@ class Slot:
 
         Counted from the first one that is held. ``first == last`` where none does.
         """
-        first, last = (min(max(edge - self.start, 0), self.num_coordinates) for edge in (low, high))
+        first = min(max(low - self.start, 0), self.num_coordinates)
+        last = min(max(high - self.start, 0), self.num_coordinates)
         return first, last
 
     @property

@@ -465,8 +465,9 @@ class PrivacyPlan:
             values = dict(body)
             scheme = dict(values["scheme"])
             scheme_class = SCHEMES[scheme.pop("scheme")]
-            own = {field.name for field in dataclasses.fields(scheme_class)}
-            values["scheme"] = scheme_class(**{name: value for name, value in scheme.items() if name in own})
+            # `parameters` has the scheme's fields, and derived values beside them.
+            fields = {field.name for field in dataclasses.fields(scheme_class)}
+            values["scheme"] = scheme_class(**{name: value for name, value in scheme.items() if name in fields})
             values["user_accounting"] = USER_ACCOUNTING[values["user_accounting"]](values.pop("records_per_user"))
             if values["epsilon"] is None:
                 values["epsilon"] = math.inf

@@ -115,9 +115,11 @@ def block_values(total: torch.Tensor, layout: Layout, table: torch.Tensor) -> to
     """
     runs, num_coordinates = _runs(layout)
     values = torch.zeros(-(-num_coordinates // BLOCK), _NUM_LANES, dtype=torch.int64, device=total.device)
-    pieces = list(_pieces(runs, CHUNK_ON_CPU if total.device.type == "cpu" else _MOST_BLOCKS * BLOCK))
+    most = CHUNK_ON_CPU if total.device.type == "cpu" else _MOST_BLOCKS * BLOCK
+    pieces = list(_pieces(runs, most))
 
     def lanes(piece: _Piece) -> torch.Tensor:
+        """Return what a piece adds to the values of its blocks."""
         part = total[piece.start : piece.start + piece.num_blocks * piece.size].view(piece.num_blocks, piece.size)
         return _lanes(part, table[:, piece.offset : piece.offset + piece.size])
 

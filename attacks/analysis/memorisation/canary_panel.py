@@ -209,8 +209,9 @@ def _interval_of_exposure(group: Sequence[Scored]) -> statistics.Interval:
     Where the canaries share their references, the references' luck is in the interval as well.
     """
     pools = [item.pool for item in group if item.pool is not None]
-    if pools:
-        return statistics.mean_exposure_interval(np.array([pool[:-1] >= pool[-1] for pool in pools]))
+    if pools:  # the last entry of a pool is its canary
+        outranked = np.array([pool[:-1] >= pool[-1] for pool in pools])
+        return statistics.mean_exposure_interval(outranked)
     bits = [item.exposures["tuned"].bits for item in group]
     most = max(math.log2(item.exposures["tuned"].num_secrets) for item in group)
     return statistics.bounded_mean_interval(np.array(bits), 0.0, most)
@@ -223,7 +224,8 @@ def _interval_of_top_ranks(group: Sequence[Scored], top: int) -> statistics.Inte
     """
     pools = [item.pool for item in group if item.pool is not None]
     if pools:
-        return statistics.rate_interval(np.array([pool[-1] for pool in pools]), pools[0][:-1], 0)
+        references = pools[0][:-1]  # the same in every pool, whose last entry is its canary
+        return statistics.rate_interval(np.array([pool[-1] for pool in pools]), references, num_allowed=0)
     return statistics.clopper_pearson(top, len(group))
 
 

@@ -139,12 +139,12 @@ def floored(
     """
     places = owner_places(held_in, held_out, owners)
     num_in, num_out = (int(place.max()) + 1 for place in places)
-    found = found.no_narrower_than(interval.perfect_separation(num_in, num_out, level))
+    widened = found.no_narrower_than(interval.perfect_separation(num_in, num_out, level))
     is_separated = held_in.min() > held_out.max() or held_out.min() > held_in.max()
     if not is_separated and _may_lack_a_value(held_in, held_out):
         worst = worst_case(held_in, held_out, level, owners, num_resamples=num_resamples, seed=seed)
-        found = Interval(min(found.lower, worst.lower), max(found.upper, worst.upper))
-    return no_narrower_than_test(found, held_in, held_out, level, owners)
+        widened = Interval(min(widened.lower, worst.lower), max(widened.upper, worst.upper))
+    return no_narrower_than_test(widened, held_in, held_out, level, owners)
 
 
 def _may_lack_a_value(held_in: FloatArray, held_out: FloatArray) -> bool:
@@ -293,14 +293,15 @@ def _resampled(
     num_per_block = max(1, _DRAWS_PER_BLOCK // (held_in.size + held_out.size))
     block_sizes = tuple(min(num_per_block, num_resamples - start) for start in range(0, num_resamples, num_per_block))
     blocks = []
-    for size, drawn in zip(block_sizes, _drawn(draw, seed, num_users, block_sizes), strict=True):
+    for size, of_users in zip(block_sizes, _drawn(draw, seed, num_users, block_sizes), strict=True):
+        users_in, users_out = of_users
         # A record weighs what its user weighs. Column j of ``cumulative`` is the weight of the j lowest records.
-        weights_in, weights_out = drawn[0][:, places[0]], drawn[1][:, places[1][order]]
+        weights_in, weights_out = users_in[:, places[0]], users_out[:, places[1][order]]
         cumulative = np.concatenate([np.zeros((size, 1)), weights_out.cumsum(axis=1)], axis=1)
         # Strictly below counts twice, a tie once; half of that is the weight below, ties one half.
         wins = (weights_in * (cumulative[:, below] + cumulative[:, at_most])).sum(axis=1) / 2.0
         invented = [
-            weights[:, -1] * len(place) / num for weights, place, num in zip(drawn, places, num_users, strict=True)
+            weights[:, -1] * len(place) / num for weights, place, num in zip(of_users, places, num_users, strict=True)
         ]
         # In the order of the fields of ``_Resamples``.
         blocks.append(np.stack([wins, weights_in.sum(axis=1), cumulative[:, -1], *invented]))
@@ -316,7 +317,7 @@ def _drawn(
     memory.
     """
     if draw is _multinomial and sum(block_sizes) * sum(num_users) <= _MAX_KEPT:
-        for counts in _kept(seed, num_users, block_sizes):
+        for counts in _multinomial_counts(seed, num_users, block_sizes):
             yield [side.astype(np.float64) for side in counts]
         return
     rng = np.random.default_rng(seed)
@@ -325,7 +326,9 @@ def _drawn(
 
 
 @functools.lru_cache(maxsize=1)
-def _kept(seed: int, num_users: tuple[int, int], block_sizes: tuple[int, ...]) -> list[list[npt.NDArray[np.uint16]]]:
+def _multinomial_counts(
+    seed: int, num_users: tuple[int, int], block_sizes: tuple[int, ...]
+) -> list[list[npt.NDArray[np.uint16]]]:
     """Return the bootstrap's counts, [resamples, users + 1], by block and side, in two bytes each."""
     rng = np.random.default_rng(seed)
     return [[_multinomial(rng, size, count).astype(np.uint16) for count in num_users] for size in block_sizes]

@@ -51,11 +51,12 @@ class Interval:
             area: the AUROC of the sample.
         """
         assert level >= CONFIDENCE_LEVEL, level
-        if level == CONFIDENCE_LEVEL or not 0.0 < self.lower < area < 1.0:
+        has_logits = 0.0 < self.lower < area < 1.0  # and a distance that can grow
+        if level == CONFIDENCE_LEVEL or not has_logits:
             return min(self.lower, area)
         growth = scipy.stats.norm.isf((1.0 - level) / 2.0) / scipy.stats.norm.isf((1.0 - CONFIDENCE_LEVEL) / 2.0)
-        centre = float(scipy.special.logit(area))
-        return float(scipy.special.expit(centre - growth * (centre - float(scipy.special.logit(self.lower)))))
+        centre, lower = float(scipy.special.logit(area)), float(scipy.special.logit(self.lower))
+        return float(scipy.special.expit(centre - growth * (centre - lower)))
 
 
 def clopper_pearson(num_hits: int, num_trials: int, level: float = CONFIDENCE_LEVEL) -> Interval:
