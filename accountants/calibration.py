@@ -271,8 +271,8 @@ def _few_evaluations(judge: _Judge, find: Callable[[float], float], *, smaller_i
         tried.add(value)
         spent = judge.spent(value)
         if spent <= target:
-            better_of = min if smaller_is_better else max
-            best = value if best is None else better_of(best, value)
+            values = [value] if best is None else [best, value]
+            best = min(values) if smaller_is_better else max(values)
         if 0.995 * target <= spent <= target or spent == 0:
             break
         # A little below the target, since what exceeds it is of no use.
