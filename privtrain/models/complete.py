@@ -48,7 +48,12 @@ def new_modules(base: PreTrainedModel, info: Mapping[str, Any], place: str, *, i
         problem = f"{place} lacks {counts} of {type(base).__name__} ({_listed(lacking)})"
         unused = sorted(info.get("unexpected_keys", ()))
         hint = f"; it holds others under names that fit none ({_listed(unused)})" if unused else ""
-        faults.append(Fault("model", f"{problem}{hint}; fetch the model again, or mend its config.json"))
+        remedy = "fetch the model again, or mend its config.json"
+        if prefix := _wrapper(lacking, unused):
+            remedy = (
+                f"their names begin with {prefix!r}, as of a wrapped model (PEFT, DDP, compiled): save the one inside"
+            )
+        faults.append(Fault("model", f"{problem}{hint}; {remedy}"))
     if of_other_shape:
         shapes = _listed_shapes({name: misshapen[name] for name in of_other_shape})
         faults.append(Fault("model", f"{place} has weights of other shapes: {shapes}"))
@@ -65,6 +70,13 @@ def new_modules(base: PreTrainedModel, info: Mapping[str, Any], place: str, *, i
     # The module of a new weight is the body's pooling layer, or a child of the model: ``score.weight`` → score.
     pooler = f"{base.base_model_prefix}.pooler"
     return sorted({pooler if name.startswith(f"{pooler}.") else name.partition(".")[0] for name in new})
+
+
+def _wrapper(lacking: Iterable[str], unused: Iterable[str]) -> str:
+    """Return what stands before a missing weight's name in the name of one that is not read; empty if nothing does."""
+    names = list(unused)
+    wanted = (f".{name}" for name in lacking)
+    return next((name[: 1 - len(end)] for end in wanted for name in names if name.endswith(end)), "")
 
 
 def _is_head(base: PreTrainedModel, name: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import pathlib
 import pickle
 from collections.abc import Iterator, Sequence
@@ -260,4 +261,8 @@ def reason_of(error: Exception) -> str:
         return "it needs code that lies beside its weights, which is never run; take a model that transformers knows"
     if "weights_only" in words:
         return "pytorch_model.bin is damaged, or holds more than weights; save the model as safetensors"
+    if isinstance(error, json.JSONDecodeError):
+        return f"one of its files is not JSON, or is cut short ({words}); fetch it again"
+    if isinstance(error, KeyError):  # whose words are the key alone
+        return f"its files name {words}, which transformers does not know"
     return (words.strip().splitlines() or [type(error).__name__])[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import sys
 import time
@@ -37,6 +38,8 @@ def run_command(name: str, app: Callable[[], None]) -> None:
     """
     # transformers deprecates names that it and PEFT still use themselves; users can do nothing about it.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal without ε shows its number; text in UTF-8 stays as it is
+        sys.stdout.reconfigure(errors="backslashreplace")
     adopt_slurm_tasks(os.environ)
     try:
         app()

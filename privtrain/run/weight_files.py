@@ -18,6 +18,12 @@ _WHOLE = ("model.safetensors", "pytorch_model.bin")
 #: The safetensors format: 8 bytes of length, so many of JSON, then the tensors without a gap.
 _LENGTH_BYTES, _MOST_HEADER_BYTES = 8, 100_000_000
 _DESCRIPTIONS = (".json", ".model", ".txt")
+#: Descriptions that transformers reads, and the most bytes of one that are parsed before.
+_READ_AS_JSON = (
+    *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *("added_tokens.json", "vocab.json"),
+)
+_MOST_PARSED_BYTES = 1 << 20
 
 
 def weight_file_faults(directory: pathlib.Path, gguf_file: str | None = None) -> list[str]:
@@ -80,7 +86,18 @@ def _problem(path: pathlib.Path) -> str:
         return "is a Git LFS pointer, not the file itself; fetch it with: git lfs pull"
     if path.suffix in _WEIGHT_SUFFIXES and size == 0:
         return "is empty"
+    if path.name in _READ_AS_JSON and size <= _MOST_PARSED_BYTES:
+        return _json_problem(path)
     return _safetensors_problem(path, size) if path.suffix == ".safetensors" else ""
+
+
+def _json_problem(path: pathlib.Path) -> str:
+    """Return what is wrong with a file of JSON; empty if nothing. transformers ignores some that are damaged."""
+    try:
+        json.loads(path.read_text("utf-8"))
+    except (ValueError, RecursionError):
+        return "is not JSON in UTF-8, or is cut short; fetch it again"
+    return ""
 
 
 def _safetensors_problem(path: pathlib.Path, size: int) -> str:

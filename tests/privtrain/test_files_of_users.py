@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import io
 import json
 import lzma
 import os
@@ -25,9 +26,10 @@ from privtrain.data.look import look_at
 from privtrain.errors import ConfigError
 from privtrain.models.limits import num_ids_of
 from privtrain.models.load import load_base, load_tokenizer
+from privtrain.process.exit import run_command
 from privtrain.run.base_model import check_model
 from tests.conftest import write_config
-from tests.privtrain.bases import save_base, save_tokenizer
+from tests.privtrain.bases import change_weights, save_base, save_tokenizer
 
 TURN = "[{{ m.role }}]{{ m.content }}"
 PROMPT = "{% if add_generation_prompt %}[assistant]{% endif %}"
@@ -297,6 +299,30 @@ def test_parts_without_their_index_are_named(tmp_path):
     assert "no model.safetensors.index.json" in fault.problem
 
 
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("content", ["", '{"a": 1', "\ufeff{}"])
+def test_a_damaged_file_beside_the_weights_is_named(tmp_path, name, content):
+    """transformers ignores a damaged generation config, and names no file of a tokenizer."""
+    base = save_base(tmp_path / "m")
+    (base / name).write_text(content, encoding="utf-8")
+    (fault,) = check_model(ModelSection(name_or_path=str(base)))
+    assert fault.problem.startswith(f"{base / name} is not JSON")
+
+
+@pytest.mark.parametrize("prefix", ["base_model.model.", "module.", "_orig_mod."])
+def test_a_model_saved_in_its_wrapper_is_named(tmp_path, prefix):
+    base = save_base(tmp_path / "m")
+    change_weights(base, lambda weights: {prefix + name: weight for name, weight in weights.items()})
+    with pytest.raises(ConfigError, match=f"begin with '{prefix}', as of a wrapped model"):
+        load_base(ModelSection(name_or_path=str(base)))
+
+
+def test_an_unknown_word_in_a_configuration_is_more_than_a_word(tmp_path):
+    model = changed(save_base(tmp_path / "m"), rope_scaling={"rope_type": "magic", "factor": 2.0})
+    with pytest.raises(ConfigError, match="'magic', which transformers does not know"):
+        load_base(model)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite_are_said(tree, tmp_path, value):
     """They would give every user a gradient of zero: noise alone would be trained on."""
@@ -350,3 +376,10 @@ def test_a_mode_that_wandb_does_not_know_is_refused_at_the_start(tree, monkeypat
     with pytest.raises(ConfigError) as refused:
         check_inputs(validate(tree))
     assert [fault.path for fault in refused.value.faults] == ["WANDB_MODE"]
+
+
+def test_a_terminal_without_epsilon_is_written_to(monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(written, encoding="ascii", write_through=True))
+    run_command("privtrain", lambda: print("ε of ⟦u⟧"))
+    assert written.getvalue() == b"\\u03b5 of \\u27e6u\\u27e7\n"
