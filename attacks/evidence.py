@@ -16,6 +16,7 @@ from privtrain.files import reading
 from privtrain.files.reading import file_sha256
 from privtrain.run import bundle, consistency
 from privtrain.run.directory import RunDirectory
+from privtrain.run.places import located
 from privtrain.run.statement import PrivacyStatement
 
 
@@ -113,7 +114,7 @@ def read_config(run: RunDirectory) -> Config:
             f"{run.resolved_config} is not the configuration that {run.config} publishes: one of them was altered; "
             "restore it (paths may change, file names and everything else may not)"
         )
-    return config
+    return located(config, run)
 
 
 def read_corpus(config: Config) -> Corpus:

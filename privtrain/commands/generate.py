@@ -36,6 +36,7 @@ from privtrain.process.console import say
 from privtrain.run import bundle, generated
 from privtrain.run.base_model import changed_base_files, check_model
 from privtrain.run.directory import RunDirectory
+from privtrain.run.places import located
 from privtrain.run.release import banner
 
 if TYPE_CHECKING:
@@ -187,7 +188,7 @@ def _configuration(
     """
     if run.resolved_config.exists():  # in secret/, with local paths; the published copy has none
         run.check_private()
-        config = load_config(run.resolved_config)
+        config = located(load_config(run.resolved_config), run)
     else:
         config = load_config(run.config)
     section = config.model

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import pathlib
 import secrets
 from collections.abc import Iterator
 from typing import Any
@@ -124,6 +125,7 @@ def claimed(inputs: Inputs, backend: Backend) -> Iterator[None]:
                 "data_sha256": inputs.corpus.manifest_sha256,
                 "tracker_id": f"{inputs.config.run.name}-{secrets.token_hex(4)}",
                 "fixed": _fixed_keys(inputs.config),
+                "started_in": str(pathlib.Path.cwd()),  # what relative paths of the configuration are relative to
             }
             write_json(run.identity, identity, mode=0o600)
             is_new = True

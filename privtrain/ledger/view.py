@@ -27,6 +27,7 @@ from privtrain.run import bundle
 from privtrain.run.base_model import base_digests
 from privtrain.run.consistency import statement_faults
 from privtrain.run.directory import RunDirectory
+from privtrain.run.places import located
 
 
 def run_with_ledger(run_path: pathlib.Path) -> RunDirectory:
@@ -122,7 +123,7 @@ def base_faults(run: RunDirectory, manifest: bundle.ReleaseManifest) -> tuple[li
     if not manifest.base_model:
         return [], "; the base model was not on disk and is not recorded"
     try:
-        digests = base_digests(load_config(run.resolved_config).model)
+        digests = base_digests(located(load_config(run.resolved_config), run).model)
     except (ConfigError, OSError):
         digests = {}
     if not digests:

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from privtrain.config.model import ModelSection
 from privtrain.errors import ConfigError, Fault
 from privtrain.models.complete import new_modules
-from privtrain.run.base_model import locate
+from privtrain.run.base_model import ModelLocation, locate
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -56,7 +56,7 @@ def load_architecture(model: ModelSection) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(location.path, **NO_FOREIGN_CODE, **location.arguments)
     except LOADING_FAILURES as error:
-        problem = f"cannot read the configuration in {location.path}: {reason_of(error)}"
+        problem = f"cannot read the configuration in {_shown(location)}: {reason_of(error)}"
         raise ConfigError([Fault("model", problem)]) from None
 
 
@@ -77,12 +77,18 @@ def load_tokenizer(model: ModelSection) -> PreTrainedTokenizerBase:
         has_tokenizer_file = any(any(directory.glob(f"{name}*")) for name in _TOKENIZER_FILES)
         if directory.is_dir() and not has_tokenizer_file and model.gguf_file is None:
             reason = "it has no tokenizer.json, nor another tokenizer file; save the tokenizer beside the weights"
-        raise ConfigError([Fault("model", f"cannot load a tokenizer from {location.path}: {reason}")]) from None
+        raise ConfigError([Fault("model", f"cannot load a tokenizer from {_shown(location)}: {reason}")]) from None
     if tokenizer.eos_token_id is None and tokenizer.sep_token is not None:
         tokenizer.eos_token = tokenizer.sep_token  # BERT's name for the mark that ends a text
     if tokenizer.eos_token_id is None:
         raise ConfigError([Fault("model", "the tokenizer has no end-of-text token; set one in its files")])
     return tokenizer
+
+
+def _shown(location: ModelLocation) -> str:
+    """Return how errors name a model's place: a path that is not here was taken for a name on the hub."""
+    is_here = pathlib.Path(location.path).is_dir()
+    return location.path if is_here else f"{location.path} (no directory here, so a name on the hub)"
 
 
 def load_base(model: ModelSection, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -159,7 +165,7 @@ def _load(
         if reason.startswith("Unrecognized configuration class"):
             task = "sequence classifier" if is_classifier else "causal language model"
             reason = f"transformers has no {task} of its kind (model_type in config.json); take another base model"
-        raise ConfigError([Fault("model", f"cannot load a model from {location.path}: {reason}")]) from None
+        raise ConfigError([Fault("model", f"cannot load a model from {_shown(location)}: {reason}")]) from None
 
     if getattr(base, "_hf_peft_config_loaded", False):
         raise ConfigError(

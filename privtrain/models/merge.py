@@ -19,6 +19,7 @@ from privtrain.models.limits import num_embedded, pad_classifier
 from privtrain.models.load import load_adapter, load_base, load_classifier, load_tokenizer, saved_as_loaded
 from privtrain.models.trainable import INIT_SEED
 from privtrain.run.directory import RunDirectory
+from privtrain.run.places import located
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -47,7 +48,7 @@ def whole_model(run: RunDirectory, base_model: pathlib.Path | None) -> Any:
         (architecture,) = transformers.AutoConfig.from_pretrained(str(run.model)).architectures or []
         return getattr(transformers, architecture).from_pretrained(str(run.model), dtype=torch.float32).eval()
     run.check_private()
-    base = _base(load_config(run.resolved_config), base_model)
+    base = _base(located(load_config(run.resolved_config), run), base_model)
     _untie(base, run.adapter)
     adapted: Any = load_adapter(base, run.adapter).eval()
     expected = outputs(adapted)

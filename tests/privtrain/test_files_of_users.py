@@ -14,8 +14,11 @@ import shutil
 
 import pytest
 
+from attacks.evidence import read_config
 from privtrain import cli
 from privtrain.commands.corpus.conditions import Condition
+from privtrain.commands.export import export_run
+from privtrain.commands.generate import GenerateOptions, generate
 from privtrain.config import validate
 from privtrain.config.data import DataSection
 from privtrain.config.model import ModelSection
@@ -24,10 +27,12 @@ from privtrain.data.corpus import check_source, load_corpus
 from privtrain.data.encode import Encoder
 from privtrain.data.look import look_at
 from privtrain.errors import ConfigError
+from privtrain.job.train import train
 from privtrain.models.limits import num_ids_of
 from privtrain.models.load import load_base, load_tokenizer
 from privtrain.process.exit import run_command
 from privtrain.run.base_model import check_model
+from privtrain.run.directory import RunDirectory
 from tests.conftest import write_config
 from tests.privtrain.bases import change_weights, save_base, save_tokenizer
 
@@ -329,7 +334,6 @@ def test_weights_that_are_not_finite_are_said(tree, tmp_path, value):
     from safetensors.torch import load_file, save_file
 
     from privtrain.errors import SelfTestFailed
-    from privtrain.job.train import train
 
     base = save_base(tmp_path / "m")
     tensors = load_file(base / "model.safetensors")
@@ -383,3 +387,32 @@ def test_a_terminal_without_epsilon_is_written_to(monkeypatch):
     monkeypatch.setattr("sys.stdout", io.TextIOWrapper(written, encoding="ascii", write_through=True))
     run_command("privtrain", lambda: print("ε of ⟦u⟧"))
     assert written.getvalue() == b"\\u03b5 of \\u27e6u\\u27e7\n"
+
+
+def test_a_run_is_used_from_another_directory(tree, tmp_path, tiny_llama, users_file, monkeypatch, no_self_test):
+    """Its model and data were named relative to the directory of the start; a name on a hub would be another model."""
+    for name in ("here", "elsewhere"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    shutil.copytree(tiny_llama, "models/tiny")
+    shutil.copy(users_file, "users.jsonl")
+    tree["model"]["name_or_path"], tree["data"]["source"]["paths"] = "models/tiny", ["*.jsonl"]
+    tree["run"]["output_dir"] = "runs"
+    train(write_config(tree, pathlib.Path("c.yaml")), [])
+    run = tmp_path / "here" / "runs" / "tiny"
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    export_run(run, pathlib.Path("merged"), merge=True, dtype="fp32")
+    report = generate(run, pathlib.Path("corpus"), GenerateOptions(num_texts=2))
+    assert "training records" in report
+    assert read_config(RunDirectory(run)).data.source.paths == [tmp_path / "here" / "*.jsonl"]
+    # A run that was moved with all that it needs is used where it is now.
+    shutil.move(tmp_path / "here", tmp_path / "there")
+    monkeypatch.chdir(tmp_path / "there")
+    export_run(pathlib.Path("runs/tiny"), pathlib.Path("merged"), merge=True, dtype="fp32")
+
+
+def test_a_model_that_is_no_directory_here_is_said_to_be_of_the_hub(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for load in (load_base, load_tokenizer, num_ids_of):
+        with pytest.raises(ConfigError, match=r"models/tiny \(no directory here, so a name on the hub\)"):
+            load(ModelSection(name_or_path="models/tiny"))
