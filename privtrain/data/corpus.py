@@ -15,6 +15,7 @@ import math
 import os
 import pathlib
 import re
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -28,13 +29,17 @@ from privtrain.errors import ConfigError, Fault
 from privtrain.files import reading
 
 _FORMATS = (".jsonl", ".csv", ".parquet")
+_UNPACKED_BY = {".gz": "gunzip", ".zst": "zstd -d", ".bz2": "bunzip2", ".xz": "unxz", ".zip": "unzip"}
 #: What to do with files of other endings.
 _SUFFIX_HINTS = {
-    ".gz": "; unpack it: gunzip FILE",
-    ".zst": "; unpack it: zstd -d FILE",
     ".json": "; name it .jsonl if it holds one object a line, and convert an array with: jq -c '.[]' FILE",
     ".tsv": "; separate its columns by commas, or convert it to Parquet",
     ".txt": "; make rows of it that name a user and a text",
+    **dict.fromkeys((".ndjson", ".jsonlines", ".jl"), "; name it .jsonl"),
+    **dict.fromkeys((".pq", ".parq", ".pqt"), "; name it .parquet"),
+    **dict.fromkeys((".arrow", ".feather", ".orc", ".avro"), "; convert it to Parquet"),
+    **dict.fromkeys((".xlsx", ".xls", ".ods"), "; save it as CSV"),
+    **{ending: f"; unpack it: {command} FILE" for ending, command in _UNPACKED_BY.items()},
 }
 
 #: How a path begins that was an address, such as ``s3://bucket``: as a path it has one slash.
@@ -238,7 +243,7 @@ def load_corpus(data: DataSection, index_dir: pathlib.Path | None = None) -> Cor
 
 
 def _check_ids(corpus: Corpus) -> None:
-    """Raise if an id stands both as 12 and as 12.0: tables write a column with gaps so, and both are one person."""
+    """Raise if two ids are one to people: 12 and 12.0, as tables write a column with gaps, or two that look alike."""
     records = corpus.records
     num_twice = 0
     for user in records:
@@ -248,6 +253,17 @@ def _check_ids(corpus: Corpus) -> None:
     if num_twice:
         problem = f"{num_twice} ids stand both as whole numbers and with .0 behind, and would count as two users each"
         raise ConfigError([Fault("data.user_column", f"{problem}; write them in one way")])
+    num_alike = sum(not user.isascii() and _seen(user) != user and _seen(user) in records for user in records)
+    if num_alike:
+        problem = f"{num_alike} ids look like other ids, but are written with other or invisible characters, and would"
+        remedy = "write them in one way, e.g. by unicodedata.normalize('NFC', id)"
+        raise ConfigError([Fault("data.user_column", f"{problem} count as two users each; {remedy}")])
+
+
+def _seen(user: str) -> str:
+    """Return an id as people see it: letters with their accents in one form, without characters of no width."""
+    composed = unicodedata.normalize("NFC", user)
+    return "".join(character for character in composed if unicodedata.category(character) != "Cf").strip()
 
 
 def _indexed(data: DataSection, index_dir: pathlib.Path) -> Corpus:

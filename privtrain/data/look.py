@@ -23,6 +23,8 @@ from privtrain.errors import ConfigError, Fault
 #: Records that are encoded for a look, evenly spaced over the data.
 NUM_LOOKED_AT = 512
 _AT_ONCE = 64
+#: Ids that are compared with others; of data on disk each comparison is a search.
+_NUM_IDS_LOOKED_AT = 100_000
 
 #: What becomes of a missing id when a table is written as text.
 _NO_IDS = ("nan", "NaN", "None", "null", "NULL", "NA", "N/A", "<NA>", "NaT", "undefined")
@@ -77,7 +79,7 @@ def look_at(corpus: Corpus, encoder: Encoder, data: DataSection) -> Look:
         faults = [*_dropped(corpus, encoder, num_predicted, data)]
     complaints = dict(encoder.complaints.most_common())
     encoder.complaints.clear()  # so that training counts the complaints of its own records alone
-    warnings = [*_warnings(encoded.records, encoder, data, encoded.num_truncated, labels), *_absent_users(corpus)]
+    warnings = [*_warnings(encoded.records, encoder, data, encoded.num_truncated, labels), *_doubtful_users(corpus)]
     return Look(lengths, num_predicted, encoded.num_truncated, complaints, dict(labels), tuple(faults), tuple(warnings))
 
 
@@ -164,8 +166,15 @@ def _warnings(
             yield f"no record among {len(records)} has the label {name!r} of data.labels"
 
 
-def _absent_users(corpus: Corpus) -> Iterator[str]:
-    """Yield a warning for each user whose id is how tables write that there is none: it may stand for many people."""
+def _doubtful_users(corpus: Corpus) -> Iterator[str]:
+    """Yield warnings of ids that may stand for many people, since tables write no id so, or for one person twice."""
+    users = itertools.islice(corpus.records, _NUM_IDS_LOOKED_AT)
+    num_in_lower_case = sum(user != user.lower() and user.lower() in corpus.records for user in users)
+    if num_in_lower_case:
+        yield (
+            f"{num_in_lower_case} ids are other ids but for capital letters; if both are of one person, as of mail "
+            "addresses, write them in lower case: they count as two users"
+        )
     for name in _NO_IDS:
         if name in corpus.records:
             yield (

@@ -205,6 +205,8 @@ def unreadable(file: pathlib.Path, number: int, error: Exception, unit: str = "r
             reason = f"not JSON ({error.msg} at column {error.colno})"
             if error.doc.strip() in ("[", "{"):  # the first line of a document that goes over several
                 reason = _ONE_A_LINE
+            elif error.msg == "Extra data":
+                reason = "something stands behind its object; give each object a line of its own, without a comma"
         case UnicodeDecodeError():
             is_utf16 = error.object[:2] in (b"\xff\xfe", b"\xfe\xff")
             reason = f"not UTF-8 ({'UTF-16' if is_utf16 else error.reason}); save it as UTF-8"

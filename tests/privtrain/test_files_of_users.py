@@ -129,6 +129,50 @@ def test_a_user_called_like_a_missing_id_is_asked_about(tmp_path, name, is_told)
     assert any("missing id" in warning for warning in warnings) is is_told
 
 
+@pytest.mark.parametrize(
+    ("one", "other"), [("\u00e9va", "e\u0301va"), ("ann", "\u200bann"), ("ann", "ann\ufeff"), ("\u00c5", "\u212b")]
+)
+@pytest.mark.parametrize("is_on_disk", [False, True])
+def test_ids_that_look_the_same_are_refused(tmp_path, one, other, is_on_disk):
+    rows = [{"user": user, "text": "x y"} for user in (one, other)]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ConfigError, match="1 ids look like other ids") as refused:
+        load_corpus(section(tmp_path / "d.jsonl"), tmp_path / "index" if is_on_disk else None)
+    assert [fault.path for fault in refused.value.faults] == ["data.user_column"]
+
+
+def test_ids_of_other_people_are_kept_apart(tmp_path):
+    users = ["ann", "anne", "\u00e9va", "eva", "\u0432\u0430\u043d\u044f", "a\u200db", "\U0001f600"]
+    rows = [json.dumps({"user": user, "text": "x y"}) for user in users]
+    (tmp_path / "d.jsonl").write_text("\n".join(rows))
+    assert set(load_corpus(section(tmp_path / "d.jsonl")).records) == set(users)
+
+
+@pytest.mark.parametrize(("other", "is_told"), [("Ann@x.org", True), ("ann@y.org", False)])
+def test_ids_that_differ_in_capital_letters_are_asked_about(tmp_path, other, is_told):
+    rows = [json.dumps({"user": user, "text": "x y"}) for user in ("ann@x.org", other)]
+    (tmp_path / "d.jsonl").write_text("\n".join(rows))
+    data = section(tmp_path / "d.jsonl")
+    save_tokenizer(tmp_path / "t")
+    encoder = Encoder(data, load_tokenizer(ModelSection(name_or_path=str(tmp_path / "t"))))
+    warnings = look_at(load_corpus(data), encoder, data).warnings
+    assert any("capital letters" in warning for warning in warnings) is is_told
+
+
+@pytest.mark.parametrize("behind", [",", '{"user": "v", "text": "y"}'])
+def test_more_than_an_object_on_a_line_is_said(tmp_path, behind):
+    faults = source_faults(tmp_path, "d.jsonl", '{"user": "u", "text": "x"}' + behind + "\n")
+    assert "line 1: something stands behind its object" in faults["data.source.paths"]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("d.ndjson", "name it .jsonl"), ("d.pq", "name it .parquet"), ("d.xlsx", "save it as CSV"), ("d.zip", "unzip")],
+)
+def test_an_ending_of_another_name_says_what_to_do(tmp_path, name, words):
+    assert words in source_faults(tmp_path, name, "x")["data.source.paths"]
+
+
 def test_the_day_that_a_template_is_told_is_said(tmp_path):
     (tmp_path / "d.jsonl").write_text(json.dumps({"user": "u", "messages": TALK}) + "\n")
     data = section(tmp_path / "d.jsonl", format="chat")
