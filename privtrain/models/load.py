@@ -54,10 +54,23 @@ def load_architecture(model: ModelSection) -> PretrainedConfig:
 
     location = locate(model)
     try:
-        return AutoConfig.from_pretrained(location.path, **NO_FOREIGN_CODE, **location.arguments)
+        config = AutoConfig.from_pretrained(location.path, **NO_FOREIGN_CODE, **location.arguments)
     except LOADING_FAILURES as error:
         problem = f"cannot read the configuration in {_shown(location)}: {reason_of(error)}"
         raise ConfigError([Fault("model", problem)]) from None
+    _check_reads_text_alone(config, location)
+    return config
+
+
+def _check_reads_text_alone(config: PretrainedConfig, location: ModelLocation) -> None:
+    """Raise if a model reads images or sound too: no record reaches those parts, and noise alone would train them."""
+    if config.get_text_config() is config:  # else the part for text has a configuration of its own
+        return
+    problem = (
+        f"{_shown(location)} is a {config.model_type}, which reads more than text: no record reaches its other parts, "
+        "and noise alone would train them. Save its language model by itself, or take a model for text"
+    )
+    raise ConfigError([Fault("model", problem)])
 
 
 def load_tokenizer(model: ModelSection) -> PreTrainedTokenizerBase:
@@ -171,6 +184,7 @@ def _load(
         raise ConfigError(
             [Fault("model", f"{location.path} is an adapter, or holds one; merge it first: privtrain export --merge")]
         )
+    _check_reads_text_alone(base.config, location)
     # Modules that the files lack, such as a classifier's head: what makes the model trainable reads this list.
     base.privtrain_new_modules = new_modules(base, info, location.path, is_classifier=is_classifier)
     # transformers has turned a GGUF file into plain weights; with this entry left the model could not be saved.

@@ -28,7 +28,7 @@ from privtrain.data.encode import Encoder
 from privtrain.data.look import look_at
 from privtrain.errors import ConfigError
 from privtrain.job.train import train
-from privtrain.models.limits import num_ids_of
+from privtrain.models.limits import num_ids_of, num_positions_of
 from privtrain.models.load import load_base, load_tokenizer
 from privtrain.process.exit import run_command
 from privtrain.run.base_model import check_model
@@ -460,3 +460,21 @@ def test_a_model_that_is_no_directory_here_is_said_to_be_of_the_hub(monkeypatch)
     for load in (load_base, load_tokenizer, num_ids_of):
         with pytest.raises(ConfigError, match=r"models/tiny \(no directory here, so a name on the hub\)"):
             load(ModelSection(name_or_path="models/tiny"))
+
+
+def test_a_model_that_reads_images_too_is_refused(tmp_path):
+    """Adapters on its vision tower would be noise; its patches' positions were taken for those of tokens."""
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = Gemma3ForConditionalGeneration(
+        Gemma3Config(
+            text_config={**sizes, "vocab_size": 258, "num_key_value_heads": 2, "head_dim": 8},
+            vision_config={**sizes, "image_size": 16, "patch_size": 8},
+        )
+    )
+    model.save_pretrained(tmp_path / "both")
+    for load in (load_base, num_ids_of, num_positions_of):
+        with pytest.raises(ConfigError, match="a gemma3, which reads more than text") as refused:
+            load(ModelSection(name_or_path=str(tmp_path / "both")))
+        assert [fault.path for fault in refused.value.faults] == ["model"]
