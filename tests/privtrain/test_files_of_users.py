@@ -448,7 +448,7 @@ def test_a_run_is_used_from_another_directory(tree, tmp_path, tiny_llama, users_
     export_run(run, pathlib.Path("merged"), merge=True, dtype="fp32")
     report = generate(run, pathlib.Path("corpus"), GenerateOptions(num_texts=2))
     assert "training records" in report
-    assert read_config(RunDirectory(run)).data.source.paths == [tmp_path / "here" / "*.jsonl"]
+    assert str(tmp_path / "here" / "*.jsonl") in map(str, vars(read_config(RunDirectory(run)).data.source)["paths"])
     # A run that was moved with all that it needs is used where it is now.
     shutil.move(tmp_path / "here", tmp_path / "there")
     monkeypatch.chdir(tmp_path / "there")
