@@ -75,20 +75,29 @@ def _delta_of(orders: Sequence[float], divergences: Sequence[float], epsilon: fl
     """Return delta at ``epsilon`` and the order that gives it: Canonne et al. 2020 (arXiv 2004.00010), proposition 12.
 
     The library's own conversion takes ``1 - exp(-divergence)`` as a difference, which has no digits below 1e-16.
+
+    Args:
+        orders: at least one.
+        divergences: one for each order; 0 only where nothing was released, which :meth:`RdpAccountant.bounds` sees to.
+        epsilon: at which delta is wanted.
     """
     best, best_order = math.inf, orders[0]  # the least log delta, and its order
     for order, divergence in zip(orders, divergences, strict=True):
-        # delta is at most the total variation, which any of the divergences bounds (Bretagnolle and Huber).
-        log_delta = 0.5 * math.log(-math.expm1(-divergence)) if divergence > 0 else -math.inf
-        if order > _NEAREST_ORDER:
+        # Two bounds hold, and the lower is taken. First: delta is at most the total variation, which any of the
+        # divergences bounds (Bretagnolle and Huber). Of no divergence that is delta 0.
+        by_total_variation = 0.5 * math.log(-math.expm1(-divergence)) if divergence > 0 else -math.inf
+        log_delta = by_total_variation
+        if order > _NEAREST_ORDER:  # second: the proposition
             by_proposition = (order - 1) * (divergence - epsilon + math.log1p(-1 / order)) - math.log(order)
             log_delta = min(log_delta, by_proposition)
         if log_delta < best:
             best, best_order = log_delta, order
     if best == -math.inf:
         return 0.0, best_order  # nothing was released
+    # An upper bound is rounded up: the logarithm by its round-off, the result by one float64 (so it is never 0).
     log_delta = best + _ROUND_OFF * (1 + abs(best))
-    return math.nextafter(math.exp(min(log_delta, 0.0)), 1.0), best_order  # never 0 where float64 ends
+    delta = math.exp(min(log_delta, 0.0))  # no probability is above 1
+    return math.nextafter(delta, 1.0), best_order
 
 
 def _divergences(event: dp_accounting.DpEvent, relation: NeighboringRelation) -> tuple[tuple[float, ...], list[float]]:

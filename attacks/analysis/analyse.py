@@ -450,7 +450,11 @@ def _user_inference_facts(scored: Scored, users: dict[str, FloatArray], seed: in
 
 
 def _users_accused(p_values: FloatArray, num_held_out: int) -> dict[str, Any]:
-    """Return how many held-in users score significantly above the held-out ones, and how many must for any to count.
+    """Return how many held-in users score significantly above the held-out ones.
+
+    Many users are tested at once, so a false discovery rate is kept, and a single small p-value may not be enough: no
+    user is accused unless ``num_needed_above_all`` held-in users at least score above all held-out users (None: even
+    all held-in users would be too few).
 
     Args:
         p_values: one for each held-in user: the rank of their score among the held-out users' scores.

@@ -58,9 +58,11 @@ def write_report(run: pathlib.Path) -> pathlib.Path:
 
     Raises:
         AttackInputError: if the run is not finished or not analysed, or the analysis belongs to another plan.
-        RunBusy: if another attack job is at work on the signals.
+        RunBusy: if another attack job is at work on the run.
         UnsafePath: if ``report/`` is a link, or others may write there.
     """
+    # One attack job at a time: a job takes the lock of the signals (the secret scores that the analysis reads), so
+    # nobody analyses anew while the report is being made of the results. The signals themselves are not opened.
     with alone(run / SIGNALS_PATH):
         return _write_report(run)
 

@@ -97,12 +97,19 @@ def check_training(scored: Iterable[DocumentKey], num_usable: Mapping[str, int],
         elif key.kind == FRESH:
             fresh[key.user].add(key.document)
         elif key.kind == CONTROL_PREFIX:
+            # A control is named after its record, with its kind at the end: "7-control_prefix" is of record "7".
             controls[key.user].add(key.document.removesuffix(f"-{CONTROL_PREFIX}"))
-    # A user who was not attacked must have no record at all: -1 equals no number of them.
-    num_expected = {user: min(num_wanted, num_usable.get(user, -1)) for user in records}
-    wrong = [user for user, names in records.items() if len(names) != num_expected[user]]
-    mixed = [user for user, names in records.items() if names & fresh[user] or not controls[user] <= names]
-    mixed += [user for user in controls if user not in records]
+    wrong = []
+    for user, names in records.items():
+        is_attacked = user in num_usable  # one who is not must have no record at all
+        if not is_attacked or len(names) != min(num_wanted, num_usable[user]):
+            wrong.append(user)
+    mixed = [user for user in controls if user not in records]
+    for user, names in records.items():
+        is_fresh_too = not names.isdisjoint(fresh[user])
+        has_stray_control = not controls[user] <= names
+        if is_fresh_too or has_stray_control:
+            mixed.append(user)
     parts = []
     if wrong:
         parts.append(f"{len(wrong)} users have another number of training records than planned")

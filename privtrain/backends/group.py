@@ -79,7 +79,11 @@ class ProcessGroup(Backend):
     @contextlib.contextmanager
     @override
     def main_alone(self) -> Iterator[None]:
-        """Let the other ranks wait by polling the group's key-value store, where no collective's time-out runs."""
+        """Return a block for work that rank 0 alone does: every rank enters it, and all leave it together.
+
+        The other ranks leave the work to rank 0 and wait at the block's end until it is through. They poll the group's
+        key-value store, since no collective's time-out runs there.
+        """
         store, key = _store(), f"privtrain/main-alone/{next(_stretches)}"
         if self.is_main:
             try:

@@ -346,6 +346,9 @@ def _whole_layout(shards: GradientShards) -> Layout:
 def _stand_in(module: nn.Module, slot_of: dict[int, Slot], device: torch.device) -> nn.Module:
     """Return a copy of a module in which tensors have their whole shapes, to choose the module's rule by.
 
+    A rule computes a layer's per-row gradients from its input and output gradient (:mod:`.rules`); which one is right
+    follows from the layer's type and from the shapes, which the parts that a rank holds do not show.
+
     Vectors are ones, since rules of norm layers are tried on them. Larger tensors have a shape and no memory ("meta").
 
     Args:
@@ -358,14 +361,17 @@ def _stand_in(module: nn.Module, slot_of: dict[int, Slot], device: torch.device)
     for name, parameter in module._parameters.items():
         if parameter is not None:
             slot = slot_of.get(id(parameter))
-            # Of a frozen tensor DeepSpeed's stage 3 keeps the whole shape under this name.
-            shape = tuple(getattr(parameter, "ds_shape", parameter.shape)) if slot is None else slot.whole_shape
+            # DeepSpeed's stage 3 holds a part of a frozen tensor (which has no slot), and its whole shape as ds_shape.
+            shape_if_frozen = tuple(getattr(parameter, "ds_shape", parameter.shape))
+            shape = shape_if_frozen if slot is None else slot.whole_shape
             where = device if len(shape) == 1 else torch.device("meta")
             parameter = nn.Parameter(torch.ones(shape, dtype=parameter.dtype, device=where), requires_grad=False)
         whole[name] = parameter
-    # Without the module's hooks, which would gather weights: empty dictionaries in place of torch's, of each kind.
-    no_hooks = {
-        name: type(hooks)() for name, hooks in vars(module).items() if name.startswith("_") and "_hooks" in name
-    }
+    # The copy must not run the module's hooks, which would gather weights. Torch keeps each kind of hook in a
+    # dictionary (such as _forward_hooks): an empty one of the same type takes its place.
+    no_hooks = {}
+    for name, hooks in vars(module).items():
+        if name.startswith("_") and "_hooks" in name:
+            no_hooks[name] = type(hooks)()
     vars(twin).update(no_hooks, _parameters=whole)
     return twin

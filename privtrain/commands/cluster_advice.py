@@ -1,4 +1,15 @@
-"""``privtrain plan --cluster``: the predicted step, and which setting would shorten it."""
+"""``privtrain plan --cluster``: the predicted step, and which setting would shorten it.
+
+Words used here:
+
+- full training: the base model's own weights are trained and released; else an adapter is.
+- plain training: the same batch without clipping and noise. *Overhead* is the private step's extra time over it, and
+  *efficiency* the share of the private step's time that plain passes alone would take.
+- two-pass clipping goes backward twice: first for the units' norms, then for the clipped sum. It is slower and needs
+  less memory.
+- strategy: how the noise of steps is correlated. With b *bands*, noise is spread over b steps, and each rank keeps its
+  part of the b - 1 noises before.
+"""
 
 from __future__ import annotations
 
@@ -67,23 +78,13 @@ def describe_cluster(config: Config, plan: PrivacyPlan, layout: LaunchLayout, cl
         reduces_once=performance.reduce_once,
     )
     prediction = predict(job, cluster)
-    num_bands = 1 if plan.strategy is None else plan.strategy.num_bands
+    num_bands = 1 if plan.strategy is None else plan.strategy.num_bands  # 1: each step's noise is independent
     memory = model_size(config, layout, num_bands).memory_bytes
     usable = _USABLE_MEMORY * cluster.gpu.memory_bytes
 
-    # Settings that may be faster.
     changes = list(_changes(job, memory))
-    if checkpoints:  # without gradient checkpointing: by itself, and together with each further setting
-        without = performance.model_copy(update={"gradient_checkpointing": False})
-        memory_without = model_size(config.model_copy(update={"performance": without}), layout, num_bands).memory_bytes
-        is_two_pass = _is_two_pass(performance.clipping_route, is_full, checkpoints=False)
-        job_without = dataclasses.replace(job, checkpoints=False, is_two_pass=is_two_pass)
-        setting = "performance.gradient_checkpointing: false"
-        changes.append(_Change(setting, job_without, sum(memory_without.values())))
-        changes.extend(
-            further._replace(setting=f"{setting}, {further.setting}")
-            for further in _changes(job_without, memory_without)
-        )
+    if checkpoints:
+        changes.extend(_changes_without_checkpoints(config, job, num_bands))
     return {
         "cluster": f"{cluster.num_ranks} x {cluster.name.upper()}",
         "predicted_step_seconds": prediction.seconds,
@@ -96,6 +97,25 @@ def describe_cluster(config: Config, plan: PrivacyPlan, layout: LaunchLayout, cl
         "usable_memory_bytes": usable,
         "faster_settings": _faster(changes, cluster, seconds_now=prediction.seconds, usable_bytes=usable),
     }
+
+
+def _changes_without_checkpoints(config: Config, job: Job, num_bands: int) -> Iterator[_Change]:
+    """Yield gradient checkpointing switched off: by itself, and together with each further setting.
+
+    Args:
+        config: with gradient checkpointing.
+        job: the job as configured.
+        num_bands: steps that noise is spread over.
+    """
+    performance = config.performance
+    without = performance.model_copy(update={"gradient_checkpointing": False})
+    memory = model_size(config.model_copy(update={"performance": without}), job.layout, num_bands).memory_bytes
+    is_two_pass = _is_two_pass(performance.clipping_route, job.is_full, checkpoints=False)
+    job = dataclasses.replace(job, checkpoints=False, is_two_pass=is_two_pass)
+    setting = "performance.gradient_checkpointing: false"
+    yield _Change(setting, job, sum(memory.values()))
+    for further in _changes(job, memory):
+        yield further._replace(setting=f"{setting}, {further.setting}")
 
 
 def _is_two_pass(route: str, is_full: bool, *, checkpoints: bool) -> bool:

@@ -113,6 +113,9 @@ def prove(log: pathlib.Path, unit_pseudonym: str, user: str | None = None) -> di
 def _opening(body: Body, rows: np.ndarray, secret: bytes) -> list[dict[str, Any]]:
     """Return the one or two Merkle leaves that prove a user's row, or its absence by the neighbouring rows.
 
+    A tree row is a tag, by which rows are sorted and which only the user's pseudonym gives, and the masked number of
+    records. The tree has a leaf for each bucket: ``BUCKET_ROWS`` consecutive rows, fewer in the last.
+
     Args:
         body: what the step's intent record says.
         rows: [units] of :data:`~privtrain.ledger.bodies.ROW`, of all units of the step, in the order of the tree.
@@ -126,11 +129,13 @@ def _opening(body: Body, rows: np.ndarray, secret: bytes) -> list[dict[str, Any]
     tree_rows = merkle.rows_of(context, units, np.ascontiguousarray(rows["records"]))
     tags = _tags(tree_rows)
     (own,) = merkle.row_hashes(context, secret)
-    place = bisect.bisect_left(tags, own[: merkle.TAG_BYTES])
-    is_there = place < len(tags) and tags[place] == own[: merkle.TAG_BYTES]
+    own_tag = own[: merkle.TAG_BYTES]
+    place = bisect.bisect_left(tags, own_tag)  # index of the user's row, or of the first row after its place
+    is_there = place < len(tags) and tags[place] == own_tag
     # Of an absent user the rows on both sides; before the first row or after the last there is one.
     neighbours = [index for index in (place - 1, place) if 0 <= index < len(tags)]
     shown = [place] if is_there else neighbours
+    shown_leaves = sorted({index // merkle.BUCKET_ROWS for index in shown})  # two rows may share a leaf
     leaves = merkle.leaf_hashes(tree_rows)
     return [
         {
@@ -138,7 +143,7 @@ def _opening(body: Body, rows: np.ndarray, secret: bytes) -> list[dict[str, Any]
             "rows": _encode(merkle.bucket(tree_rows, leaf)),
             "path": [_encode(item) for item in merkle.audit_path(leaves, leaf)],
         }
-        for leaf in sorted({index // merkle.BUCKET_ROWS for index in shown})
+        for leaf in shown_leaves
     ]
 
 

@@ -186,13 +186,13 @@ class RunDirectory:
             insecure_seed: makes a key that can be guessed, for tests and examples; ``secret/NAME.insecure`` marks it.
         """
         key, marker = SecretKey.generate(), self.secret / f"{name}.insecure"
+        # At no moment may a key that can be guessed lie there unmarked. So the marker is written before the key; where
+        # the new key is a secure one, the marker of an old key goes only after the new key has replaced it.
         if insecure_seed is not None:
             key = SecretKey.insecure(insecure_seed, name)
             write_atomically(marker, "made from privacy.insecure_seed\n", mode=0o600)
         write_atomically(self.secret / f"{name}.key", key.reveal().hex() + "\n", mode=0o600)
         if insecure_seed is None:
-            # The marker is written before such a key and removed after a fresh one is there, so that at no moment a
-            # key that can be guessed lies there unmarked.
             marker.unlink(missing_ok=True)
         return key
 

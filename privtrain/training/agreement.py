@@ -16,5 +16,7 @@ def agree_on_fault(fault: str, backend: Backend) -> None:
     Raises:
         SelfTestFailed: with this rank's fault, or saying that another rank's message has it.
     """
-    if backend.any_rank(bool(fault)) or fault:
+    is_found = backend.any_rank(bool(fault))  # a collective, so it is asked first, on every rank
+    # This rank's own fault stops it even if the collective should answer wrongly.
+    if is_found or fault:
         raise SelfTestFailed(fault or "another rank found a fault; see its message")

@@ -195,12 +195,15 @@ def claim_of(statement: PrivacyStatement, cap: verdict.Cap, unit: str) -> Claim:
 def _at_delta(claim: Claim, statement: PrivacyStatement, delta: float | None) -> Claim:
     """Return the claim with its pair taken at the audit's own delta; the curve stays, as it holds at every delta.
 
+    A claim's pair is the (epsilon, delta) promised in the unit of the coins; its curve is further certified points.
+
     Raises:
         AttackInputError: if nothing certifies an epsilon at that delta.
     """
     if delta is None or claim.pair is None or math.isinf(claim.pair.epsilon):
         return claim
-    # Only the stated pair has a mechanism; one that group privacy made of it has none of its own.
+    # A smaller delta takes the accountant, which knows the mechanism in the statement's unit only. A pair that was
+    # converted to another unit (by group privacy, see claim_of) cannot be recomputed from it.
     is_stated = claim.pair == DpBound(statement.effective_epsilon, statement.delta)
     if delta >= claim.pair.delta:
         epsilon = claim.pair.epsilon  # a guarantee at a smaller delta implies the same epsilon at a larger one

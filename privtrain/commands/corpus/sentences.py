@@ -67,9 +67,10 @@ def mauve(first: FloatArray, second: FloatArray) -> float:
     """Return MAUVE of two sets of vectors: 1 for equal sets, towards 0 for sets that share nothing.
 
     Both sets are clustered together by k-means, into a tenth as many clusters as the smaller set has texts. Each set's
-    shares of the clusters make a histogram. For mixtures of both histograms, MAUVE draws exp(-scale · KL) of the one
-    set against that of the other, and is the area under this curve (Pillutla et al. 2021, arXiv 2102.01454). The number
-    depends on model and size of the sets: compare it with that of two samples of one set.
+    shares of the clusters make a histogram. How close a histogram is to a mixture of both is exp(-scale · KL(histogram
+    ‖ mixture)). Each mixture gives a point of a curve, x for the second set and y for the first; MAUVE is the area
+    under the curve (Pillutla et al. 2021, arXiv 2102.01454). The number depends on model and size of the sets: compare
+    it with that of two samples of one set.
 
     Args:
         first: [n, d].
@@ -81,11 +82,13 @@ def mauve(first: FloatArray, second: FloatArray) -> float:
     clusters = KMeans(num_clusters, n_init="auto", random_state=0).fit_predict(np.concatenate([first, second]))
     first_shares = _shares(clusters[: len(first)], num_clusters)
     second_shares = _shares(clusters[len(first) :], num_clusters)
+    # Both ends are fixed, so that the curve spans x from 0 to 1: equal sets, whose points are all (1, 1), get area 1.
     points = [(0.0, 1.0)]
     for weight in np.linspace(0, 1, _NUM_POINTS + 2)[1:-1]:
         mixture = weight * first_shares + (1 - weight) * second_shares
         points.append((_closeness(second_shares, mixture), _closeness(first_shares, mixture)))
     points.append((1.0, 0.0))
+    # Where points share an x the higher comes first, as the curve falls from left to right.
     x, y = np.array(sorted(points, key=lambda point: (point[0], -point[1]))).T
     return float(np.trapezoid(y, x))
 
