@@ -356,7 +356,9 @@ def _unread_label(values: dict[str, list[Any]]) -> str:
     by_name = {name.lower(): name for name in values}
     for label_name in _LABEL_NAMES:
         name = by_name.get(label_name)
-        if name is not None and any(isinstance(value, bool | float | list) for value in values[name]):
+        if name is None:
+            continue
+        if any(isinstance(value, bool | float | list) for value in values[name]):
             return f"; to train a classifier, convert column {name} to text or whole numbers"
         if num := len({str(value).strip() for value in values[name] if value is not None} - {""}):
             return f"; column {name} is not read: a label has several values, each for many rows; given {num}"

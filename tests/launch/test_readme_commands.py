@@ -154,7 +154,7 @@ def tour(tree, tmp_path, monkeypatch, no_self_test):
     # Computed for a quarter of a minute, of no use to a dry run: tests/privtrain/test_study_findings.py looks at it.
     monkeypatch.setattr("privtrain.studies.noise.Setting.noise", lambda setting, name: 0.8)
     recommended = {"overrides": {}, "rate_now": 0.02, "rate_without_noise": 0.03}
-    monkeypatch.setattr("privtrain.studies.more_per_epsilon.recommended", lambda *given: recommended)
+    monkeypatch.setattr("privtrain.studies.more_per_epsilon.recommended", lambda *given, **named: recommended)
     del tree["privacy"]["insecure_seed"]
     tree["privacy"] |= {"noise_multiplier": 4.0, "target_delta": 1e-6}
     tree["data"]["held_out_fraction"] = 0.5  # the split is random: both sides need two users to attack

@@ -42,7 +42,7 @@ def _covering(cells: list[Cell]) -> list[Cell]:
 def _noise_for_nothing(monkeypatch):
     """Accountants take a minute to say how much noise EW-Tune's settings take, or which plan is best; here any do."""
     monkeypatch.setattr("privtrain.studies.noise.Setting.noise", lambda setting, name: 0.8)
-    monkeypatch.setattr("privtrain.studies.more_per_epsilon.recommended", lambda *given: RECOMMENDED)
+    monkeypatch.setattr("privtrain.studies.more_per_epsilon.recommended", lambda *given, **named: RECOMMENDED)
 
 
 def test_there_are_paper_scale_studies_and_each_has_a_small_one():
