@@ -455,7 +455,7 @@ def test_a_run_is_used_from_another_directory(tree, tmp_path, tiny_llama, users_
     export_run(pathlib.Path("runs/tiny"), pathlib.Path("merged"), merge=True, dtype="fp32")
 
 
-def test_a_model_that_is_no_directory_here_is_said_to_be_of_the_hub(monkeypatch):
+def test_a_model_that_is_no_directory_is_said_to_be_of_the_hub(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     for load in (load_base, load_tokenizer, num_ids_of):
         with pytest.raises(ConfigError, match=r"models/tiny \(no directory here, so a name on the hub\)"):
