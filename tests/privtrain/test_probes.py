@@ -19,7 +19,7 @@ from privtrain.data.records import Record
 from privtrain.data.units import UnitData
 from privtrain.errors import SelfTestFailed, UnsupportedLayer
 from privtrain.ledger.log import NullLedger
-from privtrain.models.losses import CausalLM, Classification, label_logits
+from privtrain.models.losses import CausalLM, Classification, _LabelledRows, label_logits
 from privtrain.models.trainable import add_lora
 from privtrain.privacy.secret import SecretKey
 from privtrain.tracking import NullTracker
@@ -425,7 +425,7 @@ class MasksTheLabelAlone(Classification):
         labels = torch.where(has_label, input_ids.gather(1, place)[:, 0], 0)
         attended = torch.arange(input_ids.shape[1] - 1) < place.clamp(min=1)
         ids = torch.where(attended, input_ids[:, :-1], self.pad_id)
-        return label_logits(model, ids, attended), labels, has_label
+        return _LabelledRows(label_logits(model, ids, attended), labels, has_label)
 
 
 def full_rows_moved(kind: type[Classification]) -> int:
@@ -510,7 +510,7 @@ class CoinOfTheBatch(nn.Module):
     "draw",
     [
         lambda: torch.rand(()),
-        lambda: torch.bernoulli(torch.tensor(0.5)),
+        lambda: torch.bernoulli(torch.tensor(0.5)) + 0.1,  # above the rate that stands for none
         lambda: torch.empty(1).uniform_(),
         lambda: torch.rand(5)[0],  # as many as rows of a probe
     ],
