@@ -36,7 +36,7 @@ _CHUNK = {"cpu": 1 << 18}
 _LARGEST_CHUNK = 1 << 26
 #: Coordinates of a unit that are measured at a time, by device type; on a CPU fewer than torch cuts among threads.
 _MEASURED = {"cpu": 1 << 14}
-_LARGEST_MEASURED = 1 << 22
+_LARGEST_MEASURED = 1 << 20
 #: Units whose contributions are added up in float64 before the sum is: 2**11 times 2**41 (1 + 1e-5) is below 2**53.
 _MOST_UNITS = 1 << 11
 
