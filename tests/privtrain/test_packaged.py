@@ -149,6 +149,16 @@ def test_a_package_with_one_row_more_less_or_changed_is_refused(monkeypatch):
         corpus.load_corpus(DataSection.model_validate({"source": {"kind": "plays"}}))
 
 
+def test_packaged_texts_that_name_nobody_are_left_out(monkeypatch):
+    """Of Debian's fortunes they are more than half, and as unusable rows they would end the job."""
+    rows = [("", "Nobody's."), ("al", "one"), ("", "Whoever's."), ("bo", ""), ("bo", "two")]
+    digest = hashlib.sha256("".join(f"{field}\0" for field in itertools.chain(*rows)).encode()).hexdigest()
+    known = dataclasses.replace(PACKAGED["plays"], find=list, read=lambda: iter(rows), num_rows=5, sha256=digest)
+    monkeypatch.setitem(packaged.PACKAGED, "plays", known)
+    loaded = corpus.load_corpus(DataSection.model_validate({"source": {"kind": "plays"}}))
+    assert loaded.num_records == 2
+
+
 @pytest.mark.parametrize("kind", ["fortunes", "poems"])
 def test_a_missing_package_is_found_before_anything_starts(kind, monkeypatch):
     def absent() -> None:
