@@ -36,6 +36,7 @@ from privtrain.job.claim import check_run_directory
 from privtrain.job.stop import StopRequest, listening
 from privtrain.job.supervise import process_group
 from privtrain.job.train import rehearse
+from privtrain.process.group import num_launched
 from privtrain.registry import clock, views
 from privtrain.registry.database import registry_url
 from privtrain.registry.store import Registry
@@ -134,7 +135,7 @@ def _accelerator() -> str:
 def _launcher() -> list[Finding]:
     """Warn of launchers that hide the job's exit code, and of an accelerate setting that is not used."""
     findings = []
-    has_several_ranks = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    has_several_ranks = num_launched() > 1
     # Our `privtrain launch` sets this variable, and srun passes a task's exit code on.
     is_privtrain_launch = "PRIVTRAIN_LAUNCH_DIRECTORY" in os.environ
     is_srun = "SLURM_PROCID" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ

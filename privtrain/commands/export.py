@@ -18,7 +18,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from privtrain.commands.outputs import output_faults
-from privtrain.config import load_config
 from privtrain.config.model import ModelSection
 from privtrain.errors import ConfigError, Fault
 from privtrain.files.atomic import replace_directory, write_atomically
@@ -27,7 +26,7 @@ from privtrain.run.base_model import changed_base_files, locate
 from privtrain.run.bundle import ReleaseManifest
 from privtrain.run.directory import RunDirectory
 from privtrain.run.exported import DTYPES, NAME, SCHEMA, rendered, weights_of
-from privtrain.run.places import located
+from privtrain.run.places import own_config
 
 
 def export_run(run: pathlib.Path, output: pathlib.Path, *, merge: bool, dtype: str) -> str:
@@ -79,7 +78,7 @@ def _check(run: RunDirectory, output: pathlib.Path, dtype: str, *, merge: bool) 
 
 def _check_base(run: RunDirectory, manifest: ReleaseManifest) -> None:
     """Raise unless the base model's files are where the run had them, with the digests that the release recorded."""
-    section = located(load_config(run.resolved_config), run).model
+    section = own_config(run).model
     if wrong := changed_base_files(section, manifest.base_model):
         problem = (
             f"{locate(section).path} is not the base model that the adapter was trained on: other "
@@ -91,7 +90,7 @@ def _check_base(run: RunDirectory, manifest: ReleaseManifest) -> None:
 def _unmergeable(run: RunDirectory) -> list[Fault]:
     """Return why an adapter cannot become part of its base's weights, seen before anything is loaded."""
     run.check_private()
-    config = located(load_config(run.resolved_config), run)
+    config = own_config(run)
     method, quantization = config.training.method, config.model.quantization
     faults = []
     if config.training.has_virtual_tokens:

@@ -14,7 +14,6 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import os
 import pathlib
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,10 +32,11 @@ from privtrain.errors import ConfigError, Fault
 from privtrain.files import reading, strict_yaml
 from privtrain.files.atomic import replace_directory, write_atomically
 from privtrain.process.console import say
+from privtrain.process.group import num_launched
 from privtrain.run import bundle, generated
 from privtrain.run.base_model import changed_base_files, check_model
 from privtrain.run.directory import RunDirectory
-from privtrain.run.places import located
+from privtrain.run.places import own_config
 from privtrain.run.release import banner
 
 if TYPE_CHECKING:
@@ -85,19 +85,20 @@ class GenerateOptions:
 def generate(run: pathlib.Path, output: pathlib.Path, options: GenerateOptions) -> str:
     """Sample a corpus into a new directory; where the run's ``secret/`` is at hand, measure it there.
 
+    Every process of the job calls this: they share out the batches of texts, and rank 0 writes. Each checks the files
+    that it reads, which may be on a disk of its own machine.
+
     Args:
         run: a finished run.
         output: directory to make.
         options: what is sampled.
-
-    Every process of the job calls this: they share out the batches of texts, and rank 0 writes.
 
     Returns:
         Lines that say what was written where, and what the owner should read; nothing on other ranks than 0.
 
     Raises:
         ConfigError: with every fault; nothing is written then.
-        RankLost: if another process died; nothing is written then.
+        RankLost: if another process died; nothing is written if it was while sampling.
         VerificationFailed: if the run does not hold what was released.
     """
     directory = RunDirectory(run)
@@ -106,7 +107,7 @@ def generate(run: pathlib.Path, output: pathlib.Path, options: GenerateOptions) 
     config, section = _configuration(directory, options, manifest)
     _check_prompts(options.prompts, config.data)
     conditions = read_conditions(config.data, options.prompts, options.labels, options.template)
-    engine = sampling.chosen_engine(options.engine, config, is_alone=os.environ.get("WORLD_SIZE", "1") == "1")
+    engine = sampling.chosen_engine(options.engine, config, is_alone=num_launched() == 1)
     tokenizer = _tokenizer(directory)
     contexts = contexts_of(conditions, config.data, tokenizer, config.data.max_length)
     room = config.data.max_length - max(map(len, contexts))  # tokens left for a text after the longest context
@@ -188,7 +189,7 @@ def _configuration(
     """
     if run.resolved_config.exists():  # in secret/, with local paths; the published copy has none
         run.check_private()
-        config = located(load_config(run.resolved_config), run)
+        config = own_config(run)
     else:
         config = load_config(run.config)
     section = config.model

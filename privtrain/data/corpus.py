@@ -137,7 +137,7 @@ def _check_files(source: FilesSource, data: DataSection, path_key: str, *further
         if count > 1:  # each record would be there twice: where records are the unit, as two units
             faults.append(Fault(path_key, f"{file} is named {count} times; each row would count as often"))
     for pattern in source.paths:
-        files = _expand(pattern)
+        files = files_named(pattern)
         if not files:
             faults.append(Fault(path_key, missing(pattern)))
         for file in files:
@@ -245,19 +245,26 @@ def load_corpus(data: DataSection, index_dir: pathlib.Path | None = None) -> Cor
 def _check_ids(corpus: Corpus) -> None:
     """Raise if two ids are one to people: 12 and 12.0, as tables write a column with gaps, or two that look alike."""
     records = corpus.records
-    num_twice = 0
+    num_twice = num_alike = 0
+    seen_forms: set[str] = set()  # as people see ids that are written otherwise
     for user in records:
         whole_number = user.removesuffix(".0")
         if whole_number != user and whole_number.isdecimal() and whole_number in records:
             num_twice += 1
+        seen = user if user.isascii() else _seen(user)
+        if seen != user:
+            num_alike += seen in records or seen in seen_forms
+            seen_forms.add(seen)
+    faults = []
     if num_twice:
         problem = f"{num_twice} ids stand both as whole numbers and with .0 behind, and would count as two users each"
-        raise ConfigError([Fault("data.user_column", f"{problem}; write them in one way")])
-    num_alike = sum(not user.isascii() and _seen(user) != user and _seen(user) in records for user in records)
+        faults.append(Fault("data.user_column", f"{problem}; write them in one way"))
     if num_alike:
         problem = f"{num_alike} ids look like other ids, but are written with other or invisible characters, and would"
         remedy = "write them in one way, e.g. by unicodedata.normalize('NFC', id)"
-        raise ConfigError([Fault("data.user_column", f"{problem} count as two users each; {remedy}")])
+        faults.append(Fault("data.user_column", f"{problem} count as two users each; {remedy}"))
+    if faults:
+        raise ConfigError(faults)
 
 
 def _seen(user: str) -> str:
@@ -427,8 +434,9 @@ def _digest(records: Mapping[str, tuple[str, ...]]) -> str:
 def _rows(data: DataSection) -> Iterator[tuple[object, object]]:
     """Yield (user id, record or why there is none) of every row; fail with the row's place on a bad user id."""
     if not isinstance(data.source, FilesSource | HubSource):
-        # A text that names nobody is left out of a packaged data set, which is public: it is not a fault of the user's.
-        yield from (row for row in PACKAGED[data.source.kind].rows() if all(row))
+        for user, text in PACKAGED[data.source.kind].rows():
+            if user:  # a text of the package that names nobody is no fault of those who train on it
+                yield user, text
         return
     columns = [getattr(data, key) for key in ("user_column", *data.column_keys)]
     for name, number, (user, *values) in _of_source(data.source, columns):
@@ -484,7 +492,7 @@ def load_evaluation(data: DataSection, corpus: Corpus) -> tuple[str, ...]:
 
 def source_files(source: FilesSource) -> list[pathlib.Path]:
     """Return the files of a source in reading order."""
-    return [file for pattern in source.paths for file in _expand(pattern)]
+    return [file for pattern in source.paths for file in files_named(pattern)]
 
 
 def missing(pattern: pathlib.Path) -> str:
@@ -505,7 +513,7 @@ def missing(pattern: pathlib.Path) -> str:
     return f"no such file: {name}{hint}"
 
 
-def _expand(pattern: pathlib.Path) -> list[pathlib.Path]:
+def files_named(pattern: pathlib.Path) -> list[pathlib.Path]:
     """Return the files that a path or glob pattern names."""
     if pattern.is_file():  # also one whose name holds a bracket
         return [pattern]

@@ -45,6 +45,7 @@ from privtrain.ledger.log import verify_chain
 from privtrain.privacy.plan import PrivacyPlan, Tuning
 from privtrain.privacy.secret import SecretKey
 from privtrain.process.console import say
+from privtrain.process.group import num_launched
 from privtrain.run.directory import RunDirectory
 
 #: What candidates may differ in: all of it is post-processing of the noised sums.
@@ -134,7 +135,7 @@ def _configs(path: pathlib.Path, overrides: Sequence[str], candidates: Sequence[
         faults.append(Fault("--try", "give the settings to choose from, each as one --try 'KEY=VALUE ...'"))
     if base.privacy.tuning is None:
         faults.append(Fault("privacy.tuning", "is not set; {} takes the defaults: five trials expected"))
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if num_launched() > 1:
         faults.append(Fault("launcher", "tune trains in one process; start it without a launcher"))
     if faults:
         raise ConfigError(faults)

@@ -15,7 +15,6 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from privtrain.config import load_config
 from privtrain.errors import ConfigError, LedgerCorrupt, PrivtrainError, VerificationFailed
 from privtrain.files import strict_json
 from privtrain.files.atomic import write_atomically
@@ -27,7 +26,7 @@ from privtrain.run import bundle
 from privtrain.run.base_model import base_digests
 from privtrain.run.consistency import statement_faults
 from privtrain.run.directory import RunDirectory
-from privtrain.run.places import located
+from privtrain.run.places import own_config
 
 
 def run_with_ledger(run_path: pathlib.Path) -> RunDirectory:
@@ -123,7 +122,7 @@ def base_faults(run: RunDirectory, manifest: bundle.ReleaseManifest) -> tuple[li
     if not manifest.base_model:
         return [], "; the base model was not on disk and is not recorded"
     try:
-        digests = base_digests(located(load_config(run.resolved_config), run).model)
+        digests = base_digests(own_config(run).model)
     except (ConfigError, OSError):
         digests = {}
     if not digests:

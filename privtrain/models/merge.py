@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from privtrain.config import Config, load_config
+from privtrain.config import Config
 from privtrain.config.model import ModelSection
 from privtrain.errors import VerificationFailed
 from privtrain.models.limits import num_embedded, pad_classifier
 from privtrain.models.load import load_adapter, load_base, load_classifier, load_tokenizer, saved_as_loaded
 from privtrain.models.trainable import INIT_SEED
 from privtrain.run.directory import RunDirectory
-from privtrain.run.places import located
+from privtrain.run.places import own_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -48,7 +48,7 @@ def whole_model(run: RunDirectory, base_model: pathlib.Path | None) -> Any:
         (architecture,) = transformers.AutoConfig.from_pretrained(str(run.model)).architectures or []
         return getattr(transformers, architecture).from_pretrained(str(run.model), dtype=torch.float32).eval()
     run.check_private()
-    base = _base(located(load_config(run.resolved_config), run), base_model)
+    base = _base(own_config(run), base_model)
     _untie(base, run.adapter)
     adapted: Any = load_adapter(base, run.adapter).eval()
     expected = outputs(adapted)
@@ -87,8 +87,7 @@ def _untie(base: PreTrainedModel, adapter: pathlib.Path) -> None:
     if not is_changed:
         return
     head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
-    for config in (base.config, base.config.get_text_config()):
-        config.tie_word_embeddings = False
+    base.config.tie_word_embeddings = False
 
 
 def rounded(model: Any, dtype: torch.dtype) -> Any:

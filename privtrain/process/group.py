@@ -22,22 +22,22 @@ def join_processes(timeout_seconds: int) -> tuple[PartialState, torch.device]:
         PrivtrainError: if accelerate sees another number of processes than the launcher started.
         ConfigError: if what the launcher set of ranks cannot be.
     """
-    num_launched = _num_launched()
+    launched = num_launched()
     # Under torchrun accelerate looks for GPUs by default; without one each rank would believe it is alone.
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     # A job of one process gets no process group, and PartialState refuses a timeout then.
-    arguments = {"timeout": datetime.timedelta(seconds=timeout_seconds)} if num_launched > 1 else {}
+    arguments = {"timeout": datetime.timedelta(seconds=timeout_seconds)} if launched > 1 else {}
     state = PartialState(cpu=cpu, **arguments)  # pyright: ignore[reportArgumentType]
-    if state.num_processes != num_launched:
+    if state.num_processes != launched:
         raise PrivtrainError(
-            f"the launcher started {num_launched} processes but accelerate sees {state.num_processes}: "
+            f"the launcher started {launched} processes but accelerate sees {state.num_processes}: "
             "each would train and add noise alone; check distributed_type and use_cpu in the accelerate config"
         )
     assert state.device is not None
     return state, state.device
 
 
-def _num_launched() -> int:
+def num_launched() -> int:
     """Return the number of processes, by the launcher's environment; a rank that nobody waits for would wait for ever.
 
     Raises:

@@ -20,19 +20,20 @@ from privtrain.commands.corpus.conditions import Condition
 from privtrain.commands.export import export_run
 from privtrain.commands.generate import GenerateOptions, generate
 from privtrain.config import validate
-from privtrain.config.data import DataSection
+from privtrain.config.data import DataSection, FilesSource
 from privtrain.config.model import ModelSection
 from privtrain.data.chat import rendered
-from privtrain.data.corpus import check_source, load_corpus
+from privtrain.data.corpus import check_source, load_corpus, source_files
 from privtrain.data.encode import Encoder
 from privtrain.data.look import look_at
-from privtrain.errors import ConfigError
+from privtrain.errors import ConfigError, DamagedFile
 from privtrain.job.train import train
 from privtrain.models.limits import num_ids_of, num_positions_of
 from privtrain.models.load import load_base, load_tokenizer
 from privtrain.process.exit import run_command
 from privtrain.run.base_model import check_model
 from privtrain.run.directory import RunDirectory
+from privtrain.run.places import located
 from tests.conftest import write_config
 from tests.privtrain.bases import change_weights, save_base, save_tokenizer
 
@@ -130,7 +131,14 @@ def test_a_user_called_like_a_missing_id_is_asked_about(tmp_path, name, is_told)
 
 
 @pytest.mark.parametrize(
-    ("one", "other"), [("\u00e9va", "e\u0301va"), ("ann", "\u200bann"), ("ann", "ann\ufeff"), ("\u00c5", "\u212b")]
+    ("one", "other"),
+    [
+        ("\u00e9va", "e\u0301va"),
+        ("ann", "\u200bann"),
+        ("ann", "ann\ufeff"),
+        ("ann\u200b", "ann\u200c"),
+        ("\u00c5", "\u212b"),
+    ],
 )
 @pytest.mark.parametrize("is_on_disk", [False, True])
 def test_ids_that_look_the_same_are_refused(tmp_path, one, other, is_on_disk):
@@ -453,6 +461,27 @@ def test_a_run_is_used_from_another_directory(tree, tmp_path, tiny_llama, users_
     shutil.move(tmp_path / "here", tmp_path / "there")
     monkeypatch.chdir(tmp_path / "there")
     export_run(pathlib.Path("runs/tiny"), pathlib.Path("merged"), merge=True, dtype="fp32")
+
+
+def test_paths_are_those_of_the_directory_of_the_start(tree, tmp_path, monkeypatch):
+    """Patterns go into directories and the directory of the start is none; a place that is nowhere keeps its form."""
+    start, run = tmp_path / "[x] start", RunDirectory(tmp_path / "run")
+    run.identity.parent.mkdir(parents=True)
+    run.identity.write_text(json.dumps({"started_in": str(start)}))
+    for name in ("data/a.jsonl", "data/more/b.jsonl"):
+        (start / name).parent.mkdir(parents=True, exist_ok=True)
+        (start / name).write_text("{}\n")
+    monkeypatch.chdir(tmp_path)
+    tree["data"]["source"]["paths"], tree["model"]["name_or_path"] = ["data/**/*.jsonl", "data/a.jsonl"], "./base"
+    found = located(validate(tree), run)
+    assert isinstance(found.data.source, FilesSource)
+    assert set(source_files(found.data.source)) == {start / "data/a.jsonl", start / "data/more/b.jsonl"}
+    assert found.model.name_or_path == "./base"
+    (start / "base").mkdir()
+    assert located(validate(tree), run).model.name_or_path == str(start / "base")
+    run.identity.write_text("{")
+    with pytest.raises(DamagedFile, match=r"identity\.json"):
+        located(validate(tree), run)
 
 
 def test_a_model_that_is_no_directory_is_said_to_be_of_the_hub(monkeypatch):

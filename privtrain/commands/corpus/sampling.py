@@ -162,7 +162,8 @@ class SharedSampler:
         mine = contexts[start : start + self._settings.batch_size]
         # A row for each text: how many tokens it has, and these. Each rank fills its rows; the sum has them all.
         table = torch.zeros(len(contexts), 1 + self._settings.max_new_tokens, dtype=torch.int64)
-        for row, tokens in zip(table[start:], self._sampler.draw(mine, seed + start) if mine else (), strict=False):
+        drawn = self._sampler.draw(mine, seed + start) if mine else []
+        for row, tokens in zip(table[start : start + len(mine)], drawn, strict=True):
             row[0] = len(tokens)
             row[1 : 1 + len(tokens)] = torch.tensor(tokens, dtype=torch.int64)
         table = table.to(self._backend.device)
