@@ -56,6 +56,11 @@ def default_num_tokens(max_length: int, microbatch_size: int) -> int:
     return _rounded(min(wanted, tokens_of_rows), _MULTIPLE)
 
 
+def record_lengths(num_tokens: int, max_length: int) -> list[int]:
+    """Return the lengths of the fewest records that hold so many tokens together: all the longest, but for the last."""
+    return [min(max_length, num_tokens - first) for first in range(0, num_tokens, max_length)]
+
+
 def _rounded(num_tokens: int, multiple: int) -> int:
     """Round up to a multiple."""
     return -(-num_tokens // multiple) * multiple

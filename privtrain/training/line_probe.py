@@ -30,7 +30,7 @@ import torch
 
 from privtrain.clipping import attention, exact_sum, fallback
 from privtrain.clipping.lines import LineClipper
-from privtrain.data.lines import Line, LinePacker
+from privtrain.data.lines import Line, LinePacker, record_lengths
 from privtrain.data.microbatch import Packer
 from privtrain.data.records import Record
 from privtrain.errors import GuaranteeLost, PrivtrainError, UnsupportedLayer
@@ -317,10 +317,9 @@ class LineProbe:
 
     def _unit(self, lengths: Sequence[int], seed: int) -> list[Record]:
         """Return a unit whose records have these lengths, cut in two where one is too long."""
-        most = self._packer.max_length
         cut: list[int] = []
         for length in lengths:
-            cut += [min(most, length - first) for first in range(0, length, most)]
+            cut += record_lengths(length, self._packer.max_length)
         return [self._record(length, 10 * seed + i) for i, length in enumerate(cut)]
 
     # Random numbers.

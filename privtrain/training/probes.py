@@ -34,7 +34,7 @@ from torch import nn
 
 from privtrain.backends.base import all_equal, digest
 from privtrain.clipping import refusals
-from privtrain.data.lines import Line
+from privtrain.data.lines import Line, record_lengths
 from privtrain.data.microbatch import NOBODY, Microbatch
 from privtrain.data.records import Record
 from privtrain.errors import UnsupportedLayer
@@ -302,7 +302,7 @@ class Probe:
         if route == "one_unit":
             return ""
         fault = self._row_that_differs(contribution)
-        # Then each unit ran by itself, and nothing of the others could have reached it.
+        # In a pass that was split each unit ran by itself, and nothing of the others could have reached it.
         if trainer.backend.any_rank(clipper.num_split > 0) and not fault:
             return (
                 f"rows of huge activations are not finite (precision {self._precision}), so that what rows of a batch "
@@ -352,9 +352,10 @@ class Probe:
         packer = self.trainer.line_packer
         if packer is None or not self.trainer.packs_lines:
             return
-        for size in (packer.max_length, *(tokens for tokens, _ in packer.slots())):
-            record = self._record(min(size, packer.max_length), 0)
-            yield packer.arranged([[record]]).to(self.trainer.backend.device)
+        for size in sorted({packer.max_length, *(tokens for tokens, _ in packer.slots())}):
+            lengths = record_lengths(size, packer.max_length)
+            unit = [self._record(length, number) for number, length in enumerate(lengths)]
+            yield packer.arranged([unit]).to(self.trainer.backend.device)
 
     def _single_circumstances(self) -> dict[str, Microbatch]:
         """Return the circumstances of a crowded batch one by one: in words → a batch in which only that one is so."""

@@ -23,6 +23,7 @@ from privtrain.models import losses
 from privtrain.models.losses import row_losses, token_losses
 from privtrain.privacy.layout import Layout
 from privtrain.training import line_probe
+from privtrain.training.probes import Probe
 from privtrain.training.selftest import run_self_test
 from tests.privtrain.models_for_tests import brute_force_sum, invented_users, relative_error
 from tests.privtrain.test_parity import _SIZES, CAUSAL, ONLY_ONE_UNIT, build, reference_losses_of
@@ -489,6 +490,16 @@ def packed_trainer(model):
     trainer.line_packer = LinePacker.of(trainer.packer.max_length, 8, 0)
     trainer.clipper = trainer.new_clipper(trainer.row_losses, "auto")
     return trainer
+
+
+def test_ranks_are_compared_in_every_kind_of_line():
+    """Also in slots of units of several records, which are longer than the longest record."""
+    trainer = packed_trainer(hf.AutoModelForCausalLM.from_config(CAUSAL["llama"]()))
+    trainer.packs_lines, packer = True, trainer.line_packer
+    assert packer.max_length < packer.slots()[0][0]
+    shapes = [batch for batch in Probe(trainer, 200)._of_every_shape() if isinstance(batch, Line)]
+    assert {line.slot_tokens for line in shapes} >= {tokens for tokens, _ in packer.slots()}
+    assert packer.slots()[0][0] in {stop - first for line in shapes for first, stop in line.units}
 
 
 def test_attention_within_records_is_off_outside_of_lines():
