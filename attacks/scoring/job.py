@@ -215,7 +215,11 @@ def prepare_job(
     manifest = planning.read_manifest(attacked) if is_shadow else own
     attacked_config = evidence.read_config(attacked) if is_shadow else config
     data = attacked_config.data
-    if attacked_config.model != config.model:
+    # Where a base lies may be written in two ways; its files then tell whether it is the same.
+    if attacked_config.model != config.model and (
+        _model_settings(attacked_config) != _model_settings(config)
+        or targets.base_digests(attacked_config.model) != digests["base"]
+    ):
         raise AttackInputError(f"{run.root} starts from another base model than {attacked.root}; expected the same one")
 
     # Which documents.
@@ -250,7 +254,7 @@ def prepare_job(
         "coins": [own["sha256"], manifest["sha256"]],
         "target": digests,
         "options": dataclasses.asdict(options),
-        "model": config.model.model_dump(mode="json"),
+        "model": _model_settings(config),
         # The records are in the manifest's digest, wherever they lie.
         "data": data.model_dump(mode="json", exclude={"source", "evaluation", "chat_template_file"}),
         "template": None if template is None else file_sha256(template, follow_links=True),
@@ -295,6 +299,11 @@ def prepare_job(
 
 _SOFTWARE = ("torch", "transformers", "tokenizers", "peft")
 """Another version may round otherwise: a resumed scoring is to equal one that was not interrupted."""
+
+
+def _model_settings(config: Config) -> dict[str, Any]:
+    """Return how a run's base is loaded, without the place of its files, whose digests say more."""
+    return config.model.model_dump(mode="json", exclude={"name_or_path"})
 
 
 def _records_of(documents: Sequence[Document]) -> set[tuple[str, int]]:
