@@ -261,7 +261,7 @@ def _few_evaluations(judge: _Judge, find: Callable[[float], float], *, smaller_i
     the accountant's, at another size. So the aim is corrected by how far the accountant's epsilon is off, until that
     is at least 99.5 % of the target.
     """
-    target = judge.target
+    target, better = judge.target, min if smaller_is_better else max
     aim, best, spent = target, None, math.inf
     tried: set[float] = set()
     for _ in range(_MOST_EVALUATIONS):
@@ -271,8 +271,7 @@ def _few_evaluations(judge: _Judge, find: Callable[[float], float], *, smaller_i
         tried.add(value)
         spent = judge.spent(value)
         if spent <= target:
-            values = [value] if best is None else [best, value]
-            best = min(values) if smaller_is_better else max(values)
+            best = value if best is None else better(best, value)
         if 0.995 * target <= spent <= target or spent == 0:
             break
         # A little below the target, since what exceeds it is of no use.

@@ -112,7 +112,8 @@ def _analyse(run: pathlib.Path, seed: int, audit_delta: float | None) -> dict[st
     candidates = _statistics(scored, models, not_run)
     declared, *others = _of_enough_users(candidates, not_run)  # the headline, declared before any run, comes first
     evaluated, multiplicity = _evaluated(declared, others, cap, seed, confounded_by)
-    headline = evaluated[user_inference.HEADLINE]
+    assert declared.name == user_inference.HEADLINE
+    headline = evaluated[declared.name]
 
     num_held_out = counts[signals.HELD_OUT]["num_units"]
     ceiling = statistics.perfect_separation(counts[signals.HELD_IN]["num_units"], num_held_out)
@@ -310,9 +311,11 @@ def _of_shadows(
     by_user = None if models is None else shadow_models.by_user(models, table.owner, len(scored.users))
     for attack in registry.reference_attacks():
         lacking = shadow_models.lacking(attack, models)
-        if lacking or models is None or by_user is None:  # without models every attack lacks them
+        if lacking:
             not_run.append({"attack": f"{attack.name}{suffix}", "documents": kind, "reason": lacking})
             continue
+        assert models is not None, "without models every attack lacks them"
+        assert by_user is not None
         of_users, has_documents = by_user
         values = np.full(len(scored.users), np.nan)  # NaN: no document, so no score
         values[has_documents] = attack.score(of_users)

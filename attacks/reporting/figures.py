@@ -146,7 +146,9 @@ def panel_figure(figure_facts: Mapping[str, Any], name: str) -> str:
                 _bars(axes, places, item["y"], width=0.94 * width, color=color, label=item["label"])
             else:
                 known = [(x, y) for x, y in zip(item["x"], item["y"], strict=True) if y is not None]
-                xs, ys = [x for x, _ in known], [y for _, y in known]
+                if not known:
+                    continue
+                xs, ys = zip(*known, strict=True)
                 axes.plot(xs, ys, color=color, linewidth=1.6, marker="o", ms=3, label=item["label"])
         if figure_facts["kind"] == "bar":
             axes.set_xticks(range(len(series[0]["x"])), [str(label) for label in series[0]["x"]])

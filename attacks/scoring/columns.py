@@ -126,7 +126,7 @@ def spans_of(value: object, offset: int) -> list[tuple[int, int]]:
     try:
         if not value:  # an empty cell has no spans
             return []
-        items = json.loads(value) if isinstance(value, str) and value.strip() else value
+        items = json.loads(value) if isinstance(value, str) else value
         assert isinstance(items, list)
         pairs = [(item["start"], item["end"]) if isinstance(item, dict) else tuple(item) for item in items]
         return [(int(start) - offset, int(end) - offset) for start, end in pairs]

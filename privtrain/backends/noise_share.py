@@ -9,13 +9,13 @@ may differ in a last bit on a CPU, whose vector instructions would end elsewhere
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from typing_extensions import override
 
 from privtrain.backends.group import ProcessGroup, all_gather_flat
+from privtrain.backends.shards import equal_part, part_size
 from privtrain.privacy.correlated import NoiseHistory
 from privtrain.privacy.layout import Layout
 from privtrain.privacy.noise import StepNoise
@@ -44,10 +44,12 @@ class SharedNoise(ProcessGroup):
         group = self.holders()
         if group is None:
             return draw(total, layout)
-        run = _own_run(layout, group)
-        mine = draw(total[run.first : run.stop], layout.run(run.first, run.stop))
-        padded = torch.nn.functional.pad(mine, (0, run.size - len(mine)))  # all ranks send equally much
-        gathered = torch.empty(run.size * dist.get_world_size(group), dtype=mine.dtype, device=mine.device)
+        first, stop = _own_run(layout, group)
+        mine = draw(total[first:stop], layout.run(first, stop))
+        num_ranks = dist.get_world_size(group)
+        size = part_size(layout.num_coordinates, num_ranks)
+        padded = torch.nn.functional.pad(mine, (0, size - len(mine)))  # all ranks send equally much
+        gathered = torch.empty(size * num_ranks, dtype=mine.dtype, device=mine.device)
         all_gather_flat(gathered, padded, group)
         return gathered[: layout.num_coordinates]
 
@@ -57,26 +59,10 @@ class SharedNoise(ProcessGroup):
         group = self.holders()
         if group is None:
             return layout
-        run = _own_run(layout, group)
-        return layout.run(run.first, run.stop)
+        return layout.run(*_own_run(layout, group))
 
 
-class _Run(NamedTuple):
-    """Coordinates of the vector whose noise one rank draws.
-
-    Attributes:
-        first: the first one.
-        stop: one past the last one.
-        size: coordinates of every rank's run, except the last ones, which may be shorter or empty.
-    """
-
-    first: int
-    stop: int
-    size: int
-
-
-def _own_run(layout: Layout, group: dist.ProcessGroup) -> _Run:
-    """Return this rank's run: the vector is cut into equal ones, one for each rank of ``group`` in their order."""
-    num_coordinates, rank = layout.num_coordinates, dist.get_rank(group)
-    size = -(-num_coordinates // dist.get_world_size(group))  # rounded up
-    return _Run(min(rank * size, num_coordinates), min((rank + 1) * size, num_coordinates), size)
+def _own_run(layout: Layout, group: dist.ProcessGroup) -> tuple[int, int]:
+    """Return the first coordinate whose noise this rank draws, and one past the last: of equal runs in ranks' order."""
+    first, count = equal_part(layout.num_coordinates, dist.get_rank(group), dist.get_world_size(group))
+    return first, first + count

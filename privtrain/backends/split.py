@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from privtrain.backends.base import Placement
 from privtrain.backends.group import all_gather_flat, reduce_scatter_flat
+from privtrain.backends.shards import part_size
 from privtrain.privacy.layout import Layout
 
 
@@ -32,7 +33,7 @@ class SplitStep:
         self._world_size = dist.get_world_size()
         rank = dist.get_rank()
         # Coordinates of a part; the last parts may be shorter, or empty.
-        self._size = -(-self._layout.num_coordinates // self._world_size)  # rounded up
+        self._size = part_size(self._layout.num_coordinates, self._world_size)
         low, high = rank * self._size, (rank + 1) * self._size
         mine: dict[str, torch.nn.Parameter] = {}
         parts: dict[str, tuple[int, tuple[int, ...]]] = {}  # name → (first coordinate held, shape of the whole tensor)

@@ -437,8 +437,8 @@ def _add_factors(
     squares = torch.zeros(len(units), dtype=torch.float64, device=out.device)  # in grid steps
     if not units:
         return squares
-    has_linear_uses = any(outers for outers, _ in units)  # all units have the same uses
-    if has_linear_uses:
+    linear_uses, _ = units[0]  # all units have the same uses
+    if linear_uses:
         products = [Product(outers, lookups) for outers, lookups in units]
         blocks = products[0].blocks  # the same for all units
         buffer = _aligned(len(units), out[blocks[0]].numel(), out.device)  # the first block is the largest

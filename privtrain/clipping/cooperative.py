@@ -343,11 +343,11 @@ class CooperativeClipper:
         if not math.isfinite(loss):  # a loss that is not a number may have a gradient that is
             squares = torch.full_like(squares, torch.inf)
         norms = styles.group_norms(squares, self._groups)
-        factors = styles.factors(self._style, norms, self.clipping_norm)
+        factors = styles.factors(self._style, norms, self.clipping_norm).cpu()  # one wait for all that is asked below
         self._count(owner, loss, whole_norm=float(squares.sum().sqrt()), is_clipped=bool((factors < 1).any()))
         if not bool((factors > 0).all()):  # 0 for a unit that is not finite
             return None, norms
-        by_group = exact_sum.on_grid(factors.cpu().flatten(), self.grid_exponent).tolist()
+        by_group = exact_sum.on_grid(factors.flatten(), self.grid_exponent).tolist()
         return [by_group[group] for group in self._groups], norms
 
     def _count(self, owner: int, loss: float, *, whole_norm: float, is_clipped: bool) -> None:

@@ -311,10 +311,15 @@ def _guess_format(values: dict[str, list[Any]]) -> Guess | None:
 
 def _labels_of(column: list[Any]) -> list[int | str]:
     """Return the different labels of a column: numbers by value, then names by letters; empty ones are no labels."""
-    texts = {str(value).strip() for value in column if value is not None} - {""}
+    texts = _different(column)
     # 01 is a name: as a number it would be 1, and no row has that label.
     numbers = {text for text in texts if _NUMBER.fullmatch(text)}
     return [*sorted(map(int, numbers)), *sorted(texts - numbers)]
+
+
+def _different(column: list[Any]) -> set[str]:
+    """Return the different values of a column as texts, empty ones left out."""
+    return {str(value).strip() for value in column if value is not None} - {""}
 
 
 def _refuse_unread_turns(values: dict[str, list[Any]]) -> None:
@@ -360,7 +365,7 @@ def _unread_label(values: dict[str, list[Any]]) -> str:
             continue
         if any(isinstance(value, bool | float | list) for value in values[name]):
             return f"; to train a classifier, convert column {name} to text or whole numbers"
-        if num := len({str(value).strip() for value in values[name] if value is not None} - {""}):
+        if num := len(_different(values[name])):
             return f"; column {name} is not read: a label has several values, each for many rows; given {num}"
     return ""
 
@@ -407,8 +412,7 @@ def _is_label(column: list[Any]) -> bool:
     """Return whether a column has few plain values: at least two, and at most half as many as rows."""
     values = [value for value in column if value is not None]
     is_plain = all(isinstance(value, int | str) and not isinstance(value, bool) for value in values)
-    num_labels = len({str(value).strip() for value in values if value != ""})
-    return is_plain and 2 <= num_labels <= min(_MOST_LABELS, len(column) // 2)
+    return is_plain and 2 <= len(_different(values)) <= min(_MOST_LABELS, len(column) // 2)
 
 
 def _is_conversation(column: list[Any]) -> bool:

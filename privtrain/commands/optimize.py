@@ -17,7 +17,7 @@ import accountants
 from privtrain.config import Config
 from privtrain.config.privacy import MAX_UNITS, PrivacySection
 from privtrain.errors import ConfigError, Fault
-from privtrain.job.advice import MOST_TRAINED, law_point, learning_rate_at
+from privtrain.job.advice import MOST_TRAINED, law_learning_rate, law_point
 from privtrain.privacy import noise_law
 from privtrain.privacy.plan import PrivacyPlan, fast_accountant
 
@@ -264,7 +264,7 @@ def _choice(
         noise_multiplier=plan.noise_multiplier,
         relative_noise=point.relative_noise,
         predicted_gain=noise_law.fitted().gain(point),
-        learning_rate=float(f"{rate_scale * learning_rate_at(point, training):.2g}"),
+        learning_rate=float(f"{rate_scale * law_learning_rate(point, training):.2g}"),
     )
 
 

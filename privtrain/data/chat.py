@@ -32,7 +32,7 @@ _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 #: What a template reads an undefined name or key of a turn as.
 _UNDEFINED = re.compile(r"has no (?:attribute|element) '?([^']+)'?$|^'([^']+)' is undefined$")
 #: The day that is written instead: a record must be the same tokens on every rank and after a resume.
-_TODAY = datetime.datetime(2024, 7, 26, tzinfo=datetime.UTC)
+TODAY = datetime.datetime(2024, 7, 26, tzinfo=datetime.UTC)
 #: Letters of C's strftime, each also with a minus before it: without leading zeros.
 _DIRECTIVES = "aAbBcCdDeFgGhHIjklmMnpPrRStTuUVwWxXyYzZ"
 #: The public conversation that templates are tried on.
@@ -66,15 +66,24 @@ def undated(template: str) -> str:
 
     Templates ask a function of transformers, ``strftime_now(format)``. A macro of this name takes its place.
     """
-    if "strftime_now" not in template:
+    if not _asks_for_today(template):
         return template
     # {directive, such as %d: what it stands for on the fixed day}. %s alone would depend on the machine's time zone.
-    days = {f"%{flag}{letter}": _TODAY.strftime(f"%{flag}{letter}") for flag in ("", "-") for letter in _DIRECTIVES}
-    days["%s"] = str(int(_TODAY.timestamp()))
+    days = {f"%{flag}{letter}": TODAY.strftime(f"%{flag}{letter}") for flag in ("", "-") for letter in _DIRECTIVES}
+    days["%s"] = str(int(TODAY.timestamp()))
     written = "".join(f" | replace({directive!r}, {value!r})" for directive, value in days.items())
     # %% is a sign and no directive. The line break behind the macro is trimmed, as behind every statement.
     macro = "{% macro strftime_now(format) %}{{ (format | replace('%%', '\\0')" + written
     return macro + ") | replace('\\0', '%') }}{% endmacro %}\n" + template
+
+
+def writes_date(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Return whether a tokenizer's chat template would write today's date."""
+    return _asks_for_today(tokenizer.get_chat_template())
+
+
+def _asks_for_today(template: str) -> bool:
+    return "strftime_now" in template
 
 
 def end_marks(tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from privtrain.config.data import DataSection
+from privtrain.data import chat
 from privtrain.data.corpus import Corpus
 from privtrain.data.encode import Encoder
 from privtrain.data.records import Record
@@ -153,8 +154,9 @@ def _warnings(
     num_tokens, num_ids = len(encoder.tokenizer), encoder.num_ids
     if num_ids is not None and num_tokens < _FEW_TOKENS * num_ids:
         yield f"the tokenizer has {num_tokens:,} tokens and the model embeds {num_ids:,}: is it this model's tokenizer?"
-    if data.format == "chat" and "strftime_now" in str(encoder.tokenizer.chat_template):
-        yield "the chat template writes today's date; here it is always 26 July 2024, so that records never change"
+    if data.format == "chat" and chat.writes_date(encoder.tokenizer):
+        day = f"{chat.TODAY.day} {chat.TODAY:%B %Y}"
+        yield f"the chat template writes today's date; here it is always {day}, so that records never change"
     unknown = encoder.tokenizer.unk_token_id
     if unknown is not None and unknown not in encoder.marks:
         num_unknown = sum(int((record.tokens == unknown).sum()) for record in records)

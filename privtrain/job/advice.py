@@ -70,7 +70,7 @@ def recommended_learning_rate(config: Config, plan: PrivacyPlan, num_trained: in
         plan: the run's.
         num_trained: trained weights of the model.
     """
-    return learning_rate_at(law_point(config, plan, num_trained), config.training)
+    return law_learning_rate(law_point(config, plan, num_trained), config.training)
 
 
 def law_point(config: Config, plan: PrivacyPlan, num_trained: int) -> noise_law.Point:
@@ -84,7 +84,7 @@ def law_point(config: Config, plan: PrivacyPlan, num_trained: int) -> noise_law.
     )
 
 
-def learning_rate_at(point: noise_law.Point, training: TrainingSection) -> float:
+def law_learning_rate(point: noise_law.Point, training: TrainingSection) -> float:
     """Return the law's rate at a point, with the mean over the steps that it has under a linear decay."""
     num_steps = point.num_steps
     factors = [training.learning_rate_at(step, num_steps) / training.learning_rate for step in range(num_steps)]

@@ -20,7 +20,7 @@ _POSITIONS = ("position_embeddings", "embed_positions", "position_embedding")
 
 def num_embedded(model: Any) -> int:
     """Return the number of ids that a model embeds; its weights were compared with its config when they were loaded."""
-    return int(model.config.get_text_config().vocab_size)
+    return int(model.config.vocab_size)
 
 
 def num_ids_of(model: ModelSection) -> int:
@@ -29,7 +29,7 @@ def num_ids_of(model: ModelSection) -> int:
     Raises:
         ConfigError: if the configuration cannot be read.
     """
-    return int(load_architecture(model).get_text_config().vocab_size)
+    return int(load_architecture(model).vocab_size)
 
 
 def num_positions_of(model: ModelSection) -> int | None:
@@ -38,7 +38,7 @@ def num_positions_of(model: ModelSection) -> int | None:
     Raises:
         ConfigError: if the configuration cannot be read.
     """
-    config = load_architecture(model).get_text_config()  # of a model that reads images too, the part for text
+    config = load_architecture(model)
     known = [getattr(config, name, None) for name in ("max_position_embeddings", "n_positions")]
     # RoBERTa numbers positions from 2 on: padding id 1, plus one. So two of the stated number are never used.
     offset = 2 if getattr(config, "model_type", "") in ("roberta", "xlm-roberta", "camembert") else 0
@@ -89,7 +89,7 @@ def check_limits(config: Config, model: Any, tokenizer: PreTrainedTokenizerBase)
 
 def pad_classifier(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
     """Set the padding id of a sequence classifier: a decoder classifies at the last token that is not padding."""
-    model.config.get_text_config().pad_token_id = padding_id(model, tokenizer)
+    model.config.pad_token_id = padding_id(model, tokenizer)
 
 
 def padding_id(model: Any, tokenizer: PreTrainedTokenizerBase) -> int:

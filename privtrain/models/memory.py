@@ -166,7 +166,7 @@ def meta_model(config: Config, dtype: torch.dtype) -> tuple[Any, Any]:
     if config.data.labels is not None:
         auto_class = AutoModelForSequenceClassification
         architecture.num_labels = len(config.data.labels)
-        architecture.get_text_config().pad_token_id = architecture.pad_token_id or 0
+        architecture.pad_token_id = architecture.pad_token_id or 0
     with torch.device("meta"):
         base = auto_class.from_config(architecture, dtype=dtype)
         return make_trainable(base.requires_grad_(False), config, 0), base

@@ -80,7 +80,7 @@ def add_contributions(connection: sa.Connection, run_id: int, added: Mapping[str
         connection.execute(sa.insert(Contribution), rows[start : start + _CHUNK])
 
 
-def close(connection: sa.Connection, row: Any, kind: str, charged: int, ledger_head: str, now: float) -> int:
+def close(connection: sa.Connection, row: Any, kind: str, charged: int, ledger_head: str, now: float) -> None:
     """Close a reservation, and write its settlement.
 
     Args:
@@ -90,9 +90,6 @@ def close(connection: sa.Connection, row: Any, kind: str, charged: int, ledger_h
         charged: repetitions of the mechanism that stay charged.
         ledger_head: hash of the last record of the ledger that shows them; empty if none does.
         now: seconds since 1970, by the registry's clock.
-
-    Returns:
-        ``charged``.
     """
     now = max(now, row.created_at, row.seen_at)  # no period ends early because a server's clock was set back
     epsilon = evidence.epsilon_of(connection, row, charged)
@@ -108,7 +105,6 @@ def close(connection: sa.Connection, row: Any, kind: str, charged: int, ledger_h
             created_at=now,
         )
     )
-    return charged
 
 
 def charge_of(row: Any, num_steps: int) -> int:

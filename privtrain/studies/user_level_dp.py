@@ -276,9 +276,9 @@ class _View:
             bests = [(float(each), self.best(method, each)) for each in self.epsilons]
             perplexities = [(float(k), self.perplexity(method, k, epsilon)) for k in self.ks]
             noises = [(float(k), self.noise(method, k, epsilon)) for k in self.ks]
-            by_epsilon.append(self._series(method, bests))
-            by_k.append(self._series(method, perplexities))
-            noise.append(self._series(method, noises))
+            by_epsilon.append(Series.through(NAMES[method], bests))
+            by_k.append(Series.through(NAMES[method], perplexities))
+            noise.append(Series.through(NAMES[method], noises))
         labels = AxisLabels("records a user, k", "held-out perplexity", "log")
         sigma = AxisLabels("records a user, k", "noise multiplier σ", "log", "log")
         against = AxisLabels("ε for a user", "held-out perplexity", "log")
@@ -306,10 +306,6 @@ class _View:
             return None
         return Figure(name, title + self.words, curves_figure(name, kept, labels, levels), caption)
 
-    def _series(self, method: str, points: Sequence[tuple[float, Estimate | float | None]]) -> Series:
-        """Return a method's curve through (x, y), without the points whose y is not known."""
-        return Series.through(NAMES[method], points)
-
     def _selection_figure(self, slug: str) -> list[Figure]:
         """Return the figure of perplexity by selection, or nothing; ``slug`` ends its name."""
         if not self.selection_k:
@@ -320,7 +316,7 @@ class _View:
                 (place, self.perplexity(method, self.selection_k, self.selection_epsilon, selection))
                 for place, selection in enumerate(self.selections)
             ]
-            series.append(self._series(method, points))
+            series.append(Series.through(NAMES[method], points))
         kept = [one for one in series if one.x]
         if not kept:
             return []

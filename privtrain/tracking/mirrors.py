@@ -74,7 +74,7 @@ class BlockedMirror:
         self._was_live = is_live or note.get("live", 0) == 1
         #: The last step that people were shown; -1 if none was.
         self._shown = min(note.get("step", -1), from_step)
-        self._rows = [(step, values) for step, values in _rows_of(run) if step > self._shown]
+        self._rows = [(step, values) for step, values in rows_of(run) if step > self._shown]
         if is_live:
             self._note()
 
@@ -180,7 +180,7 @@ def _read(path: pathlib.Path) -> dict[str, int]:
         return {}
 
 
-def _rows_of(run: RunDirectory) -> list[Row]:
+def rows_of(run: RunDirectory) -> list[Row]:
     """Return the rows of ``metrics.jsonl``.
 
     The tracker that writes the file was opened before and dropped rows of steps that will be done again.

@@ -14,6 +14,7 @@ from privtrain.config import load_config
 from privtrain.errors import ConfigError, Fault
 from privtrain.privacy.plan import PrivacyPlan
 from privtrain.run.directory import RunDirectory
+from privtrain.tracking.mirrors import rows_of
 from privtrain.tracking.wandb_settings import is_online
 from privtrain.tracking.wandb_tracker import WandbTracker
 
@@ -35,8 +36,7 @@ def sync_run(path: pathlib.Path) -> str:
     config = load_config(run.resolved_config)
     identity = json.loads(run.identity.read_text(encoding="utf-8"))
     with run.locked():
-        values_of_rows = [json.loads(line) for line in run.metrics.read_text(encoding="utf-8").splitlines()]
-        rows = [(values.pop("train/step"), values) for values in values_of_rows]
+        rows = rows_of(run)
         tracker = WandbTracker(config, PrivacyPlan.build(config.privacy, config.training), run, identity["tracker_id"])
         try:
             tracker.log_rows(rows)

@@ -195,7 +195,7 @@ MIRROR_MUTANTS = {
     "shown before the block is whole": ("privtrain.tracking.mirrors.BlockedMirror.log", shown_early),
     "shown twice": ("privtrain.tracking.mirrors._read", lambda path: {}),
     "never shown": ("privtrain.tracking.mirrors.BlockedMirror.close", lambda mirror: mirror._mirror.close()),
-    "kept rows forgotten": ("privtrain.tracking.mirrors._rows_of", lambda run: []),
+    "kept rows forgotten": ("privtrain.tracking.mirrors.rows_of", lambda run: []),
     "alert at once": (
         "privtrain.tracking.mirrors.BlockedMirror.alert",
         lambda mirror, title, text: mirror._mirror.alert(title, text),
