@@ -179,9 +179,9 @@ def sign(directory: pathlib.Path, keys: Keys, files: Sequence[str], password: st
     try:
         if keys.certificate is None:
             # The library hands the password on to cryptography, which takes bytes.
-            # A password for another key is left out.
-            is_for_key = password is not None and _is_encrypted(read_private_file(keys.key))
-            encoded = password.encode("utf-8") if is_for_key else None
+            encoded = None  # also where the password is for another key
+            if password is not None and _is_encrypted(read_private_file(keys.key)):
+                encoded = password.encode("utf-8")
             config.use_elliptic_key_signer(private_key=keys.key, password=encoded)
         else:
             config.use_certificate_signer(
