@@ -3,8 +3,8 @@
 ``python -m tests.bench.corpus_value DIRECTORY [DATA...]`` prints it; what DIRECTORY holds is not made again. Data are
 ``customers`` (invented, labelled by what a message wants) and ``plays`` (the roles of 19 plays, labelled by genre).
 Both are trained at user-level ε = 8 twice: as a generator of labelled texts, of which 2,000 are sampled, and as a
-classifier, with one plan. All accuracies are on users who are in neither. Bases have half a million weights and are
-pre-trained on public text: all plays for customers, and for the plays the 19 others.
+classifier, with one plan. All accuracies are balanced ones on users who are in neither. Bases have half a million
+weights and are pre-trained on public text: all plays for customers, and for the plays the 19 others.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import yaml
 
 from attacks.analysis.audit.sampled_corpus import audit_corpus
 from privtrain.commands.corpus import probe
+from privtrain.commands.corpus.balanced import BalancedAccuracy
 from privtrain.commands.generate import GenerateOptions, generate
 from privtrain.data.invented_customers import customer_records
 from privtrain.data.plays import read_plays
@@ -187,7 +188,8 @@ def _measure(name: str, place: pathlib.Path) -> dict[str, Any]:
             generate(run, corpus, GenerateOptions(NUM_TEXTS, labels=tuple(_labels(name)), batch_size=250, **SAMPLING)),
             flush=True,
         )
-    texts, training, test = (_pairs(place / path) for path in ("corpus/corpus.jsonl", "training.jsonl", "test.jsonl"))
+    texts, training = (_pairs(_rows(place / path)) for path in ("corpus/corpus.jsonl", "training.jsonl"))
+    test = [probe.HeldOutRecord(row["completion"], row["label"], row["user"]) for row in _rows(place / "test.jsonl")]
     reports = [path for path in (run / "secret" / "corpora").iterdir() if not path.name.endswith(".audit.json")]
     found = json.loads(reports[0].read_text())
     audited, _ = audit_corpus(run, corpus)
@@ -200,24 +202,30 @@ def _measure(name: str, place: pathlib.Path) -> dict[str, Any]:
         "copies": found["training_records"]["copies"],
         "near_copies": found["training_records"]["near_copies"],
         "near_copies_held_out": found["held_out_records"]["near_copies"],
-        "probe_on_corpus": utility.on_corpus,
-        "probe_on_records": utility.on_records,
-        "most_frequent": utility.most_frequent,
-        "direct_private_training": direct,
-        "ratio": utility.on_corpus / direct,
+        "probe_on_corpus": dataclasses.asdict(utility.on_corpus),
+        "probe_on_records": dataclasses.asdict(utility.on_records),
+        "direct_private_training": dataclasses.asdict(direct),
+        # A ratio to a classifier at chance says nothing.
+        "ratio": utility.on_corpus.value / direct.value if direct.is_above_chance else None,
         "num_tests": utility.num_tests,
+        "num_test_users": utility.num_users,
         "sentences": found["utility of sentences"],
         "likeness": found["likeness"],
         "audit": [f"{finding.verdict}: {finding.verdict_reason}" for finding in audited],
     }
 
 
-def _pairs(path: pathlib.Path) -> list[tuple[str, str]]:
-    rows = map(json.loads, path.read_text("utf-8").splitlines())
+def _rows(path: pathlib.Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+def _pairs(rows: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
     return [(row["completion"], row["label"]) for row in rows]
 
 
-def _accuracy(run: pathlib.Path, place: pathlib.Path, length: int, test: list[tuple[str, str]]) -> float:
+def _accuracy(
+    run: pathlib.Path, place: pathlib.Path, length: int, test: Sequence[probe.HeldOutRecord]
+) -> BalancedAccuracy:
     """Of the released classifier, opened as anybody would."""
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -229,16 +237,16 @@ def _accuracy(run: pathlib.Path, place: pathlib.Path, length: int, test: list[tu
         export_run(run, merged, merge=True, dtype="fp32")
     tokenizer = AutoTokenizer.from_pretrained(merged)
     model = AutoModelForSequenceClassification.from_pretrained(merged).eval()
-    num_right = 0
+    is_right: list[bool] = []
     for start in range(0, len(test), 64):
         batch = test[start : start + 64]
         encoded = tokenizer(
-            [text for text, _ in batch], padding=True, truncation=True, max_length=length - 1, return_tensors="pt"
+            [record.text for record in batch], padding=True, truncation=True, max_length=length - 1, return_tensors="pt"
         )
         with torch.no_grad():
             chosen = model(**encoded).logits.argmax(-1).tolist()
-        num_right += sum(model.config.id2label[at] == label for at, (_, label) in zip(chosen, batch, strict=True))
-    return num_right / len(test)
+        is_right += [model.config.id2label[at] == record.label for at, record in zip(chosen, batch, strict=True)]
+    return BalancedAccuracy.of(is_right, [record.label for record in test], [record.user for record in test])
 
 
 if __name__ == "__main__":

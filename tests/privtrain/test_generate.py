@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from privtrain.cli import app
-from privtrain.commands.corpus import copies, probe, sampling, sentences
+from privtrain.commands.corpus import copies, probe, report, sampling, sentences
+from privtrain.commands.corpus.balanced import BalancedAccuracy
 from privtrain.commands.corpus.conditions import Condition, contexts_of, ends_of, read_conditions
 from privtrain.commands.corpus.copies import CorpusIndex, Rate
 from privtrain.commands.corpus.sampling import SamplingSettings, TransformersSampler, VllmSampler, distinct
@@ -370,35 +371,85 @@ def test_labelled_corpus_by_the_command_line(tree, tmp_path, no_self_test):
     words = [str(tmp_path / "runs" / "tiny"), str(tmp_path / "corpus"), "--num-texts", "8", "--label", "calm"]
     done = CliRunner().invoke(app, ["generate", *words, "--label", "loud"])
     assert done.exit_code == 0, done.output
-    assert "utility: a classifier trained on the corpus names" in done.output
+    assert "utility: balanced accuracy on " in done.output
     found = rows_in(tmp_path / "corpus")
     assert [row["label"] for row in found].count("calm") == 4
     assert all(row["prompt"] == row["label"] and row["completion"] for row in found)
     (path,) = (tmp_path / "runs" / "tiny" / "secret" / "corpora").iterdir()
-    assert json.loads(path.read_text())["utility"]["on_records"] == 1.0
+    utility = json.loads(path.read_text())["utility"]
+    assert utility["on_records"]["value"] == 1.0
+    assert utility["ratio"] == utility["on_corpus"]["value"]
+
+
+def held_out(pairs):
+    """Return (text, label) pairs as records of users of five records each."""
+    return [probe.HeldOutRecord(text, label, f"u{number // 5}") for number, (text, label) in enumerate(pairs)]
 
 
 def test_probe_prefers_texts_that_go_with_their_labels():
     real = [(f"{word} {n}", label) for n in range(30) for word, label in (("elm", "calm"), ("fir", "loud"))]
     wrong = [(text, {"calm": "loud", "loud": "calm"}[label]) for text, label in real]
-    good, bad = probe.measure(real, real, real), probe.measure(wrong, real, real)
+    good, bad = probe.measure(real, real, held_out(real)), probe.measure(wrong, real, held_out(real))
     assert isinstance(good, probe.Utility)
     assert isinstance(bad, probe.Utility)
-    assert (good.on_corpus, good.on_records, good.most_frequent, bad.on_corpus) == (1.0, 1.0, 0.5, 0.0)
-    assert "too few to compare" in str(probe.measure(real[:1], real, real))
+    assert (good.on_corpus.value, good.on_records.value, good.ratio, bad.ratio) == (1.0, 1.0, 1.0, 0.0)
+    assert (good.num_tests, good.num_users, good.on_corpus.chance) == (60, 12, 0.5)
+    assert "too few to compare" in str(probe.measure(real[:1], real, held_out(real)))
+
+
+def test_ratio_to_a_yardstick_at_chance_is_refused():
+    """Nine of ten records have one label, and words tell nothing of it: plain accuracy is .9, and their ratio 1."""
+    rng = np.random.default_rng(0)
+    pairs = [(str(rng.choice(list("abcdef"))), "rare" if n % 10 == 0 else "common") for n in range(400)]
+    found = probe.measure(pairs[:200], pairs[:200], held_out(pairs[200:]))
+    assert isinstance(found, probe.Utility)
+    assert found.on_records.value == pytest.approx(0.5, abs=0.02)
+    assert found.ratio is None
+    line = report._value_line("utility", found)
+    assert "no ratio: real records themselves are not shown to teach more than chance here" in line
+    assert report._as_json(found)["ratio"] is None
+
+
+def test_interval_of_balanced_accuracy_covers_the_truth():
+    """Users answer right together: an interval over records would cover half as often."""
+    rng = np.random.default_rng(0)
+    labels = [name for name in ("a", "b") for _ in range(200)]
+    users = [f"{name}{n // 10}" for name in ("a", "b") for n in range(200)]
+    num_covered = 0
+    for _ in range(100):
+        skill = {user: rng.beta(1.4, 0.6) for user in users}  # mean .7
+        found = BalancedAccuracy.of([rng.random() < skill[user] for user in users], labels, users)
+        num_covered += found.lower <= 0.7 <= found.upper
+    assert num_covered >= 90
+
+
+def test_few_right_answers_leave_a_wide_interval():
+    found = BalancedAccuracy.of([True] * 10, ["a", "b"] * 5, [f"u{n}" for n in range(10)])
+    assert (found.value, found.upper) == (1.0, 1.0)
+    assert 0.5 < found.lower < 0.8
+
+
+def test_always_naming_one_label_is_chance():
+    labels = ["a"] * 90 + ["b"] * 5 + ["c"] * 5
+    found = BalancedAccuracy.of([label == "a" for label in labels], labels, [f"u{n}" for n in range(100)])
+    assert found.value == pytest.approx(found.chance) == pytest.approx(1 / 3)
+    assert not found.is_above_chance
 
 
 def test_probe_of_texts_without_words_guesses_one_label():
     """What an untrained model writes: marks alone, which have no words to hash."""
     wordless = [(". . !", label) for label in ("a", "b", "b")]
     tests = [(f"word{number % 7}", "ab"[number % 2]) for number in range(200)]
-    assert probe.measure(wordless, tests, tests).on_corpus == 0.5
+    found = probe.measure(wordless, tests, held_out(tests))
+    assert isinstance(found, probe.Utility)
+    assert found.on_corpus.value == 0.5
 
 
 def test_probe_is_that_of_all_hashed_words():
     """Words that no training text has are left out, which changes no prediction."""
     from sklearn.feature_extraction.text import HashingVectorizer
     from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import balanced_accuracy_score
 
     rng = np.random.default_rng(0)
 
@@ -411,17 +462,18 @@ def test_probe_is_that_of_all_hashed_words():
     hashed = HashingVectorizer(ngram_range=(1, 2), n_features=2**18, alternate_sign=False)
     every = LogisticRegression(max_iter=1000, C=10.0)
     every.fit(hashed.transform([text for text, _ in training]), [label for _, label in training])
-    found = probe.measure(training, training, tests)
+    found = probe.measure(training, training, held_out(tests))
     assert isinstance(found, probe.Utility)
-    assert 0.6 < found.on_corpus < 1.0
+    assert 0.6 < found.on_corpus.value < 1.0
     texts, labels = zip(*tests, strict=True)
-    assert found.on_corpus == pytest.approx(every.score(hashed.transform(texts), labels), abs=0.01)
+    expected = balanced_accuracy_score(labels, every.predict(hashed.transform(texts)))
+    assert found.on_corpus.value == pytest.approx(expected, abs=0.01)
 
 
 def test_missing_sentence_model_is_named():
     pairs = [(f"{word} {n}", label) for n in range(20) for word, label in (("elm", "calm"), ("fir", "loud"))]
     texts = [text for text, _ in pairs]
-    assert probe.measure_sentences(pairs, pairs, pairs) == sentences.MISSING
+    assert probe.measure_sentences(pairs, pairs, held_out(pairs)) == sentences.MISSING
     assert probe.measure_likeness(texts, texts, texts) == sentences.MISSING
 
 
@@ -446,9 +498,9 @@ def test_sentences_of_one_kind_are_alike_and_others_are_not(monkeypatch):
     assert isinstance(half, probe.Likeness)
     assert unlike.of_corpus < half.of_corpus < alike.of_corpus
     labelled = [(text, str(int(text) % 2)) for text in same]
-    found = probe.measure_sentences(labelled, labelled, labelled)
+    found = probe.measure_sentences(labelled, labelled, held_out(labelled))
     assert isinstance(found, probe.Utility)
-    assert found.on_corpus == found.on_records == 1.0
+    assert found.on_corpus.value == found.on_records.value == 1.0
     assert "too few" in str(probe.measure_likeness(same[:3], same, same))
 
 

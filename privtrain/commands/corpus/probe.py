@@ -10,11 +10,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from privtrain.commands.corpus import sentences
+from privtrain.commands.corpus.balanced import BalancedAccuracy
 
 #: Records that are enough to train and to measure a classifier of words; evenly spaced where there are more.
 MOST_RECORDS = 20_000
@@ -23,25 +24,40 @@ FEWEST_TESTS = 10
 #: Texts of each set (corpus, training records, held-out records) that are turned into vectors.
 MOST_SENTENCES = 1_000
 
+Item = TypeVar("Item")
+
 Labelled = Sequence[tuple[str, str]]
 """(text, label) pairs."""
 
 
+class HeldOutRecord(NamedTuple):
+    """A record of a held-out user, with its label."""
+
+    text: str
+    label: str
+    user: str
+
+
 @dataclasses.dataclass(frozen=True)
 class Utility:
-    """Accuracy on held-out users' records.
+    """Balanced accuracy on held-out users' records.
 
     Attributes:
         num_tests: records that it was measured on.
-        on_corpus: accuracy of the classifier trained on the corpus.
-        on_records: accuracy of the same classifier trained on real records.
-        most_frequent: accuracy of always naming the label that is the most frequent among real training records.
+        num_users: their users.
+        on_corpus: of the classifier trained on the corpus.
+        on_records: of the same classifier trained on real records: the yardstick.
     """
 
     num_tests: int
-    on_corpus: float
-    on_records: float
-    most_frequent: float
+    num_users: int
+    on_corpus: BalancedAccuracy
+    on_records: BalancedAccuracy
+
+    @property
+    def ratio(self) -> float | None:
+        """``on_corpus`` over ``on_records``; None where the yardstick is at chance: a ratio of chances says nothing."""
+        return self.on_corpus.value / self.on_records.value if self.on_records.is_above_chance else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,8 +75,8 @@ class Likeness:
     of_records: float
 
 
-def measure(corpus: Labelled, training: Labelled, tests: Labelled) -> Utility | str:
-    """Return the accuracies of a classifier of words, or in words why there are none.
+def measure(corpus: Labelled, training: Labelled, tests: Sequence[HeldOutRecord]) -> Utility | str:
+    """Return the balanced accuracies of a classifier of words, or in words why there are none.
 
     It is a logistic regression on hashed words and pairs of words: enough to tell whether words and labels go together.
 
@@ -75,12 +91,12 @@ def measure(corpus: Labelled, training: Labelled, tests: Labelled) -> Utility | 
     return _measured(corpus, _thinned(training), _thinned(tests), hashed.transform)
 
 
-def measure_sentences(corpus: Labelled, training: Labelled, tests: Labelled) -> Utility | str:
+def measure_sentences(corpus: Labelled, training: Labelled, tests: Sequence[HeldOutRecord]) -> Utility | str:
     """Return the accuracies as :func:`measure` does, with vectors of the MiniLM sentence model in place of words."""
     if not sentences.is_installed():
         return sentences.MISSING
-    corpus, training, tests = (_thinned(pairs, MOST_SENTENCES) for pairs in (corpus, training, tests))
-    return _measured(corpus, training, tests, sentences.embedded)
+    corpus, training = (_thinned(pairs, MOST_SENTENCES) for pairs in (corpus, training))
+    return _measured(corpus, training, _thinned(tests, MOST_SENTENCES), sentences.embedded)
 
 
 def measure_likeness(corpus: Sequence[str], training: Iterable[str], tests: Iterable[str]) -> Likeness | str:
@@ -100,33 +116,36 @@ def measure_likeness(corpus: Sequence[str], training: Iterable[str], tests: Iter
     return Likeness(num, sentences.mauve(of_corpus, of_tests), sentences.mauve(of_training, of_tests))
 
 
-def _measured(corpus: Labelled, training: Labelled, tests: Labelled, features: Any) -> Utility | str:
-    """Return accuracies on the tests, or in words which of the three sets has too few labelled texts.
+def _measured(corpus: Labelled, training: Labelled, tests: Sequence[HeldOutRecord], features: Any) -> Utility | str:
+    """Return balanced accuracies on the tests, or in words which of the three sets has too few labelled texts.
 
     ``features`` turns a list of texts into the matrix [texts, features] that the classifier reads.
     """
-    for name, pairs, fewest in (
-        ("the corpus", corpus, 2),
-        ("held-in users' records", training, 2),
-        ("held-out users' records", tests, FEWEST_TESTS),
+    for name, labels, fewest in (
+        ("the corpus", [label for _, label in corpus], 2),
+        ("held-in users' records", [label for _, label in training], 2),
+        ("held-out users' records", [test.label for test in tests], FEWEST_TESTS),
     ):
-        labels = {label for _, label in pairs}
-        if len(pairs) < fewest or len(labels) < 2:
-            return f"{name} hold {len(pairs)} labelled texts of {len(labels)} labels, too few to compare"
-    test_features = features([text for text, _ in tests])
-    test_labels = [label for _, label in tests]
-    training_labels = [label for _, label in training]
-    frequent = max(sorted(set(training_labels)), key=training_labels.count)  # sorted: ties go to the first by name
+        num_labels = len(set(labels))
+        if len(labels) < fewest or num_labels < 2:
+            return f"{name} hold {len(labels)} labelled texts of {num_labels} labels, too few to compare"
+    test_features = features([test.text for test in tests])
     return Utility(
         len(tests),
-        _accuracy(corpus, test_features, test_labels, features),
-        _accuracy(training, test_features, test_labels, features),
-        sum(label == frequent for label in test_labels) / len(tests),
+        len({test.user for test in tests}),
+        _balanced(_predicted(corpus, test_features, features), tests),
+        _balanced(_predicted(training, test_features, features), tests),
     )
 
 
-def _accuracy(training: Labelled, test_features: Any, test_labels: Sequence[str], features: Any) -> float:
-    """Train a logistic regression on labelled texts and return the share of tests whose label it names."""
+def _balanced(predicted: Sequence[str], tests: Sequence[HeldOutRecord]) -> BalancedAccuracy:
+    """Return the balanced accuracy of the labels that a classifier names for the tests."""
+    is_right = [label == test.label for label, test in zip(predicted, tests, strict=True)]
+    return BalancedAccuracy.of(is_right, [test.label for test in tests], [test.user for test in tests])
+
+
+def _predicted(training: Labelled, test_features: Any, features: Any) -> list[str]:
+    """Train a logistic regression on labelled texts and return the label that it names for each test."""
     from sklearn.linear_model import LogisticRegression
 
     training_features = features([text for text, _ in training])
@@ -134,10 +153,10 @@ def _accuracy(training: Labelled, test_features: Any, test_labels: Sequence[str]
     used = np.union1d(training_features.nonzero()[1], [0])  # at least one column, even where no text has a word
     probe = LogisticRegression(max_iter=1000, C=10.0)
     probe.fit(training_features[:, used], [label for _, label in training])
-    return float(probe.score(test_features[:, used], test_labels))
+    return [str(label) for label in probe.predict(test_features[:, used])]
 
 
-def _thinned(pairs: Labelled, most: int = MOST_RECORDS) -> Labelled:
-    """Return at most ``most`` of the pairs, evenly spaced."""
-    stride = max(1, math.ceil(len(pairs) / most))
-    return pairs[::stride]
+def _thinned(items: Sequence[Item], most: int = MOST_RECORDS) -> Sequence[Item]:
+    """Return at most ``most`` of the items, evenly spaced."""
+    stride = max(1, math.ceil(len(items) / most))
+    return items[::stride]

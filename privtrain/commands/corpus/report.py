@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from privtrain.commands.corpus import copies, probe
+from privtrain.commands.corpus.balanced import BalancedAccuracy
 from privtrain.commands.corpus.conditions import Text
 from privtrain.config import Config
 from privtrain.config.data import DataSection
@@ -24,7 +25,9 @@ from privtrain.files.atomic import write_json
 from privtrain.files.private import make_private_directory
 from privtrain.run.directory import RunDirectory
 
-REPORT_SCHEMA = "privtrain/corpus-report/1"
+_NO_YARDSTICK = "no ratio: real records themselves are not shown to teach more than chance here, so nothing follows"
+
+REPORT_SCHEMA = "privtrain/corpus-report/2"
 
 
 def report_of(
@@ -59,7 +62,7 @@ def report_of(
         "corpus": described["relation"],
         "training_records": dataclasses.asdict(training),
         "held_out_records": dataclasses.asdict(held_out),
-        **{name: value if isinstance(value, str) else dataclasses.asdict(value) for name, value in values.items()},
+        **{name: _as_json(value) for name, value in values.items()},
     }
     make_private_directory(run.secret / "corpora")
     path = run.secret / "corpora" / f"{described['relation'][:16]}.json"
@@ -86,6 +89,14 @@ def _rate_lines(name: str, counted: copies.Copies) -> Iterator[str]:
             yield f"  {name} ({counted.num_records:,}): {count}"
 
 
+def _as_json(value: probe.Utility | probe.Likeness | str) -> dict[str, Any] | str:
+    """Return a measure as the report holds it, with the ratio of a utility."""
+    if isinstance(value, str):
+        return value
+    ratio = {"ratio": value.ratio} if isinstance(value, probe.Utility) else {}
+    return {**dataclasses.asdict(value), **ratio}
+
+
 def _value_line(name: str, value: probe.Utility | probe.Likeness | str) -> str:
     """Return a measure of the corpus's worth as a line; a text in its place says why it was not measured."""
     if isinstance(value, str):
@@ -95,11 +106,17 @@ def _value_line(name: str, value: probe.Utility | probe.Likeness | str) -> str:
             f"{name}: MAUVE of {value.num_texts} texts against held-out users' records {value.of_corpus:.3f}; of as "
             f"many real training records {value.of_records:.3f}"
         )
+    ratio = _NO_YARDSTICK if value.ratio is None else f"ratio {value.ratio:.2f}"
     return (
-        f"{name}: a classifier trained on the corpus names {value.on_corpus:.1%} of {value.num_tests} labels of "
-        f"held-out users, one trained on real records {value.on_records:.1%}, the most frequent label is "
-        f"{value.most_frequent:.1%}"
+        f"{name}: balanced accuracy on {value.num_tests} records of {value.num_users} held-out users: a classifier "
+        f"trained on the corpus {_interval(value.on_corpus)}, one trained on real records "
+        f"{_interval(value.on_records)}, chance {value.on_records.chance:.1%}; {ratio}"
     )
+
+
+def _interval(accuracy: BalancedAccuracy) -> str:
+    """Return a balanced accuracy with its interval."""
+    return f"{accuracy.value:.1%} (95 % interval {accuracy.lower:.1%} to {accuracy.upper:.1%})"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,15 +136,21 @@ class _Split:
     attacker: Mapping[str, Sequence[int]]
 
     def training(self) -> Iterator[str]:
-        return self._records(self.held_in_users)
+        return (record for _, record in self._records(self.held_in_users))
 
     def held_out(self) -> Iterator[str]:
+        return (record for _, record in self.held_out_by_user())
+
+    def held_out_by_user(self) -> Iterator[tuple[str, str]]:
+        """Yield (user, record) pairs."""
         return self._records(self.held_out_users)
 
-    def _records(self, users: Sequence[str]) -> Iterator[str]:
+    def _records(self, users: Sequence[str]) -> Iterator[tuple[str, str]]:
         for user in users:
             set_aside = set(self.attacker.get(user, ()))
-            yield from (text for number, text in enumerate(self.corpus.records[user]) if number not in set_aside)
+            yield from (
+                (user, text) for number, text in enumerate(self.corpus.records[user]) if number not in set_aside
+            )
 
 
 def _split(run: RunDirectory, config: Config) -> _Split:
@@ -182,19 +205,22 @@ def _values(texts: Sequence[Text], split: _Split, data: DataSection) -> dict[str
         reason = "labels are known where data.format: prompt_completion was sampled with --label or labelled prompts"
         return {"utility": reason, "likeness": likeness}
 
-    def labelled(records: Iterator[str]) -> list[tuple[str, str]]:
-        """Return (completion, label) of the records whose prompt is that of a label; leave out the others."""
-        pairs = []
-        for record in map(json.loads, records):
-            label = labels.get(record["prompt"].strip())
-            if label is not None:
-                pairs.append((record["completion"], label))
-        return pairs
-
     corpus = [(text.written, text.condition.label) for text in texts if text.condition.label is not None]
-    training, tests = labelled(split.training()), labelled(split.held_out())
+    training = [found for record in split.training() if (found := _labelled(record, labels))]
+    tests = [
+        probe.HeldOutRecord(*found, user)
+        for user, record in split.held_out_by_user()
+        if (found := _labelled(record, labels))
+    ]
     return {
         "utility": probe.measure(corpus, training, tests),
         "utility of sentences": probe.measure_sentences(corpus, training, tests),
         "likeness": likeness,
     }
+
+
+def _labelled(record: str, labels: Mapping[str, str]) -> tuple[str, str] | None:
+    """Return (completion, label) of a stored record; None if its prompt stands for no label."""
+    pair = json.loads(record)
+    label = labels.get(pair["prompt"].strip())
+    return None if label is None else (pair["completion"], label)
