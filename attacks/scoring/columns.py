@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import datetime
 import hashlib
 import io
@@ -18,7 +17,7 @@ from attacks.errors import AttackInputError
 from privtrain.config.data import DataSection, FilesSource
 from privtrain.data import formats
 from privtrain.data.corpus import Corpus, normal_form, owner_of, source_files
-from privtrain.data.rows import READ_FAULTS, NotAnObjectError, allow_long_fields, unreadable
+from privtrain.data.rows import READ_FAULTS, NotAnObjectError, csv_rows, unreadable
 from privtrain.errors import DamagedFile
 from privtrain.files import reading
 
@@ -183,8 +182,7 @@ def _rows_of(file: pathlib.Path, digest: str) -> Iterator[Mapping[str, Any]]:
             return
         lines = io.TextIOWrapper(content, encoding="utf-8-sig", newline="" if file.suffix == ".csv" else None)
         if file.suffix == ".csv":
-            allow_long_fields()
-            yield from csv.DictReader(lines, strict=True)
+            yield from csv_rows(lines)
             return
         for line in lines:
             if line.strip():

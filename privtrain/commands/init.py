@@ -20,7 +20,7 @@ from privtrain.config.commented import commented_yaml
 from privtrain.config.data import DataSection, FilesSource
 from privtrain.config.load import validate
 from privtrain.config.schema import Config
-from privtrain.data.corpus import columns_of, load_corpus, missing, separator_problem, source_files
+from privtrain.data.corpus import columns_of, load_corpus, missing, source_files
 from privtrain.data.encode import Encoder
 from privtrain.data.look import sample_of
 from privtrain.data.rows import file_columns, file_rows
@@ -160,7 +160,7 @@ def guess_configuration(
     files = source_files(FilesSource(kind="files", paths=list(paths)))
     if not files:
         raise ConfigError([Fault("data.source.paths", missing(path)) for path in paths])
-    faults = _file_faults(files)
+    faults = [fault for file in files for fault in columns_of(file)[1]]
     if faults:
         raise ConfigError(faults)
 
@@ -193,17 +193,6 @@ def guess_configuration(
         "tracking.wandb": "No account is needed where it is false.",
     }
     return Guess(tree, notes)
-
-
-def _file_faults(files: Sequence[pathlib.Path]) -> list[Fault]:
-    """Return why the rows of files cannot be read: a file without columns, or a CSV file with another separator."""
-    faults = []
-    for file in files:
-        columns, column_faults = columns_of(file)
-        faults += column_faults
-        if columns and (problem := separator_problem(file, columns)):
-            faults.append(Fault("data.source.paths", f"{file}: {problem}"))
-    return faults
 
 
 def guess_columns(file: pathlib.Path, user_column: str | None = None) -> Guess:

@@ -33,7 +33,7 @@ _UNPACKED_BY = {".gz": "gunzip", ".zst": "zstd -d", ".bz2": "bunzip2", ".xz": "u
 #: What to do with files of other endings.
 _SUFFIX_HINTS = {
     ".json": "; name it .jsonl if it holds one object a line, and convert an array with: jq -c '.[]' FILE",
-    ".tsv": "; separate its columns by commas, or convert it to Parquet",
+    ".tsv": "; name it .csv: tabs are read",
     ".txt": "; make rows of it that name a user and a text",
     **dict.fromkeys((".ndjson", ".jsonlines", ".jl"), "; name it .jsonl"),
     **dict.fromkeys((".pq", ".parq", ".pqt"), "; name it .parquet"),
@@ -170,16 +170,6 @@ def columns_of(file: pathlib.Path, path_key: str = "data.source.paths") -> tuple
     return columns, []
 
 
-def separator_problem(file: pathlib.Path, columns: Sequence[str]) -> str:
-    """Return what is wrong if a CSV file seems to separate its columns by another mark than a comma; else nothing."""
-    if file.suffix != ".csv" or len(columns) > 1:
-        return ""
-    for mark in ";\t|":
-        if mark in columns[0]:
-            return f"its first line has no comma but {mark!r}; separate the columns by commas"
-    return ""
-
-
 def _check_file(file: pathlib.Path, data: DataSection, path_key: str, keys: Sequence[str]) -> list[Fault]:
     """Return what is wrong with a file of rows, by its ending and its columns alone.
 
@@ -197,7 +187,6 @@ def _check_file(file: pathlib.Path, data: DataSection, path_key: str, keys: Sequ
     if file.suffix == ".csv" and not set(wanted.values()) & set(columns):
         # Perhaps there is no header, and what was read as names is somebody's id and text: show none of it.
         shown = f"its first line, which must name the columns, names none of these ({len(columns)} others)"
-        shown = separator_problem(file, columns) or shown
     for key, name in wanted.items():
         if columns.count(name) != 1:
             problem = f"column {name!r} stands twice in {file}" if name in columns else f"no column {name!r} in {file}"

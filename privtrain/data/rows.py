@@ -7,6 +7,7 @@ spreadsheets write, is no part of the first column's name.
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import pathlib
 import re
@@ -21,6 +22,11 @@ from privtrain.files import strict_json
 
 #: Lines of JSON that are read to learn which columns there are; a row need not name them all.
 _LINES_FOR_COLUMNS = 1000
+#: What separates the columns of CSV: the first of these that stands outside quotes in the first line. Spreadsheets
+#: write semicolons where a comma is the decimal mark. The first line names the columns, so no row decides.
+_SEPARATORS = ",;\t|"
+#: A line that some spreadsheets write before the first to name the separator.
+_NAMED_SEPARATOR = re.compile(r'"?sep=(.)"?\s*')
 #: The limit of Python's csv module is 131,072 by default, which a conversation reaches.
 _MOST_FIELD_CHARACTERS = (1 << 31) - 1
 
@@ -124,7 +130,7 @@ def file_rows(file: pathlib.Path, columns: Sequence[str]) -> Iterator[tuple[obje
                     number += batch.num_rows
         elif file.suffix == ".csv":
             with _opened(file) as lines:
-                for row in csv.DictReader(lines, strict=True):
+                for row in csv_rows(lines):
                     if None in row:  # DictReader's key for fields behind the last column, which would be lost
                         raise TooManyFieldsError
                     number += 1
@@ -155,7 +161,7 @@ def file_columns(file: pathlib.Path) -> list[str]:
                 raise ConfigError([Fault("data.source.paths", f"cannot read {file}: {error}")]) from None
         with _opened(file) as lines:
             if file.suffix == ".csv":
-                return next(csv.reader(lines), [])
+                return list(csv_rows(lines).fieldnames or [])
             names: dict[str, None] = {}
             for line in lines:
                 if number == _LINES_FOR_COLUMNS:
@@ -225,13 +231,23 @@ def unreadable(file: pathlib.Path, number: int, error: Exception, unit: str = "r
     return f"cannot read {file}, in or after {unit} {number}: {reason}"
 
 
-def allow_long_fields() -> None:
-    """Let a field of CSV be as long as a document."""
+def csv_rows(lines: IO[str]) -> csv.DictReader[str]:
+    """Return a reader of CSV whose fields may be as long as a document, whatever separates them.
+
+    Args:
+        lines: the opened file, at its start, with its line ends as written.
+    """
     csv.field_size_limit(_MOST_FIELD_CHARACTERS)
+    first = lines.readline()
+    named = _NAMED_SEPARATOR.fullmatch(first)
+    if named:
+        return csv.DictReader(lines, delimiter=named[1], strict=True)
+    outside_quotes = "".join(first.split('"')[::2])
+    separator = next((mark for mark in _SEPARATORS if mark in outside_quotes), ",")
+    return csv.DictReader(itertools.chain([first], lines), delimiter=separator, strict=True)
 
 
 def _opened(file: pathlib.Path) -> IO[str]:
-    allow_long_fields()
     return open(file, newline="" if file.suffix == ".csv" else None, encoding="utf-8-sig")
 
 
