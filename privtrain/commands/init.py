@@ -20,7 +20,7 @@ from privtrain.config.commented import commented_yaml
 from privtrain.config.data import DataSection, FilesSource
 from privtrain.config.load import validate
 from privtrain.config.schema import Config
-from privtrain.data.corpus import columns_of, load_corpus, missing, source_files
+from privtrain.data.corpus import columns_of, load_corpus, missing, source_files, visible_name
 from privtrain.data.encode import Encoder
 from privtrain.data.look import sample_of
 from privtrain.data.rows import file_columns, file_rows
@@ -35,6 +35,8 @@ from privtrain.process.console import say
 #: Rows of the first file that columns are guessed from.
 _NUM_ROWS = 1000
 _MOST_LABELS = 50
+#: Columns without a use that are named.
+_MOST_SHOWN = 8
 #: A whole number as labels are written: without leading zeros, and small enough for int64.
 _NUMBER = re.compile(r"0|-?[1-9][0-9]{0,17}")
 #: The guessed data.max_length is a multiple of the first, and at most the second.
@@ -222,7 +224,10 @@ def guess_columns(file: pathlib.Path, user_column: str | None = None) -> Guess:
     user = user_column or _user_column(values)
     if user is None or user not in values:
         what = f"no column {user!r}" if user else "no column that looks like a user's id"
-        problem = f"{what} among {_shown(file, columns)}; name it with --user-column, or add one: ε is for its users"
+        problem = (
+            f"{what} among {_shown(file, columns)}; name it with --user-column, or add one: ε is for its users. If "
+            "every row is another person's, a column of row numbers will do"
+        )
         raise ConfigError([Fault("data.user_column", problem)])
 
     # What is learned from the other columns, and which of them would be expected to be read, but are not.
@@ -231,13 +236,21 @@ def guess_columns(file: pathlib.Path, user_column: str | None = None) -> Guess:
         problem = f"no text, conversation or prompt among the columns {', '.join(columns)}"
         raise ConfigError([Fault("data.format", problem)])
     keys, notes = learned.tree, learned.notes
-    expected = [name for name in columns if name.lower() in _UNREAD and any(values[name])]
-    unread = [name for name in expected if name not in keys.values()]
-    if unread:
-        notes["format"] = (
-            f"{notes.get('format', 'texts')}; {', '.join(unread)}: not read, though the column says so. Put into the "
-            "records what the model is to be told"
+    unread = [name for name in columns if name != user and name not in keys.values()]
+    expected = [name for name in unread if name.lower() in _UNREAD and any(values[name])]
+    told = (*expected, *(name for name in unread if name.lower() in (*_PROMPTS, *_COMPLETIONS)))
+    others = [visible_name(name) for name in unread if name not in told]
+    reason = [notes.get("format", "texts")]
+    if expected:
+        reason.append(
+            f"{', '.join(expected)}: not read, though the column says so. Put into the records what the model is to be "
+            "told"
         )
+    if others:
+        more = f" and {len(others) - _MOST_SHOWN} more" if len(others) > _MOST_SHOWN else ""
+        reason.append(f"no use for {', '.join(others[:_MOST_SHOWN])}{more}")
+    if expected or others:
+        notes["format"] = "; ".join(reason)
     num_ids = len({str(value) for value in values[user]})
     notes["user_column"] = "as you said" if user_column else f"{num_ids} ids in the first {len(rows)} rows"
     return Guess({"user_column": user, **keys}, notes)
@@ -346,7 +359,7 @@ def _refuse_other_kinds(values: dict[str, list[Any]], names: Sequence[str], key:
 
 
 def _unread_label(values: dict[str, list[Any]]) -> str:
-    """Return an addition to the note on texts: which column is named like a label but holds no labels; often empty."""
+    """Return an addition to the note on texts: which column may hold labels that are not read; often empty."""
     by_name = {name.lower(): name for name in values}
     for label_name in _LABEL_NAMES:
         name = by_name.get(label_name)
@@ -356,6 +369,13 @@ def _unread_label(values: dict[str, list[Any]]) -> str:
             return f"; to train a classifier, convert column {name} to text or whole numbers"
         if num := len(_different(values[name])):
             return f"; column {name} is not read: a label has several values, each for many rows; given {num}"
+    label_like = [name for name, column in values.items() if _is_label(column)]
+    if label_like:
+        columns = ", ".join(map(visible_name, label_like))
+        return (
+            f"; few values stand in {columns}: for a classifier of them set data.format: classification, "
+            "data.label_column and data.labels"
+        )
     return ""
 
 

@@ -183,7 +183,7 @@ def _check_file(file: pathlib.Path, data: DataSection, path_key: str, keys: Sequ
     if faults:
         return faults
     wanted = {key: getattr(data, key) for key in keys}  # key → name of the column
-    shown = f"it has {', '.join(map(_visible, columns))}"
+    shown = f"it has {', '.join(map(visible_name, columns))}"
     if file.suffix == ".csv" and not set(wanted.values()) & set(columns):
         # Perhaps there is no header, and what was read as names is somebody's id and text: show none of it.
         shown = f"its first line, which must name the columns, names none of these ({len(columns)} others)"
@@ -203,7 +203,7 @@ def _bare(name: str) -> str:
     return "".join(name.split()).strip("'\"\ufeff").lower()
 
 
-def _visible(name: str) -> str:
+def visible_name(name: str) -> str:
     """Return a column's name, in quotes and escaped if it has characters that cannot be seen."""
     return name if name and name == name.strip() and name.isprintable() else ascii(name)
 

@@ -117,3 +117,19 @@ def test_a_commented_configuration_reads_as_it_was_given(tree, tmp_path):
     assert load_config(path) == validate(tree)
     assert "# Needed: this." in path.read_text()
     assert math.isclose(len(path.read_text().splitlines()), 200, rel_tol=0.5)
+
+
+def test_init_names_columns_that_it_has_no_use_for(tmp_path):
+    """A label in another language is no guess, but the way to a classifier is said."""
+    lines = [f"k{n // 2};text {n};{('Lob', 'Tadel')[n % 2]};{n}" for n in range(20)]
+    (tmp_path / "rows.csv").write_text("\n".join(["Kunde;Text;Kategorie;Nr", *lines]), encoding="utf-8")
+    guess = guess_columns(tmp_path / "rows.csv", "Kunde")
+    assert guess.tree == {"user_column": "Kunde", "format": "text", "text_column": "Text"}
+    assert guess.notes["format"] == "texts; no use for Kategorie, Nr"
+    assert (
+        "few values stand in Kategorie: for a classifier of them set data.format: classification"
+        in (guess.notes["text_column"])
+    )
+    wide = {"user": "u", "text": "x", **{f"c{n}": n for n in range(20)}}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(wide) + "\n")
+    assert guess_columns(tmp_path / "rows.jsonl").notes["format"].endswith(" c6, c7 and 12 more")
