@@ -10,6 +10,9 @@ record alone decides: so the result has the same bits whatever shares the line, 
 They are not copied where every token of a line begins at a multiple of what a kernel may look at.
 Padding gets zeros. transformers makes no mask for a name that it does not know; the causal and sliding-window masks
 are made here, from what models hand to every attention function.
+
+On a GPU all records of a line may go through one kernel instead (:mod:`.variable_length`), where the self-test proves
+the same of it.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ import torch
 from torch import nn
 from transformers import AttentionInterface
 
-from privtrain.clipping import refusals
+from privtrain.clipping import refusals, variable_length
 from privtrain.data.lines import Line, Span
 from privtrain.errors import UnsupportedLayer
 
@@ -58,22 +61,33 @@ class _Spans:
     Args:
         line: the line.
         implementation: the model's own attention, ``"sdpa"`` or ``"eager"``.
+        in_one_kernel: whether all records go through one kernel where it fits.
 
     Attributes:
         num_tokens: of the line.
         implementation: as given.
+        in_one_kernel: as given, for ``"sdpa"`` alone.
         num_calls: how often attention was called.
         pieces: records and padding of the line, in order.
         sizes: their numbers of tokens.
     """
 
-    def __init__(self, line: Line, implementation: str) -> None:
+    def __init__(self, line: Line, implementation: str, *, in_one_kernel: bool) -> None:
         self.num_tokens = line.num_tokens
         self.implementation = implementation
+        self.in_one_kernel = in_one_kernel and implementation == "sdpa"
         self.num_calls = 0
+        self._bounds: dict[tuple[int, torch.device], torch.Tensor] = {}
         self._masks: dict[tuple[object, ...], torch.Tensor | None] = {}
         self.pieces = _pieces(line.records, line.num_tokens)
         self.sizes = [piece.stop - piece.first for piece in self.pieces]
+
+    def bounds(self, query: torch.Tensor) -> torch.Tensor:
+        """Return where each sequence of one kernel's launch begins, padding and empty ones included."""
+        num = variable_length.num_sequences(len(self.sizes), query.shape[1], query.device)
+        if (num, query.device) not in self._bounds:
+            self._bounds[num, query.device] = variable_length.bounds(self.sizes, num, query.device)
+        return self._bounds[num, query.device]
 
     def mask(self, num_tokens: int, window: int | None, query: torch.Tensor) -> torch.Tensor | None:
         """Return the mask that the model's own function would get for a record of ``num_tokens`` in a row of its own.
@@ -140,8 +154,11 @@ def _attend(
     if options.get("position_bias") is not None or options.get("is_causal") is False:
         raise UnsupportedLayer(f"attention of type {type(module).__name__} is not causal, or has a bias over the line")
     spans.num_calls += 1
-    attend = _function(module, spans.implementation)
     window = options.get("sliding_window")
+    if spans.in_one_kernel and _fits_one_kernel(module, query, key, value, options):
+        scale = options.get("scaling")
+        return variable_length.attend(query, key, value, spans.bounds(query), scale=scale, window=window), None
+    attend = _function(module, spans.implementation)
     needs_copies = not _aligned_everywhere(query, key, value)
     queries, keys, values = (side.split(spans.sizes, dim=2) for side in (query, key, value))
     parts = []
@@ -156,6 +173,15 @@ def _attend(
         else:
             parts.append(value.new_zeros(1, num_tokens, query.shape[1], value.shape[-1]))
     return torch.cat(parts, dim=1), None
+
+
+def _fits_one_kernel(
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options: dict[str, Any]
+) -> bool:
+    """Return whether torch's variable-length kernel computes what ``sdpa`` would: causal, without dropout."""
+    drops = bool(options.get("dropout"))
+    is_causal = options.get("is_causal") or getattr(module, "is_causal", True)
+    return not drops and bool(is_causal) and variable_length.fits(query, key, value)
 
 
 def _aligned_everywhere(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
@@ -215,10 +241,15 @@ def refusal(model: Any) -> str:
 
 
 @contextlib.contextmanager
-def within_records(model: Any, line: Line) -> Iterator[None]:
+def within_records(model: Any, line: Line, *, in_one_kernel: bool = False) -> Iterator[None]:
     """Make every pass over ``model`` in the block one over ``line``, with attention within each of its records.
 
     For the forward pass and all backward passes over its graph, since gradient checkpointing attends once more.
+
+    Args:
+        model: any that :func:`refusal` says nothing against.
+        line: what the passes are over.
+        in_one_kernel: whether all records go through one kernel where it fits, see :mod:`.variable_length`.
 
     Raises:
         UnsupportedLayer: at the end, if no layer of the model came by.
@@ -228,7 +259,7 @@ def within_records(model: Any, line: Line) -> Iterator[None]:
     base = refusals.unwrapped(model)
     original = base.config._attn_implementation
     base.set_attn_implementation(_NAME)
-    _current = spans = _Spans(line, original)
+    _current = spans = _Spans(line, original, in_one_kernel=in_one_kernel)
     try:
         yield
         if not spans.num_calls:

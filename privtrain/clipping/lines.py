@@ -151,12 +151,17 @@ class LineClipper(PerUnitClipper):
     Args:
         token_losses: a line → [1, tokens] losses, each of its own record alone.
         arguments: of ``PerUnitClipper``.
-        options: likewise.
+        in_one_kernel: the attribute.
+        options: of ``PerUnitClipper``.
+
+    Attributes:
+        in_one_kernel: whether attention within all records of a line goes through one kernel, where it fits.
     """
 
-    def __init__(self, token_losses: TokenLosses, *arguments: Any, **options: Any) -> None:
+    def __init__(self, token_losses: TokenLosses, *arguments: Any, in_one_kernel: bool = False, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._token_losses = token_losses
+        self.in_one_kernel = in_one_kernel
         self._longest = 0  # tokens of the longest record so far
         # Why attention cannot be kept within records, or nothing. Looked at once, before the self-test remembers the
         # state of the model: transformers keeps what it finds.
@@ -218,7 +223,7 @@ class LineClipper(PerUnitClipper):
         )
         with contextlib.ExitStack() as stack:
             try:
-                stack.enter_context(attention.within_records(self._model, line))
+                stack.enter_context(attention.within_records(self._model, line, in_one_kernel=self.in_one_kernel))
                 calls = stack.enter_context(captured(self._modules, list(self.layout.parameters.values()), 1))
                 losses = passes.first(calls, lambda: self._token_losses(line) * line.token_weight)
                 if line.owners and not self._is_rehearsed:

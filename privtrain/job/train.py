@@ -62,6 +62,7 @@ from privtrain.training import average
 from privtrain.training.cost import flops_per_token, peak_memory_bytes
 from privtrain.training.gradient_canaries import GradientCanaries, check_placement
 from privtrain.training.network import Network, checksum_over_ranks, load_network
+from privtrain.training.repeatable import demand_repeatable
 from privtrain.training.selecting import select_units
 from privtrain.training.selftest import run_self_test
 from privtrain.training.trainer import ReplayDiverged, Trainer
@@ -359,8 +360,11 @@ def _self_test(trainer: Trainer, network: Network, backend: Backend, performance
     Units are packed into *lines*, long rows that several units share, where the self-test proves that no unit changes
     another there; otherwise each record has a padded row of its own.
     """
-    vocabulary_size = network.num_ids
-    route = run_self_test(trainer, vocabulary_size=vocabulary_size, precision=network.precision)
+
+    def tested() -> str:
+        return run_self_test(trainer, vocabulary_size=network.num_ids, precision=network.precision)
+
+    route = demand_repeatable(backend.device, tested, say if backend.is_main else lambda _: None)
     trainer.clipper.settle(route)
     if trainer.why_rows and performance.packing == "lines":
         raise SelfTestFailed(f"records need rows ({trainer.why_rows}); set performance.packing: auto or rows")
@@ -371,6 +375,9 @@ def _self_test(trainer: Trainer, network: Network, backend: Backend, performance
                 f"units are packed into lines: shared ones of {packer.shared_tokens:,} tokens, others of their own "
                 f"length up to {packer.num_tokens:,}"
             )
+            if backend.device.type == "cuda":
+                way = f"record by record: {trainer.why_by_record}" if trainer.why_by_record else "in one kernel a layer"
+                say(f"attention within their records goes {way}")
         elif trainer.why_rows:
             say(f"records are padded to rows: {trainer.why_rows}")
         if route == "one_unit" and trainer.clipper.fallback_reason:

@@ -24,11 +24,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 
 import numpy as np
 import torch
 
-from privtrain.clipping import attention, exact_sum, fallback
+from privtrain.clipping import attention, exact_sum, fallback, variable_length
 from privtrain.clipping.lines import LineClipper
 from privtrain.data.lines import Line, LinePacker, record_lengths
 from privtrain.data.microbatch import Packer
@@ -71,7 +72,21 @@ class LineProbe:
     route: str
 
     def why_rows(self) -> str:
-        """Return in words why records need rows; empty, on every rank, if lines are exact. Dropout must be off."""
+        """Return in words why records need rows; empty, on every rank, if lines are exact. Dropout must be off.
+
+        First one kernel attends within all records of a line, where the device has it. If that is not exact, attention
+        goes record by record, and lines are tried once more.
+        """
+        trainer = self.trainer
+        why_by_record = variable_length.refusal(trainer.backend.device)
+        if trainer.backend.any_rank(bool(why_by_record)):
+            why_by_record = why_by_record or "another rank's device needs that"
+        else:
+            trainer.choose_attention("")
+            why_by_record = self._agreed(self._fault)
+            if not why_by_record:
+                return ""
+        trainer.choose_attention(why_by_record)
         return self._agreed(self._fault)
 
     def shared_coins(self) -> str:
@@ -125,7 +140,7 @@ class LineProbe:
                 lengths.insert(len(lengths) // 2, length)  # in the order 5, 9, longest
         records = [self._record(length, seed) for seed, length in enumerate(lengths)]
         line = packer.arranged([records]).to(self._device)
-        with torch.no_grad(), attention.within_records(self.trainer.model, line):
+        with torch.no_grad(), self._within_records(line):
             together = self.trainer.token_losses(line)[0]
         worst = 0.0
         for record, (first, stop) in zip(records, line.records, strict=True):
@@ -353,13 +368,17 @@ class LineProbe:
                 with (
                     hooks.SharedRandomNumbers(trainer.model, sizes, extreme) as numbers,
                     torch.no_grad(),
-                    attention.within_records(trainer.model, line),
+                    self._within_records(line),
                 ):
                     losses.append(trainer.token_losses(line))
                 owner = owner or numbers.owner
         if torch.equal(*losses):
             return ""
         return f"{owner or 'the model'} draws random numbers that the tokens of a line share"
+
+    def _within_records(self, line: Line) -> AbstractContextManager[None]:
+        """Keep attention within the records of a line, as the clipper does."""
+        return attention.within_records(self.trainer.model, line, in_one_kernel=not self.trainer.why_by_record)
 
     # Planted units.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from typing import Any
 
 import torch
@@ -11,7 +10,6 @@ import torch
 from privtrain.backends import Backend
 from privtrain.clipping import refusals
 from privtrain.config import Config
-from privtrain.config.training import PerformanceSection
 from privtrain.data.encode import Encoder
 from privtrain.data.lines import LinePacker
 from privtrain.data.microbatch import Packer
@@ -21,6 +19,7 @@ from privtrain.models.load import base_dtype, load_tokenizer, resolve_precision
 from privtrain.models.losses import CausalLM, Classification, Objective
 from privtrain.models.trainable import INIT_SEED, make_trainable
 from privtrain.models.weights import BaseSource, ClassifierHead, weights_checksum
+from privtrain.training.repeatable import prefer_repeatable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +65,7 @@ def load_network(config: Config, backend: Backend) -> Network:
     pad_id = padding_id(model, tokenizer)
     encoder = Encoder(config.data, tokenizer, num_embedded(model))
     model.train()
-    _make_repeatable(config.performance, backend.device)
+    prefer_repeatable(backend.device)
     packer = Packer(config.performance.microbatch_size, config.data.max_length, pad_id)
     autocast = torch.autocast(backend.device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
     objective = _objective(config, model, tokenizer, pad_id)
@@ -96,18 +95,6 @@ def _sizes(model: Any) -> set[int]:
     for config in refusals.configs(refusals.unwrapped(model)):
         sizes.update(value for value in vars(config).values() if isinstance(value, int) and not isinstance(value, bool))
     return sizes
-
-
-def _make_repeatable(performance: PerformanceSection, device: torch.device) -> None:
-    """Make kernels deterministic: a replayed step, and a second backward pass, must have the same bits."""
-    if device.type == "cuda":
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=True)
-    route = performance.clipping_route
-    if route == "two_pass" or (route == "auto" and performance.gradient_checkpointing):
-        # Despite the setting above, which only warns, this kernel's backward pass adds up in any order. Flash attention
-        # heeds the setting, and plain attention is deterministic.
-        torch.backends.cuda.enable_mem_efficient_sdp(False)
 
 
 def _objective(config: Config, model: Any, tokenizer: Any, pad_id: int) -> Objective:

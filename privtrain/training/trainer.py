@@ -107,6 +107,8 @@ class Trainer:
     Attributes:
         packs_lines: whether units are packed into lines; set by the self-test, which proves that lines are exact.
         why_rows: why units are not packed into lines, in words; empty if they are, or if there is no ``line_packer``.
+        why_by_record: why attention in lines goes record by record, in words; empty if one kernel does all records.
+            Set by the self-test too.
         must_stop: after a step, whether any rank was asked to stop; the same on all ranks.
         keep: called with step, noised sum on the CPU and its clipping norm, once the step is committed; set by the job.
         clipper: accumulates the clipped sum of this rank's units.
@@ -160,6 +162,7 @@ class Trainer:
         self.line_packer = line_packer
         self.packs_lines = False
         self.why_rows = ""
+        self.why_by_record = "the self-test has not tried another way"
         self._share: Sequence[DrawnUnit] = ()  # units of the step that this rank clips
         self.objective = objective or CausalLM()
         if plan.records_per_user is not None:
@@ -396,7 +399,8 @@ class Trainer:
                 reduce_once=self._reduce_once,
             )
         layout, equal_passes = self.placement.clipped, self.placement.equal_passes
-        kind = PerUnitClipper if self.line_packer is None else functools.partial(LineClipper, self.token_losses)
+        lines = functools.partial(LineClipper, self.token_losses, in_one_kernel=not self.why_by_record)
+        kind = PerUnitClipper if self.line_packer is None else lines
         return kind(
             self.model,
             layout,
@@ -408,6 +412,16 @@ class Trainer:
             equal_passes=equal_passes,
             any_rank=any_rank,
         )
+
+    def choose_attention(self, why_by_record: str) -> None:
+        """Let attention in lines go record by record from now on, or in one kernel where no reason is given.
+
+        Args:
+            why_by_record: the attribute.
+        """
+        self.why_by_record = why_by_record
+        if isinstance(self.clipper, LineClipper):
+            self.clipper.in_one_kernel = not why_by_record
 
     def microbatches(self, drawn: Sequence[DrawnUnit]) -> Iterator[Microbatch | Line]:
         """Yield this rank's share of a step in microbatches or lines, on its device.

@@ -8,6 +8,7 @@ import pathlib
 import pytest
 import torch
 
+from privtrain.training.repeatable import prefer_repeatable
 from tests.conftest import save_tiny_llama
 
 
@@ -17,7 +18,11 @@ def device() -> torch.device:
     name = os.environ.get("PRIVTRAIN_GPU_TESTS", "cuda")
     if name == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs CUDA")
-    return torch.device(name)
+    device = torch.device(name)
+    prefer_repeatable(device)
+    if device.type == "cuda":
+        torch.use_deterministic_algorithms(True)  # as a job does from its self-test on
+    return device
 
 
 @pytest.fixture(scope="session")
