@@ -106,8 +106,11 @@ def attend(
     """
     assert _kernel is not None
     num_tokens, num_heads = query.shape[2], query.shape[1]
+    queries, keys, values = (side[0].transpose(0, 1).to(_computed_in(side)) for side in (query, key, value))
     output = _kernel(
-        *(side[0].transpose(0, 1).to(_computed_in(side)) for side in (query, key, value)),
+        queries,
+        keys,
+        values,
         sequence_bounds,
         sequence_bounds,
         num_tokens,

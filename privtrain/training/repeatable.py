@@ -35,7 +35,7 @@ def prefer_repeatable(device: torch.device) -> None:
         os.environ[_CUBLAS] = _CUBLAS_CHOICES[0]
     torch.use_deterministic_algorithms(True, warn_only=True)
     # Else torch fills every new tensor with NaN, a kernel each, to expose code that reads what nobody wrote.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
     torch.backends.cuda.enable_cudnn_sdp(False)  # the attention that is never deterministic
 
 

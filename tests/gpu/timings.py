@@ -2,7 +2,8 @@
 
     python -m tests.gpu.timings [--device cuda] [--out gpu.json] [--model NAME_OR_PATH] [--rounds 5]
 
-Without a model, one of the shape of a 1B Llama is made of random weights: time does not depend on their values. Prints
+Without a model, one of the shape of a 1B Llama is made of random weights: time does not depend on their values. Of a
+packed line, "plain" is one full row of as many tokens. Prints
 one Markdown table and writes one JSON object: tokens a second, kernels, waits of the host and peak memory, each over
 one microbatch, for LoRA and full fine-tuning; and coordinates of noise a second.
 """
@@ -23,15 +24,18 @@ import torch
 import transformers
 from torch.profiler import ProfilerActivity, profile
 
-from privtrain.clipping import PerUnitClipper
+from privtrain.clipping import PerUnitClipper, variable_length
+from privtrain.clipping.lines import LineClipper
 from privtrain.config.model import LoraSection
+from privtrain.data.lines import Line, LinePacker
 from privtrain.data.microbatch import Microbatch, Packer
-from privtrain.models.losses import row_losses
+from privtrain.models.losses import row_losses, token_losses
 from privtrain.models.trainable import add_lora
 from privtrain.privacy.layout import Layout
 from privtrain.privacy.noise import noised
 from privtrain.privacy.secret import SecretKey
 from privtrain.privacy.sum_digest import bind
+from privtrain.training.repeatable import prefer_repeatable
 
 _SHAPES = {
     "cuda": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "vocab_size": 128_256},
@@ -46,6 +50,10 @@ _CASES = [
     ("full", "batched", 4, 512, 1),
     ("full", "two_pass", 4, 512, 1),
 ]
+#: Routes of packed lines → whether one kernel attends within all records; and records of a line.
+_LINES = {"line, one kernel": True, "line, by record": False}
+_RECORDS_OF_A_LINE = 8
+_CASES += [("lora", route, 1, 1024, _RECORDS_OF_A_LINE) for route in _LINES]
 Step = Callable[[], None]
 
 
@@ -64,18 +72,38 @@ def steps_of(
     model: torch.nn.Module, batch: Microbatch, route: str, device: torch.device
 ) -> tuple[dict[str, Step], Layout]:
     """One microbatch in the middle of a step, plain and ours."""
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
     def losses(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with autocast:
             return row_losses(model, ids, mask)
+
+    def line_losses(line: Line) -> torch.Tensor:
+        with autocast:
+            return token_losses(model, line)
 
     def plain() -> None:
         (losses(batch.input_ids, batch.target_mask) * batch.row_weight).sum().backward()
 
     layout = Layout.of(model)
+    if route in _LINES:
+        (num_tokens,) = batch.input_ids.shape[1:]
+        line = line_of(num_tokens).to(device)
+        lines = LineClipper(line_losses, model, layout, 1.0, losses, device, in_one_kernel=_LINES[route])
+        lines.reset()
+        return {"plain": plain, "ours": lambda: lines.accumulate(line)}, layout
     clipper = PerUnitClipper(model, layout, 1.0, losses, device, route=route)
     clipper.reset()
     return {"plain": plain, "ours": lambda: clipper.accumulate(batch)}, layout
+
+
+def line_of(num_tokens: int) -> Line:
+    """A full line of users with one record each."""
+    length = num_tokens // _RECORDS_OF_A_LINE
+    rng = np.random.default_rng(0)
+    users = [[rng.integers(3, 500, size=length)] for _ in range(_RECORDS_OF_A_LINE)]
+    (line,) = LinePacker(num_tokens, num_tokens, _RECORDS_OF_A_LINE, length, 0).pack(users, 1)
+    return line
 
 
 def waits_of(step: Step, device: torch.device) -> int | None:
@@ -115,7 +143,7 @@ def seconds_of(step: Step, device: torch.device) -> float:
 def measure(case: tuple[str, str, int, int, int], name: str | None, device: torch.device, rounds: int) -> list[dict]:
     """Plain and ours for one case."""
     method, route, rows, tokens, k = case
-    tokens = tokens if device.type == "cuda" else tokens // 16
+    tokens = tokens if device.type == "cuda" or route in _LINES else tokens // 16
     model = load(name, device)
     if method == "lora":
         model = add_lora(model.requires_grad_(False), LoraSection(rank=16, alpha=16), 0, "timings")
@@ -123,7 +151,8 @@ def measure(case: tuple[str, str, int, int, int], name: str | None, device: torc
         model = model.float().requires_grad_(True)
     model.train()
     rng = np.random.default_rng(0)
-    users = [[rng.integers(3, 500, size=tokens) for _ in range(k)] for _ in range(rows // k)]
+    num_users, num_records = (1, 1) if route in _LINES else (rows // k, k)
+    users = [[rng.integers(3, 500, size=tokens) for _ in range(num_records)] for _ in range(num_users)]
     (batch,) = Packer(rows, tokens, pad_id=0).pack(users, 1)
     steps, layout = steps_of(model, batch.to(device), route, device)
     found: list[dict[str, Any]] = []
@@ -184,10 +213,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     device = torch.device(options.device)
+    prefer_repeatable(device)
+    if device.type == "cuda":
+        torch.use_deterministic_algorithms(True)  # as in a job
     results: dict[str, Any] = {"torch": torch.__version__, "transformers": transformers.__version__, "steps": []}
     results["device"] = torch.cuda.get_device_name() if device.type == "cuda" else device.type
     print("| case | route | tokens/s | / plain | kernels | waits | peak GiB |\n|---|---|---|---|---|---|---|")
     for case in _CASES:
+        why_not = variable_length.refusal(device) if _LINES.get(case[1]) else ""
+        if why_not:
+            print(f"| {case[1]} | not measured: {why_not} | | | | | |")
+            continue
         for row in measure(case, options.model, device, options.rounds):
             results["steps"].append(row)
             name = f"{row['method']}, {row['rows']} x {row['tokens']}, {row['records_per_user']} a user"
