@@ -8,7 +8,8 @@ convention).
 The grid. Connecting the dots on a grid of width h adds a variance of at most h^2/6 a step, which moves epsilon by about
 (1 + t) n h^2 / 12 at tilt t. The width is chosen to make that 1e-4 of epsilon. But the library's second differences
 leave round-off of order 1e-16/h in every bin: finer is not always better, so the width has a floor that grows with the
-number of steps. Nor is any delta attainable: n steps leave round-off of order n 1e-16 in delta. An event whose epsilon
+number of steps. Nor is any delta attainable: n steps leave round-off of order n 1e-16 in delta, on either side (2.5e-14
+too low after 522 steps). So the library is asked at a delta that is smaller by more than that. An event whose epsilon
 either effect could move by more than about 1e-3 is refused, with the accountant that can do it.
 """
 
@@ -36,6 +37,8 @@ NeighboringRelation = dp_accounting.NeighboringRelation
 #: "pessimistic" value can fall below the truth; we refuse rather than print it.
 MIN_DELTA = 1e-11
 
+#: Round-off in delta that the library's convolutions leave, a step: at most, and what is set aside for it.
+_ROUND_OFF_OF_DELTA, _SET_ASIDE = 2e-16, 4e-16
 #: Relative round-off of the library that a certified upper end may stand in for.
 _ROUND_OFF = 1e-6
 
@@ -70,12 +73,15 @@ class PldAccountant(Accountant):
             ValueError: if the value lies below that interval by more than round-off.
         """
         event, relation, argument = question.event, question.relation, question.argument
+        set_aside = _SET_ASIDE * _num_releases(event)
         if question.quantity == "epsilon":
-            value = float(self._compose(event, relation, argument, None).get_epsilon(argument))
+            if set_aside >= argument:
+                raise ValueError(f"delta={argument:g} is below pld's float64 round-off, {set_aside:.2g}; use 'tilted'")
+            value = float(self._compose(event, relation, argument, None).get_epsilon(argument - set_aside))
         else:
             floor = 0.0 if isinstance(event, dp_accounting.NoOpDpEvent) else MIN_DELTA
             delta = float(self._compose(event, relation, None, argument).get_delta(argument))
-            value = min(1.0, max(delta, floor))
+            value = min(1.0, max(delta + set_aside, floor))
         upper = _not_refuted(question, value)
         return Bounds(0.0, upper, estimate=upper)
 
@@ -90,6 +96,19 @@ class PldAccountant(Accountant):
         except dp_accounting.UnsupportedEventError as error:
             raise UnsupportedEventError(f"pld under {relation.name}: {error}") from error
         return accountant
+
+
+def _num_releases(event: dp_accounting.DpEvent) -> int:
+    """Return how many distributions the library convolves for a resolved event: one a step."""
+    match event:
+        case dp_accounting.NoOpDpEvent() | dp_accounting.NonPrivateDpEvent():
+            return 0
+        case dp_accounting.SelfComposedDpEvent():
+            return event.count * _num_releases(event.event)
+        case dp_accounting.ComposedDpEvent():
+            return sum(map(_num_releases, event.events))
+        case _:
+            return 1
 
 
 def _not_refuted(question: Question, value: float) -> float:
@@ -162,7 +181,7 @@ def _grid_width(event: dp_accounting.DpEvent, delta: float | None, epsilon: floa
     floor = max(math.sqrt(1e-14 * steps), size / 1e5, largest / 1e5)
 
     # Round-off of delta that moves epsilon by more than 1e-3 of itself: delta falls by tilt times delta per epsilon.
-    noisy = delta is not None and 2e-16 * steps > 1e-3 * size * start.tilt * delta
+    noisy = delta is not None and _ROUND_OFF_OF_DELTA * steps > 1e-3 * size * start.tilt * delta
     if delta is not None and (wanted < floor / 2 or noisy):
         raise ValueError(
             f"epsilon near {size:.2g} after {steps} steps at delta={delta:g} is beyond pld's float64 grid; use 'tilted'"

@@ -9,6 +9,7 @@ from dp_accounting import pld
 
 import accountants
 from accountants.registry import get_accountant
+from accountants.units import group_event
 
 CERTIFIED = ("tilted", "pld", "rdp", "tilted-edgeworth", "eeai")
 QUICK = [GRID[i] for i in np.random.default_rng(5).choice(len(GRID), 36, replace=False)]
@@ -44,8 +45,7 @@ def check(setting):
         if not 0 < answer.upper < 600:
             continue
         at_upper = reference_delta(event, answer.upper)
-        slack = 1e-2 if name == "pld" else 1e-9
-        assert at_upper is None or at_upper <= delta * (1 + slack), (setting, answer, at_upper)
+        assert at_upper is None or at_upper <= delta * (1 + 1e-9), (setting, answer, at_upper)
         at_lower = reference_delta(event, answer.lower) if answer.lower > 0 else None
         assert at_lower is None or at_lower >= delta * (1 - 1e-9), (setting, answer, at_lower)
     exact = answers["tilted"]
@@ -128,7 +128,17 @@ def test_pld_is_right_where_tails_underflow():
     event = dp_sgd(1.0, 1.0, 1000)
     for name in ("tilted", "gdp", "pld"):
         answer = accountants.epsilon(event, 1e-10, accountant=name)
-        assert answer.lower <= 700.2523139262814 <= answer.upper < 700.2524
+        assert answer.lower <= 700.2523139262814 <= answer.upper < (700.28 if name == "pld" else 700.2524)
+
+
+def test_pld_sets_its_round_off_aside():
+    """By contour integration, in two ways, delta at 337.99073 is 9.4948e-11: the library's epsilon was below the truth.
+
+    The event is a user with six records in 522 steps; epsilon at this delta is 337.99300.
+    """
+    event = group_event(noise_multiplier=0.35, sampling_prob=0.014947702211559654, num_steps=522, num_records=6)
+    answer = accountants.epsilon(event, 9.492244388635431e-11, accountant="pld")
+    assert 337.99300 <= answer.upper < 338.1
 
 
 def test_value_below_certified_lower_bound_is_refused(monkeypatch):
