@@ -187,7 +187,8 @@ def plan_documents(
             documents += [Document(user, index, CONTROL_PREFIX) for index in chosen]
     if not documents:
         raise AttackInputError(
-            "the manifest gives the attacker no document; see data.attack_fraction and attack_min_records"
+            "no record was set aside for the attacker: data.attack_fraction is 0, or no user has "
+            "data.attack_min_records records. This is decided before training: set them for another run"
         )
     return in_order(documents, corpus)
 

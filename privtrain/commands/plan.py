@@ -21,10 +21,10 @@ from privtrain.commands.optimize import BANDS, optimize, record_draws_of, record
 from privtrain.config import Config, load_config
 from privtrain.config.privacy import PrivacySection
 from privtrain.config.training import TrainingSection
-from privtrain.data.corpus import load_corpus
+from privtrain.data.corpus import Corpus, load_corpus
 from privtrain.errors import ConfigError, Fault
 from privtrain.inputs import load_checked
-from privtrain.job.advice import expected_units, expected_users, learning_rate_warnings, warnings
+from privtrain.job.advice import attack_warnings, expected_units, expected_users, learning_rate_warnings, warnings
 from privtrain.models.memory import LaunchLayout, ModelSize, model_size
 from privtrain.privacy.banded import tried_bands
 from privtrain.privacy.plan import PrivacyPlan, fast_accountant, finite
@@ -106,12 +106,15 @@ def describe_plan(
     config = load_checked(config_path, overrides) if reads_data else load_config(config_path, overrides)
     layout = options.layout()
     plan = PrivacyPlan.build(config.privacy, config.training)
-    population = _population(config, options.num_users)
+    corpus = load_corpus(config.data, config.performance.index_dir) if reads_data else None
+    population = _population(config, corpus, options.num_users)
     check_step_size(plan.scheme, population["expected_training_units"])
     prices = price_list(config.privacy, plan, config.training) if options.prices else []
     cost = _cost(config, plan, layout, options)
     num_trained = cost["num_trained_parameters"]
     advice = warnings(config, plan, population["expected_training_units"], population["expected_training_users"])
+    if corpus is not None:
+        advice += attack_warnings(config, corpus)
     if num_trained:  # None where the model is not at hand
         advice += learning_rate_warnings(config, plan, num_trained)
     return {
@@ -130,14 +133,16 @@ def describe_plan(
     }
 
 
-def _population(config: Config, num_users: int | None) -> dict[str, Any]:
+def _population(config: Config, corpus: Corpus | None, num_users: int | None) -> dict[str, Any]:
     """Return how many users and records there are, by key of the answer.
 
     Args:
         config: the configuration.
-        num_users: users of a data set that is not at hand; ``None``: count them in the data.
+        corpus: the data, unless they are not at hand.
+        num_users: users of data that are not at hand.
     """
-    if num_users is not None:
+    if corpus is None:
+        assert num_users is not None
         training_users = round(num_users * (1 - config.data.held_out_fraction))
         bound = config.privacy.records_per_user if config.privacy.unit == "example" else None
         return {
@@ -147,7 +152,6 @@ def _population(config: Config, num_users: int | None) -> dict[str, Any]:
             "expected_training_units": training_users * (bound or 1),
             "expected_training_users": training_users,
         }
-    corpus = load_corpus(config.data, config.performance.index_dir)
     sizes = sorted(map(len, corpus.records.values())) or [0]  # records of each user
     bound = config.privacy.records_per_user or sizes[-1]  # k; None: all records of a user count
     return {

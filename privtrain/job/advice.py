@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import statistics
 
 from privtrain.config import Config
 from privtrain.config.model import LoraSection, PromptSection
@@ -18,6 +20,8 @@ _RATE_FACTOR = 4.0
 #: Most trained weights for which the law recommends a rate: it was measured on models of width 128 to 600, and wider
 #: models need smaller rates than it says.
 MOST_TRAINED = 1_000_000
+#: Users with enough records for the attack job, below which a warning is worth while.
+_FEW_ATTACKED = 20
 #: Mean learning rate over its first one, where it decays linearly to zero.
 _MEAN_OF_DECAY = 0.5
 
@@ -106,6 +110,25 @@ def learning_rate_warnings(config: Config, plan: PrivacyPlan, num_trained: int) 
     return [
         f"training.learning_rate={given:g} is {side} what small trainings with as many steps, as much noise and this "
         f"rank liked, by a factor of {factor:.0f}: about {rate:.1g}"
+    ]
+
+
+def attack_warnings(config: Config, corpus: Corpus) -> list[str]:
+    """Return a warning if hardly a user has enough records for the attack job, which is told only after training."""
+    data = config.data
+    if config.privacy.unit == "example" or data.attack_fraction == 0:  # each record has a coin; no attack is wanted
+        return []
+    attackable = (None for records in corpus.records.values() if len(records) >= data.attack_min_records)
+    num_attackable = sum(1 for _ in itertools.islice(attackable, _FEW_ATTACKED))
+    if num_attackable == _FEW_ATTACKED:
+        return []
+    found = f"{num_attackable} users have data.attack_min_records={data.attack_min_records} records or more: "
+    median = statistics.median_low(len(records) for records in corpus.records.values())
+    if median == 1 or max(2, median) >= data.attack_min_records:
+        return [f"{found}the attack job will find little or nothing to score, since users have too few records"]
+    return [
+        f"{found}the attack job will find little or nothing to score. If the run is to be attacked, set "
+        f"data.attack_min_records={max(2, median)} before training; of each such user a record or more is set aside"
     ]
 
 

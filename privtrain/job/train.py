@@ -27,7 +27,13 @@ from privtrain.data.units import UnitData
 from privtrain.errors import ConfigError, Fault, GuaranteeLost, Preempted, PrivtrainError, SelfTestFailed
 from privtrain.inputs import Inputs, check_inputs, load_checked, read_inputs
 from privtrain.job import checkpoint, evaluation
-from privtrain.job.advice import expected_units, expected_users, learning_rate_warnings, warnings
+from privtrain.job.advice import (
+    attack_warnings,
+    expected_units,
+    expected_users,
+    learning_rate_warnings,
+    warnings,
+)
 from privtrain.job.claim import check_run_directory, claimed, is_complete
 from privtrain.job.contributions import check_contributed, note_canaries
 from privtrain.job.environment import environment_digest
@@ -269,7 +275,8 @@ def _announce(inputs: Inputs, backend: Backend) -> None:
     num_units, num_users = expected_units(inputs.config, inputs.corpus), expected_users(inputs.config, inputs.corpus)
     # By the expected number, before the model is loaded; the sampler checks again with the exact one.
     check_step_size(inputs.plan.scheme, num_units)
-    for warning in warnings(inputs.config, inputs.plan, num_units, num_users):
+    advice = warnings(inputs.config, inputs.plan, num_units, num_users)
+    for warning in advice + attack_warnings(inputs.config, inputs.corpus):
         say(f"[yellow]warning[/]: {warning}")
 
 

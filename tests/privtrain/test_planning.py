@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import re
 import shlex
 
 import pytest
@@ -14,7 +15,10 @@ from transformers import AutoModelForCausalLM
 from privtrain.commands.plan import PlanOptions, describe_plan, price_list
 from privtrain.commands.plan_view import print_plan
 from privtrain.config import validate
+from privtrain.config.dotted import assigned
+from privtrain.data.corpus import load_corpus
 from privtrain.errors import ConfigError
+from privtrain.job.advice import attack_warnings
 from privtrain.models.memory import LaunchLayout, model_size
 from privtrain.models.trainable import add_lora
 from privtrain.privacy.plan import PrivacyPlan
@@ -161,3 +165,25 @@ def test_remote_data_and_model_are_not_read_by_plan(tree, tmp_path, capsys):
     assert description["most_training_seconds"] == pytest.approx(4 * 6 * 3 * 24 / 1000)
     print_plan(description)
     assert "not estimated" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("num_records", "changes", "words"),
+    [
+        (3, {}, "0 users have data.attack_min_records=5 records or more: .* set data.attack_min_records=3 before"),
+        (1, {}, "since users have too few records"),
+        (5, {}, None),
+        (3, {"data.attack_min_records": 2}, None),
+        (3, {"data.attack_fraction": 0.0}, None),
+        (3, {"privacy.unit": "example", "privacy.records_per_user": None}, None),
+    ],
+)
+def test_a_run_that_no_attack_could_score_is_warned_of(tree, tmp_path, num_records, changes, words):
+    """Otherwise the attack job refuses the run after its ε is spent."""
+    rows = [{"user": f"u{user}", "text": f"{user} {n}"} for user in range(24) for n in range(num_records)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tree["data"] |= {"source": {"kind": "files", "paths": [str(tmp_path / "rows.jsonl")]}}
+    tree["data"].pop("attack_min_records", None)
+    config = validate(assigned(tree, changes))
+    warned = attack_warnings(config, load_corpus(config.data))
+    assert re.search(words, " ".join(warned)) if words else not warned
