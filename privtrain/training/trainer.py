@@ -20,6 +20,7 @@ from privtrain.backends.base import all_equal
 from privtrain.clipping import PerUnitClipper, ShardedClipper, styles
 from privtrain.clipping.clipper import RowLosses
 from privtrain.clipping.lines import LineClipper
+from privtrain.clipping.random_state import seed_from
 from privtrain.config.training import TrainingSection
 from privtrain.data.lines import Line, LinePacker
 from privtrain.data.microbatch import Microbatch, Packer, Records
@@ -525,9 +526,8 @@ class Trainer:
         self.ledger.commit(self.generation, step, commitment, zeroed)
 
     def _seed_dropout(self, step: int) -> None:
-        # Dropout must be the same when a step is replayed. It is no part of the guarantee.
-        (word,) = self._key.stream("dropout", step, self.backend.rank).uint64(1)
-        torch.manual_seed(int(word >> 1))  # a seed has 63 bits
+        # The same when a step is replayed, and secret: see :mod:`privtrain.clipping.random_state`.
+        seed_from(self._key.stream("dropout", step, self.backend.rank))
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
         """Return AdamW's parameter groups, one a learning rate: of LoRA's B matrices, and of everything else.
