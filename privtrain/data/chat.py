@@ -12,6 +12,7 @@ import bisect
 import collections
 import datetime
 import functools
+import itertools
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ import jinja2
 import numpy as np
 
 from privtrain.config.data import DataSection
+from privtrain.data.formats import is_learned
 from privtrain.data.records import Record
 from privtrain.errors import ConfigError, DamagedFile, Fault
 from privtrain.files import reading
@@ -233,7 +235,7 @@ class ChatRenderer:
             return whole, self._marked_spans(messages)
         spans = []
         for index, message in enumerate(messages):
-            if message["role"] != "assistant" or index == 0:  # a turn that answers nothing is context
+            if not is_learned(message) or index == 0:  # a turn that answers nothing is context
                 continue
             before: str = rendered(self._tokenizer, messages[:index], add_generation_prompt=True)
             through: str = rendered(self._tokenizer, messages[: index + 1])
@@ -243,7 +245,10 @@ class ChatRenderer:
         return whole, spans
 
     def _marked_spans(self, messages: Messages) -> list[tuple[int, int]]:
-        """Return (start, end) of the characters that the template itself marks as the assistant's."""
+        """Return (start, end) of the characters that the template itself marks as the assistant's.
+
+        Empty if some turns are not to be learned, and the template does not mark one block for each turn.
+        """
         from transformers.utils.chat_template_utils import render_jinja_template
 
         template = self._tokenizer.chat_template
@@ -256,4 +261,10 @@ class ChatRenderer:
             **special_tokens,
         )
         _, spans_of_conversations = marked
-        return list(spans_of_conversations[0])
+        spans = list(spans_of_conversations[0])
+        is_learned_turn = [is_learned(message) for message in messages if message["role"] == "assistant"]
+        if all(is_learned_turn):
+            return spans
+        if len(spans) != len(is_learned_turn):
+            return []
+        return list(itertools.compress(spans, is_learned_turn))

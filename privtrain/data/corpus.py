@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import decimal
 import glob
 import math
 import os
@@ -40,6 +41,14 @@ _SUFFIX_HINTS = {
     **dict.fromkeys((".arrow", ".feather", ".orc", ".avro"), "; convert it to Parquet"),
     **dict.fromkeys((".xlsx", ".xls", ".ods"), "; save it as CSV"),
     **{ending: f"; unpack it: {command} FILE" for ending, command in _UNPACKED_BY.items()},
+}
+
+#: What to do with user ids of other types than text and whole number.
+_ID_REMEDIES: dict[type, str] = {
+    float: "pandas writes whole numbers so where an id is missing, and keeps them by astype('Int64')",
+    decimal.Decimal: "to whole numbers, e.g. by pyarrow's cast('int64')",
+    bytes: "to text, e.g. the hexadecimal digits",
+    dict: "a field of an object becomes a column of its own, e.g. by pyarrow's Table.flatten()",
 }
 
 #: How a path begins that was an address, such as ``s3://bucket``: as a path it has one slash.
@@ -403,9 +412,10 @@ def owner_of(user: object, place: str = "") -> str:
         return user.strip()
     if isinstance(user, int) and not isinstance(user, bool):
         return str(user)
+    remedy = _ID_REMEDIES.get(type(user), "is it the right column?")
     problem = (
         f"{where}a user id is neither text nor a whole number (it is of type {type(user).__name__}): one person could "
-        "count as two; convert the column"
+        f"count as two; convert the column: {remedy}"
     )
     raise ConfigError([Fault("data.user_column", problem)])
 

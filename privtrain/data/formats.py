@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from privtrain.config.data import DataSection
@@ -164,6 +164,8 @@ def _conversation_problem(value: object) -> str:
         if not isinstance(content, str) and not (content is None and turn.get("tool_calls")):
             what = "no content" if content is None else f"{_kind(content)} for content"
             return f"a turn has {what}; it must be text (parts: join their texts), or absent beside tool_calls"
+    if any(turn["role"] == _ASSISTANT and not is_learned(turn) for turn in value):
+        return "no assistant turn to learn from: those of weight 0 are context"
     problem = "no assistant turn with content or tool_calls"
     if not {turn["role"] for turn in value} <= _ROLES:
         return f"{problem}, but turns of roles beside {', '.join(sorted(_ROLES))}; rename the model's to assistant"
@@ -213,8 +215,13 @@ def _without_nulls(value: Any) -> Any:
     return value
 
 
+def is_learned(message: Mapping[str, Any]) -> bool:
+    """Return whether a turn is the assistant's and no context: OpenAI marks those of context with ``"weight": 0``."""
+    return message["role"] == _ASSISTANT and message.get("weight") not in (0, "0")
+
+
 def _is_answer(message: dict[str, Any]) -> bool:
-    return message["role"] == _ASSISTANT and bool(message["content"].strip() or message.get("tool_calls"))
+    return is_learned(message) and bool(message["content"].strip() or message.get("tool_calls"))
 
 
 def _label_number(data: DataSection, label: object) -> int | None:

@@ -10,6 +10,7 @@ import collections
 import dataclasses
 import itertools
 import math
+import re
 from collections.abc import Iterator
 
 import numpy as np
@@ -29,6 +30,9 @@ _NUM_IDS_LOOKED_AT = 100_000
 
 #: What becomes of a missing id when a table is written as text.
 _NO_IDS = ("nan", "NaN", "None", "null", "NULL", "NA", "N/A", "<NA>", "NaT", "undefined")
+
+#: A number that a spreadsheet rounded, also with a decimal comma.
+_ROUNDED_NUMBER = re.compile(r"[0-9][.,][0-9]+[Ee][+][0-9]+")
 
 #: Shares of records above which truncation, or of tokens above which unknown words, are worth a warning.
 _MUCH_TRUNCATION = 0.2
@@ -170,12 +174,18 @@ def _warnings(
 
 def _doubtful_users(corpus: Corpus) -> Iterator[str]:
     """Yield warnings of ids that may stand for many people, since tables write no id so, or for one person twice."""
-    users = itertools.islice(corpus.records, _NUM_IDS_LOOKED_AT)
+    users = list(itertools.islice(corpus.records, _NUM_IDS_LOOKED_AT))
     num_in_lower_case = sum(user != user.lower() and user.lower() in corpus.records for user in users)
     if num_in_lower_case:
         yield (
             f"{num_in_lower_case} ids are other ids but for capital letters; if both are of one person, as of mail "
             "addresses, write them in lower case: they count as two users"
+        )
+    num_rounded = sum(_ROUNDED_NUMBER.fullmatch(user) is not None for user in users)
+    if num_rounded:
+        yield (
+            f"{num_rounded} ids are numbers such as 1.23457E+15, as spreadsheets round long ones: several people may "
+            "have become one user; export the column as text"
         )
     for name in _NO_IDS:
         if name in corpus.records:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import decimal
 import gzip
 import io
 import json
@@ -12,6 +13,8 @@ import pathlib
 import pickle
 import shutil
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from attacks.evidence import read_config
@@ -156,15 +159,26 @@ def test_ids_of_other_people_are_kept_apart(tmp_path):
     assert set(load_corpus(section(tmp_path / "d.jsonl")).records) == set(users)
 
 
-@pytest.mark.parametrize(("other", "is_told"), [("Ann@x.org", True), ("ann@y.org", False)])
-def test_ids_that_differ_in_capital_letters_are_asked_about(tmp_path, other, is_told):
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        ("Ann@x.org", "capital letters"),
+        ("1.23457E+15", "as spreadsheets round long ones"),
+        ("1,2E+12", "as spreadsheets round long ones"),
+        ("nan", "if that stands for a missing id"),
+        ("ann@y.org", None),
+        ("1.5E", None),
+    ],
+)
+def test_ids_that_may_not_be_one_persons_are_asked_about(tmp_path, other, words):
     rows = [json.dumps({"user": user, "text": "x y"}) for user in ("ann@x.org", other)]
     (tmp_path / "d.jsonl").write_text("\n".join(rows))
     data = section(tmp_path / "d.jsonl")
     save_tokenizer(tmp_path / "t")
     encoder = Encoder(data, load_tokenizer(ModelSection(name_or_path=str(tmp_path / "t"))))
     warnings = look_at(load_corpus(data), encoder, data).warnings
-    assert any("capital letters" in warning for warning in warnings) is is_told
+    doubts = [warning for warning in warnings if "ids" in warning or "called" in warning]
+    assert [words in doubt for doubt in doubts] == [True] if words else doubts == []
 
 
 @pytest.mark.parametrize("behind", [",", '{"user": "v", "text": "y"}'])
@@ -507,3 +521,20 @@ def test_a_model_that_reads_images_too_is_refused(tmp_path):
         with pytest.raises(ConfigError, match="a gemma3, which reads more than text") as refused:
             load(ModelSection(name_or_path=str(tmp_path / "both")))
         assert [fault.path for fault in refused.value.faults] == ["model"]
+
+
+@pytest.mark.parametrize(
+    ("ids", "words"),
+    [
+        (pa.array([1.0, None]), r"type float\): .*astype\('Int64'\)"),
+        (pa.array([decimal.Decimal(1)], pa.decimal128(20, 0)), r"cast\('int64'\)"),
+        (pa.array([b"a"]), "hexadecimal digits"),
+        (pa.array([{"id": "a"}]), r"Table\.flatten\(\)"),
+        (pa.array([0], pa.timestamp("s")), "is it the right column"),
+        (pa.array([True]), "is it the right column"),
+    ],
+)
+def test_ids_of_other_types_are_refused_with_the_way_out(tmp_path, ids, words):
+    pq.write_table(pa.table({"user": ids, "text": ["x"] * len(ids)}), tmp_path / "d.parquet")
+    with pytest.raises(ConfigError, match=words):
+        load_corpus(section(tmp_path / "d.parquet"))

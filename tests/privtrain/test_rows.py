@@ -204,6 +204,40 @@ def test_a_generation_block_with_its_end_mark_is_taken(tmp_path):
     assert record.tokens[record.is_target].tolist()[-1] == 1
 
 
+@pytest.mark.parametrize("marks_itself", [False, True])
+@pytest.mark.parametrize("weight", [0, 0.0, False, "0"])
+def test_turns_of_weight_zero_are_context(tmp_path, marks_itself, weight):
+    """OpenAI's files of chats mark so what is not to be learned."""
+    template = MARKED.replace("INSIDE", "{{ eos_token }}").replace("OUTSIDE", "") if marks_itself else TEMPLATE
+    encoder = encoder_with(tmp_path, template)
+
+    def learned(*weights) -> str:
+        talk = [{"role": "user", "content": "q"}]
+        for number, value in enumerate(weights):
+            talk.append({"role": "assistant", "content": f"answer{number}", "weight": value})
+            talk.append({"role": "user", "content": "q"})
+        (record,) = encoder.encode([canonical(section("x.jsonl", format="chat"), [talk])]).records
+        return encoder.tokenizer.decode(record.tokens[record.is_target])
+
+    assert learned(weight, 1) == "answer1</s>"
+    assert learned(1, weight, None) == "answer0</s>answer2</s>"
+    talk = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "weight": weight}]
+    with pytest.raises(ConfigError, match="those of weight 0 are context"):
+        corpus_of_talks(tmp_path, [talk])
+
+
+def test_blocks_that_are_no_turns_leave_weights_unread(tmp_path):
+    """The template marks two blocks in one turn: which is whose cannot be told, so nothing is predicted."""
+    marked = MARKED.replace("INSIDE", "{{ eos_token }}").replace("OUTSIDE", "")
+    further_block = "{% if m.content == 'two' %}{% generation %}!{% endgeneration %}{% endif %}"
+    template = marked.replace("{% endgeneration %}", "{% endgeneration %}" + further_block)
+    encoder = encoder_with(tmp_path, template)
+    talk = [*TALK, {"role": "user", "content": "q"}, {"role": "assistant", "content": "two", "weight": 0}]
+    (record,) = encoder.encode([json.dumps(talk)]).records
+    assert record.num_targets == 0
+    assert encoder.complaints == {"the chat template keeps no assistant turn apart in it": 1}
+
+
 def corpus_of_talks(tmp_path, talks):
     rows = "".join(json.dumps({"user": f"u{i}", "messages": talk}) + "\n" for i, talk in enumerate(talks))
     return corpus_of(tmp_path, "talks.jsonl", rows, format="chat")
