@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -41,6 +42,9 @@ _LARGEST_EXPONENT = 700.0
 
 #: Smallest standard deviation of a sum that is expanded: its fifth power is still a normal float64 number.
 _SMALLEST_SCALE = 1e-60
+
+#: The ends of an interval: so many times its error each probability is moved.
+_LOWER, _ESTIMATE, _UPPER = -1.0, 0.0, 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,29 +90,31 @@ class DirectedExpansion:
     first_error: float = 0.0
     second_error: float = 0.0
 
-    def delta(self, epsilon: Array, sign: float = 0.0) -> Array:
-        """Return delta at each ``epsilon``: the estimate, or with ``sign`` +1 or -1 its upper or lower end.
+    def delta(self, epsilon: Array, end: float = _ESTIMATE) -> Array:
+        """Return delta at each ``epsilon``: the estimate, or its ``_LOWER`` or ``_UPPER`` end.
 
         It is 1 - F_Y(eps) - e^eps (1 - F_X(eps)), each probability moved by its error to the side asked for.
         """
-        first = self.first.survival(epsilon) + sign * self.first_error
-        second = self.second.survival(epsilon) - sign * self.second_error
+        first = self.first.survival(epsilon) + end * self.first_error
+        second = self.second.survival(epsilon) - end * self.second_error
         value = first - np.exp(np.minimum(epsilon, _LARGEST_EXPONENT)) * second
-        # Where e^epsilon is cut, the value comes out too large: still an upper end, but no lower one.
-        return np.where(epsilon > _LARGEST_EXPONENT, -math.inf, value) if sign < 0 else value
+        if end == _LOWER:
+            # Where e^epsilon is cut, the value comes out too large: still an upper end, but no lower one.
+            return np.where(epsilon > _LARGEST_EXPONENT, -math.inf, value)
+        return value
 
-    def epsilon(self, delta: float, sign: float = 0.0) -> float:
+    def epsilon(self, delta: float, end: float = _ESTIMATE) -> float:
         """Return the epsilon at which the curve crosses ``delta``, by bracketing on ever finer grids; infinity if none.
 
-        The curve of an expansion is not monotone. Of several crossings the estimate and the lower end (``sign`` 0 or
-        -1) take the last, from which on delta stays below; the upper end (+1) takes the first, where the bound holds.
+        The curve of an expansion is not monotone. Of several crossings the estimate and the lower end take the last,
+        from which on delta stays below; the upper end takes the first, where the bound holds.
         """
         k1, k2, *_ = self.first.cumulants
         high = max(k1, 0.0) + 12 * math.sqrt(k2) + 1.0  # twelve deviations above the mean loss
         grid: Array = np.linspace(0.0, min(high, 600.0), 513)
         for _ in range(8):  # each round keeps the cell of the crossing and cuts it into 64
-            values = self.delta(grid, sign)
-            if sign > 0:
+            values = self.delta(grid, end)
+            if end == _UPPER:
                 allowed = np.flatnonzero(values <= delta)
                 if len(allowed) == 0:
                     return math.inf
@@ -154,8 +160,7 @@ class AeaAccountant(NormalFormAccountant):
     @override
     def delta_bounds(self, composed: Composition, epsilon: float) -> Bounds:
         """Return the estimate of delta, clipped to [0, 1], which the expansion may leave."""
-        value = max(float(side.delta(np.array([epsilon]))[0]) for side in self._sides(composed))
-        return self.trivial_bounds(min(max(value, 0.0), 1.0))
+        return self.trivial_bounds(_largest_delta(self._sides(composed), epsilon))
 
     @override
     def trivial_bounds(self, value: float) -> Bounds:
@@ -198,9 +203,9 @@ class EeaiAccountant(NormalFormAccountant):
     def epsilon_bounds(self, composed: Composition, delta: float) -> Bounds:
         """Return the interval of epsilon; an infinite one bears the note ``vacuous``."""
         remove, add = with_error(composed, add=False), with_error(composed, add=True)
-        lower = max(remove.epsilon(delta, -1.0), add.epsilon(delta, -1.0))
+        lower = max(remove.epsilon(delta, _LOWER), add.epsilon(delta, _LOWER))
         estimate = max(remove.epsilon(delta), add.epsilon(delta))
-        upper = max(remove.epsilon(delta, 1.0), add.epsilon(delta, 1.0))
+        upper = max(remove.epsilon(delta, _UPPER), add.epsilon(delta, _UPPER))
         # A lower end of infinity says that no crossing was found: nothing is known.
         lower = 0.0 if math.isinf(lower) else min(lower, upper)
         error = max(remove.first_error, add.first_error)
@@ -210,11 +215,17 @@ class EeaiAccountant(NormalFormAccountant):
     @override
     def delta_bounds(self, composed: Composition, epsilon: float) -> Bounds:
         """Return the interval of delta; one that reaches 1 bears the note ``vacuous``."""
-        where = np.array([epsilon])
-        sides = [with_error(composed, add=add) for add in (False, True)]
-        values = [max(float(side.delta(where, sign)[0]) for side in sides) for sign in (-1.0, 0.0, 1.0)]
-        lower, estimate, upper = (min(max(value, 0.0), 1.0) for value in values)
-        return Bounds(lower, upper, estimate=estimate, note="vacuous: the error bound exceeds 1" if upper == 1 else "")
+        sides = [with_error(composed, add=False), with_error(composed, add=True)]
+        lower = _largest_delta(sides, epsilon, _LOWER)
+        upper = _largest_delta(sides, epsilon, _UPPER)
+        note = "vacuous: the error bound exceeds 1" if upper == 1 else ""
+        return Bounds(lower, upper, estimate=_largest_delta(sides, epsilon), note=note)
+
+
+def _largest_delta(sides: Sequence[DirectedExpansion], epsilon: float, end: float = _ESTIMATE) -> float:
+    """Return the larger delta of the directions, or one end of it, clipped to [0, 1], which an expansion may leave."""
+    largest = max(float(side.delta(np.array([epsilon]), end)[0]) for side in sides)
+    return min(max(largest, 0.0), 1.0)
 
 
 def with_error(composed: Composition, *, add: bool) -> DirectedExpansion:

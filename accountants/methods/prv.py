@@ -75,7 +75,8 @@ class PrvAccountant(NormalFormAccountant):
 
 def _scaled_error(composed: Composition, delta: float) -> float:
     """Return the error in epsilon to ask for: 1 % of an approximate answer, between 0.001 and 0.1."""
-    law = saddle.directed_loss(composed, add=False, log_mass=math.log(delta) - 16)  # without tails of e^-16 delta
+    # Tails of mass e^-16 delta are cut off: too little to move an approximate answer.
+    law = saddle.directed_loss(composed, add=False, log_mass=math.log(delta) - 16)
     approximate = saddle.saddle_for_delta(law, delta).epsilon
     return min(max(RELATIVE_ERROR * approximate, 1e-3), 0.1)
 
@@ -86,9 +87,11 @@ def _opacus_accountant(composed: Composition) -> Any:
     opacus_prv = importlib.import_module("opacus.accountants.prv")
     accountant = opacus_prv.PRVAccountant()
     for step, count in composed.phases:
-        if len(step.shifts) > 2 or (len(step.shifts) == 2 and step.shifts[0] != 0):
+        # A unit shifts normal noise by 1/noise multiplier if it is sampled, and by 0 if not; the shifts ascend. A step
+        # without sampling has one shift, of probability 1.
+        *others, shift = step.shifts
+        if others not in ([], [0.0]):
             raise UnsupportedEventError("prv does not cover mixtures of Gaussians")
-        # Noise multiplier, sampling probability and number of steps; a step without sampling has the one probability 1.
-        noise_multiplier, sampling_prob = 1 / max(step.shifts), step.probs[-1]
-        accountant.history.append((noise_multiplier, sampling_prob, count))
+        sampling_prob = step.probs[-1]
+        accountant.history.append((1 / shift, sampling_prob, count))
     return accountant

@@ -57,9 +57,9 @@ class SensitivePanel:
             return
         split = next(name for name, side in SPLITS.items() if side == row.side)
         tuned, base = -row.target_logp.astype(np.float64), -row.base_logp.astype(np.float64)
-        for number, chosen in enumerate((row.sensitive, ~row.sensitive)):  # in the order of TOKENS
-            sums = [float(chosen.sum()), float(tuned[chosen].sum()), float(base[chosen].sum())]
-            self._users[split][row.user].sums[number] += sums
+        for kind, is_of_kind in enumerate((row.sensitive, ~row.sensitive)):  # in the order of TOKENS
+            sums = [float(is_of_kind.sum()), float(tuned[is_of_kind].sum()), float(base[is_of_kind].sum())]
+            self._users[split][row.user].sums[kind] += sums
         self._losses[split, "tuned"].append(tuned[row.sensitive])
         self._losses[split, "base"].append(base[row.sensitive])
 
@@ -75,13 +75,13 @@ class SensitivePanel:
             if len(by_user[split]) < 2 or num_sensitive == 0.0:
                 return None
         cells = []
-        for number, kind in enumerate(TOKENS):
+        for row, tokens in enumerate(TOKENS):
             for split, total in totals.items():
-                count, tuned, base = total[number]
+                count, tuned, base = total[row]
                 for model, loss in (("base", base), ("tuned", tuned)):
-                    cell: dict[str, Any] = {"tokens": kind, "split": split, "model": model, "num_tokens": int(count)}
+                    cell: dict[str, Any] = {"tokens": tokens, "split": split, "model": model, "num_tokens": int(count)}
                     cell["nll"] = float(loss / count) if count else None
-                    if kind == "sensitive":
+                    if tokens == "sensitive":
                         values = np.concatenate(self._losses[split, model])
                         # One confidently wrong token moves a mean; what is remembered shows in the lower quantiles.
                         cell |= {name: float(np.quantile(values, level)) for name, level in _QUANTILES.items()}
@@ -95,10 +95,16 @@ def _stack(users: dict[str, _User]) -> FloatArray:
     return np.array([users[name].sums for name in sorted(users)]).reshape(len(users), 2, 3)
 
 
+def _columns(sums: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """Return the columns of [..., 3] sums: tokens, their loss under the tuned model, and under the base."""
+    return sums[..., 0], sums[..., 1], sums[..., 2]
+
+
 def _gain(sums: FloatArray) -> FloatArray:
     """Return how much tuning lowered the loss, in nats per token: [..., 2 kinds of tokens]; NaN without such tokens."""
+    counts, tuned, base = _columns(sums)
     with np.errstate(invalid="ignore"):
-        return (sums[..., 2] - sums[..., 1]) / sums[..., 0]  # (loss under the base - under the tuned model) / tokens
+        return (base - tuned) / counts
 
 
 def _differences(train: FloatArray, test: FloatArray) -> dict[str, Any]:
@@ -142,7 +148,7 @@ def _num_effective(sums: FloatArray) -> FloatArray:
 
     The third difference uses both kinds of tokens and gets the smaller number.
     """
-    counts = sums[..., 0]
+    counts, _, _ = _columns(sums)
     with np.errstate(invalid="ignore", divide="ignore"):
         num_users = counts.sum(axis=0) ** 2 / (counts**2).sum(axis=0)
     return np.append(num_users, num_users.min())
@@ -161,14 +167,8 @@ def _student(points: FloatArray, train: FloatArray, test: FloatArray) -> tuple[F
     """
     variances, freedoms = [], []
     for sums in (train, test):
-        counts = sums[..., 0]
-        with np.errstate(invalid="ignore", divide="ignore"):
-            # A user's gain (loss under the base less under the tuned model) less the gain that as many average tokens
-            # have, over all tokens.
-            errors = (sums[..., 2] - sums[..., 1] - _gain(sums.sum(axis=0)) * counts) / counts.sum(axis=0)
-        # The same for the three differences: on sensitive tokens, on others, the first less the second.
-        parts = np.stack([errors[:, 0], errors[:, 1], errors[:, 0] - errors[:, 1]], axis=1)
-        variances.append((parts**2).sum(axis=0) * len(sums) / (len(sums) - 1.0))
+        num_users = len(sums)
+        variances.append((_errors(sums) ** 2).sum(axis=0) * num_users / (num_users - 1.0))
         freedoms.append(np.maximum(_num_effective(sums) - 1.0, 1.0))
     total = variances[0] + variances[1]
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -176,6 +176,20 @@ def _student(points: FloatArray, train: FloatArray, test: FloatArray) -> tuple[F
     quantile = scipy.stats.t.ppf((1.0 + statistics.CONFIDENCE_LEVEL) / 2.0, np.where(total > 0.0, freedom, 1.0))
     half = quantile * np.sqrt(total)
     return points - half, points + half
+
+
+def _errors(sums: FloatArray) -> FloatArray:
+    """Return what each user of a split adds to the error of each difference, [users, 3], to first order.
+
+    The split's gain is the sum of its users' gains over its tokens. A user adds to its error the own gain less the gain
+    of as many average tokens, over the split's tokens.
+    """
+    counts, tuned, base = _columns(sums)  # [users, 2 kinds of tokens] each
+    with np.errstate(invalid="ignore", divide="ignore"):
+        average_gains = _gain(sums.sum(axis=0)) * counts
+        errors = (base - tuned - average_gains) / counts.sum(axis=0)
+    of_sensitive, of_others = errors[:, 0], errors[:, 1]
+    return np.stack([of_sensitive, of_others, of_sensitive - of_others], axis=1)
 
 
 def _permuted(points: FloatArray, train: FloatArray, test: FloatArray) -> tuple[FloatArray, FloatArray]:

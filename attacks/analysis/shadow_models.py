@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import numpy as np
 
@@ -91,10 +92,11 @@ def strongest(models: UnderOtherModels, base: FloatArray, attacks: Iterable[Refe
         base: [users] mean log-probability per token under the base model.
         attacks: candidates beside the gain over the base; those that need more shadows are skipped.
     """
-    stand_ins = [_without(models, number) for number in range(models.shadows.shape[1])]
-    candidates: dict[str, Score] = {GAIN: lambda shown: shown.target - base}
+    num_shadows = models.shadows.shape[1]
+    stand_ins = [_StandIn.of(models, shadow) for shadow in range(num_shadows)]
+    candidates: dict[str, Score] = {GAIN: lambda attacked: attacked.target - base}
     for attack in attacks:
-        can_run = not any(lacking(attack, shown) for shown, _ in stand_ins)
+        can_run = not any(lacking(attack, stand_in.models) for stand_in in stand_ins)
         if can_run:
             candidates[attack.name] = attack.score
     aurocs = {name: _mean_auroc(score, stand_ins) for name, score in candidates.items()}
@@ -102,21 +104,30 @@ def strongest(models: UnderOtherModels, base: FloatArray, attacks: Iterable[Refe
     return Chosen(best, candidates[best](models), aurocs[best], tuple(candidates))
 
 
-def _without(models: UnderOtherModels, number: int) -> tuple[UnderOtherModels, BoolArray]:
-    """Return the users with shadow ``number`` as the attacked model, and [users] whether that shadow saw them.
+class _StandIn(NamedTuple):
+    """A shadow in the place of the attacked model.
 
-    The other shadows stay shadows, and the attacked model is left out.
+    Attributes:
+        models: the users under it, and under the other shadows; the attacked model is left out.
+        is_in: [users] whether the shadow was trained on each.
     """
-    others = np.arange(models.shadows.shape[1]) != number
-    stand_in = UnderOtherModels(models.shadows[:, number], models.shadows[:, others], models.is_in[:, others])
-    return stand_in, models.is_in[:, number]
+
+    models: UnderOtherModels
+    is_in: BoolArray
+
+    @classmethod
+    def of(cls, models: UnderOtherModels, shadow: int) -> _StandIn:
+        """Put the shadow of this index in the place of the attacked model."""
+        others = np.arange(models.shadows.shape[1]) != shadow
+        shown = UnderOtherModels(models.shadows[:, shadow], models.shadows[:, others], models.is_in[:, others])
+        return cls(shown, models.is_in[:, shadow])
 
 
-def _mean_auroc(score: Score, stand_ins: Iterable[tuple[UnderOtherModels, BoolArray]]) -> float:
+def _mean_auroc(score: Score, stand_ins: Iterable[_StandIn]) -> float:
     """Return the mean AUROC of a score over stand-ins that saw some users and not others; 1/2 if there is none."""
     aurocs = []
     for models, is_in in stand_ins:
-        values = score(models)
         if is_in.any() and not is_in.all():
+            values = score(models)
             aurocs.append(auroc(values[is_in], values[~is_in]))
     return float(np.mean(aurocs)) if aurocs else 0.5

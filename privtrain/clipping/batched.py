@@ -13,6 +13,10 @@ Embeddings are always kept as factors: their memory grows with the rows touched.
 A gradient of numbers is *dense* here, one of factors an :class:`~.factors.Outer` (linear layers) or a
 :class:`~.factors.Lookup` (embeddings). A tensor has a *use* for each call of a layer that it belongs to.
 
+A norm from factors is *doubtful* where rounding may be too large a part of it (:func:`.factors.squared_norms_of`). It
+is *settled*, that is measured anew in float64, when doubts are looked at: together for all tensors, since looking waits
+for the device; of a tensor whose gradients are dropped, before they are.
+
 **A unit's numbers are its own, bit for bit.** Nothing here is computed in a shape, or by a path, that the other units
 of the microbatch decide. What is computed for all rows at once is so for all rows of the microbatch, padding included,
 whose number is a constant; a unit's rows are then added one after another. What joins the rows of a unit is computed
@@ -65,10 +69,17 @@ class UnitGradients:
         self._counts = list(rows_of_unit)
         self._device = device
         self._num_units = len(self._counts)
-        self._ends = [first_row + sum(self._counts[: i + 1]) for i in range(self._num_units)]
+        #: Of each unit, its first row and the row after its last.
+        self._firsts: list[int] = []
+        self._ends: list[int] = []
+        row = first_row
+        for count in self._counts:
+            self._firsts.append(row)
+            row += count
+            self._ends.append(row)
         #: The rows that belong to a unit.
-        self.rows = slice(first_row, first_row + sum(self._counts))
-        self._firsts = [end - count for end, count in zip(self._ends, self._counts, strict=True)]
+        self.rows = slice(first_row, row)
+        #: Units of one row.
         self._singles = [unit for unit, count in enumerate(self._counts) if count == 1]
         #: [rows] the first row of each row's unit; for a row without a unit the row itself. Made when it is needed.
         self._first_of_row: torch.Tensor | None = None
@@ -81,11 +92,11 @@ class UnitGradients:
         self._groups: list[tuple[list[str], torch.Tensor]] = []
         #: Squared norms, and what they could be without cancellation, [units] each.
         self._measured: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-        #: By the tensor's name, if its norms come from fp32 Gram matrices: whether each unit's is too inexact and must
-        #: be taken in float64, [units]. Stays on the device until it is looked at for all tensors together.
+        #: By the tensor's name, if its norms come from factors: whether each unit's is doubtful, [units]. Stays on the
+        #: device until it is looked at for all tensors together.
         self._doubtful: dict[str, torch.Tensor] = {}
         self._zero = torch.zeros(self._num_units, dtype=torch.float64, device=device)
-        #: Squared norms of the products that were added, of the tensors whose norms were taken from factors.
+        #: Of the tensors whose norms were taken from factors: [units] squared norms of the products that were added.
         self._added: dict[str, torch.Tensor] = {}
         self._grams = GramCache()
 
@@ -137,27 +148,32 @@ class UnitGradients:
         all together and each of the others by itself.
         """
         if name in self._dense:
-            self._measured[name] = self._of_units(squared_norms(self._dense[name])), self._zero
-            self._dense[name] = self._of_units(self._dense[name])
+            dense = self._dense[name]
+            self._measured[name] = self._of_units(squared_norms(dense)), self._zero
+            self._dense[name] = self._of_units(dense)
             return
+
+        # All units are filled in below, in place. An unused tensor stays zero.
         squares, uncancelled = self._zero.clone(), self._zero.clone()
-        self._measured[name] = squares, uncancelled  # filled in place below
+        self._measured[name] = squares, uncancelled
         outers, lookups = self._outers.get(name, []), self._lookups.get(name, [])
         if not (outers or lookups):
             return
         is_doubtful = torch.zeros(self._num_units, dtype=torch.bool, device=self._device)
         self._doubtful[name] = is_doubtful
+
         if self._singles:
             rows = [self._firsts[unit] for unit in self._singles]
             by_row = squared_norms_of(outers, lookups, self._grams)
             squares[self._singles] = by_row.squares[rows]
             uncancelled[self._singles] = by_row.uncancelled[rows]
             is_doubtful[self._singles] = by_row.is_doubtful[rows]
+
         for unit, num_rows in enumerate(self._counts):
             if num_rows < 2:  # measured above
                 continue
             own_outers, own_lookups = self._of_unit(name, unit)
-            # With all its rows in a line, a unit may be cheaper to multiply out.
+            # A unit has more tokens than each of its rows, so it may be cheaper to multiply out than a row is.
             if not lookups and len(outers) == 1 and _is_cheap(own_outers[0]):
                 product = Product(own_outers, own_lookups)
                 for block in product.blocks:
@@ -171,18 +187,17 @@ class UnitGradients:
     def drop(self, name: str) -> None:
         """Take the norms of a tensor and drop its gradients."""
         self.measure(name)
-        if name in self._doubtful:  # settle this tensor's doubts now: without its gradients it would be too late
+        if name in self._doubtful:  # without its gradients it could not be settled later
             is_doubtful = self._doubtful.pop(name)
             self._settle_tensor(name, is_doubtful.cpu().numpy())
-        for kept in (self._dense, self._outers, self._lookups):
-            kept.pop(name, None)
+        self._dense.pop(name, None)
+        self._outers.pop(name, None)
+        self._lookups.pop(name, None)
 
     def squares(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return [slots, units] squared norms in float64, and what they could be if no contributions cancelled.
 
-        A square from fp32 Gram matrices is *doubtful* where rounding may exceed 2e-5 of it, because tokens cancel or
-        leave fp32's range (:func:`.factors.squared_norms_of`). Waits for the device, to see which ones are doubtful,
-        and measures these anew in float64.
+        Settles the doubtful ones, which waits for the device.
         """
         squares, uncancelled, doubts = self.squares_and_doubts()
         if not len(doubts):
@@ -208,7 +223,7 @@ class UnitGradients:
         return squares, uncancelled, torch.zeros(0, self._num_units, dtype=torch.bool, device=self._device)
 
     def settle(self, doubts: np.ndarray) -> None:
-        """Measure in float64 the norms that are in doubt.
+        """Measure the doubtful norms anew, in float64.
 
         Args:
             doubts: [tensors, units] bool on the CPU, the third result of :meth:`squares_and_doubts`.
@@ -266,13 +281,13 @@ class UnitGradients:
             total: the flat sum, int64.
             weights: [slots, units] of :func:`.exact_sum.on_grid`.
         """
+        outs = {slot.name: self._layout.view(total, slot) for slot in self._layout.slots}
         index_of = {slot.name: i for i, slot in enumerate(self._layout.slots)}
-        remaining = {slot.name: slot for slot in self._layout.slots}  # tensors that no group has added yet
         for names, group in self._groups:
-            outs = [self._layout.view(total, remaining.pop(name)) for name in names]
-            exact_sum.add_groups(outs, group, weights[[index_of[name] for name in names]])
-        for name, slot in remaining.items():
-            self.add_kept(name, self._layout.view(total, slot), weights[index_of[name]])
+            weights_of_group = weights[[index_of[name] for name in names]]
+            exact_sum.add_groups([outs.pop(name) for name in names], group, weights_of_group)
+        for name, out in outs.items():  # tensors that no group has added
+            self.add_kept(name, out, weights[index_of[name]])
 
     def add_kept(self, name: str, out: torch.Tensor, weights: torch.Tensor) -> None:
         """Add one kept tensor like :meth:`add_weighted`: ``out`` is its part of the sum, ``weights`` are [units]."""
@@ -321,10 +336,10 @@ class UnitGradients:
         """
         if not self._added:
             return None
-        names = [slot.name for slot in self._layout.slots]
+        index_of = {slot.name: i for i, slot in enumerate(self._layout.slots)}
         measured_when_added = torch.stack(list(self._added.values())).cpu()
         added = squares.clone()
-        added[[names.index(name) for name in self._added]] = measured_when_added
+        added[[index_of[name] for name in self._added]] = measured_when_added
         return torch.where(added == -1.0, squares, added)  # -1: a unit that was not added
 
     def _note_added(self, name: str, units: Sequence[int], squares: torch.Tensor) -> None:
@@ -336,7 +351,8 @@ class UnitGradients:
 
     def rows_of(self, chosen: torch.Tensor) -> torch.Tensor:
         """Return the places of some units' rows among the rows of all units; ``chosen`` is [units] bool, on the CPU."""
-        places = np.flatnonzero(np.repeat(chosen.numpy(), self._counts))
+        is_row_chosen = np.repeat(chosen.numpy(), self._counts)
+        places = np.flatnonzero(is_row_chosen)
         return torch.from_numpy(places).to(self._device, non_blocking=True)
 
     def _is_dense(self, gradient: Gradient) -> bool:

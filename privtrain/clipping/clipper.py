@@ -29,6 +29,7 @@ from torch import nn
 from privtrain.clipping import exact_sum, fallback, opacus_rules, refusals, rules, styles
 from privtrain.clipping.batched import UnitGradients, slots_by_tensor
 from privtrain.clipping.capture import Calls, captured
+from privtrain.clipping.diagnostics import ClippingDiagnostics
 from privtrain.clipping.factors import exact_fp32, squared_norms
 from privtrain.clipping.passes import Passes, slots_of
 from privtrain.clipping.random_state import RandomState
@@ -59,40 +60,6 @@ _KEPT_SHARE = 0.45
 _MOSTLY_TRAINED = 0.5
 
 
-@dataclasses.dataclass
-class ClippingDiagnostics:
-    """What happened on this rank in a step. Private: none of it is covered by ε.
-
-    An *owner* is a unit, by its position among the rank's units of the step.
-
-    Attributes:
-        num_units: units that were added.
-        num_clipped: those whose gradient was made smaller.
-        num_nonfinite: those that counted as zero, since their loss or gradient is not finite.
-        sum_norms: of the gradients of finite units, before clipping.
-        shares_within: of each unit, from 0 to 1, how far it is within the clipping norm (:func:`.styles.within`).
-        unit_losses: owner → its loss.
-        nonfinite_owners: the owners that counted as zero.
-    """
-
-    num_units: int = 0
-    num_clipped: int = 0
-    num_nonfinite: int = 0
-    sum_norms: float = 0.0
-    shares_within: list[float] = dataclasses.field(default_factory=list)
-    unit_losses: dict[int, float] = dataclasses.field(default_factory=dict)
-    nonfinite_owners: list[int] = dataclasses.field(default_factory=list)
-
-    @property
-    def sum_losses(self) -> float:
-        """Sum of the losses of units whose loss is finite."""
-        return math.fsum(loss for loss in self.unit_losses.values() if math.isfinite(loss))
-
-    def add_loss(self, owner: int, loss: float) -> None:
-        """Add a row's part of its unit's loss."""
-        self.unit_losses[owner] = self.unit_losses.get(owner, 0.0) + loss
-
-
 @dataclasses.dataclass(frozen=True)
 class Measured:
     """What is known of a microbatch before anything of it is added; on the CPU, where no other unit changes an order.
@@ -112,7 +79,7 @@ class Measured:
         return all(map(math.isfinite, losses)) and bool(np.isfinite(self.squares.numpy()).all())
 
 
-#: Takes the place of an error where a microbatch failed because something in it is not finite.
+#: Stands for an error where a microbatch failed because something in it is not finite.
 _NOT_FINITE = ArithmeticError("not finite")
 
 
@@ -205,7 +172,8 @@ class PerUnitClipper:
             self._find_rules(model)
         if self.route in ("one_unit", "two_pass"):
             self._refuse_reentrant()
-        self._model, self._widest = model, 0  # tokens of the widest row so far
+        self._model = model
+        self._widest = 0  # tokens of the widest row so far
         self._open: _OpenUnit | None = None
         self._saw_every_use = False  # whether hooks were found to see every trainable tensor
         self._is_rehearsed = False  # whether a second pass was found to work
@@ -344,17 +312,27 @@ class PerUnitClipper:
         before = RandomState.of(self._device)
         failure = self._add_batch(batch)
         if failure is _NOT_FINITE:
-            self.num_split += 1
-            # Each unit alone. Where ranks must run equally many passes, one for each row: no rank has more units.
-            num_turns = len(batch.owner) if self._equal_passes else len(batch.owners)
-            for index in range(num_turns):
-                with before.replayed():
-                    failure = self._add_batch(batch.alone(index), is_alone=True)
-                if failure is not None:
-                    raise failure
+            self._add_alone(batch, before)
+            return True
         if failure is not None:
             self._fall_back(failure, batch)
         return failure is None
+
+    def _add_alone(self, batch: Microbatch, before: RandomState) -> None:
+        """Add the units of a microbatch one by one, each alone in its own rows and with its own dropout.
+
+        Args:
+            batch: in which something is not finite.
+            before: the random state that its first pass began with.
+        """
+        self.num_split += 1
+        # Where ranks must run equally many passes, each runs one for each row: no rank has more units.
+        num_passes = len(batch.owner) if self._equal_passes else len(batch.owners)
+        for index in range(num_passes):
+            with before.replayed():
+                failure = self._add_batch(batch.alone(index), is_alone=True)
+            if failure is not None:
+                raise failure
 
     def _add_batch(self, batch: Microbatch, *, is_alone: bool = False) -> Exception | None:
         """Add the units of one microbatch, or return why nothing of it was added.
@@ -384,14 +362,14 @@ class PerUnitClipper:
                 return failure
 
             # Leave, with nothing added, if the pass refused a layer or found something that is not finite.
-            refusal = passes.refusal
-            measured = self._measured_once(row_losses, gradients) if refusal is None else None
+            measured = self._measured_once(row_losses, gradients) if passes.refusal is None else None
             is_finite = measured is not None and measured.is_finite([measured.losses[row] for row in rows])
             # A single unit has no mates to harm, but ranks that run equal passes have to decide alike.
-            if not is_alone and self._any_rank(not is_finite) and (self._equal_passes or len(batch.owners) > 1):
-                return refusal or _NOT_FINITE
+            may_split = not is_alone and (self._equal_passes or len(batch.owners) > 1)
+            if may_split and self._any_rank(not is_finite):
+                return passes.refusal or _NOT_FINITE
             if measured is None:
-                return refusal
+                return passes.refusal
 
             # On the first microbatch, see that a second pass works while nothing is added yet.
             try:
@@ -410,11 +388,11 @@ class PerUnitClipper:
         """Bring losses and norms to the CPU in one transfer, so that the device is waited for once."""
         with exact_fp32(self._device):
             on_device = [losses, *gradients.squares_and_doubts()]
+            # One vector of all of them, which is cut up again on the CPU.
             numbers = torch.cat([value.double().flatten() for value in on_device]).cpu()
             flat = numbers.split([value.numel() for value in on_device])
-            losses, squares, uncancelled, doubts = (
-                part.view(value.shape) for part, value in zip(flat, on_device, strict=True)
-            )
+            on_cpu = [part.view(value.shape) for part, value in zip(flat, on_device, strict=True)]
+            losses, squares, uncancelled, doubts = on_cpu
             if doubts.numpy().any():  # norms that fp32 leaves in doubt are taken again
                 gradients.settle(doubts.numpy())
                 settled, _ = gradients.squares()
@@ -463,19 +441,23 @@ class PerUnitClipper:
             return
         devices = [self._device] if self._device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):  # a replay may begin elsewhere, and must see the same dropout
-            seen = self._seen_by_hooks(batch)
-            unseen = {name: p for name, p in self.layout.parameters.items() if name not in seen}
-            if unseen:
-                loss = self._row_losses(batch.input_ids[:1], batch.target_mask[:1]).sum()
-                gradients = torch.autograd.grad(loss, list(unseen.values()), allow_unused=True)
-                hidden = [name for name, gradient in zip(unseen, gradients, strict=True) if gradient is not None]
-                if hidden:
-                    raise UnsupportedLayer(
-                        f"tensor {hidden[0]!r} has a gradient, but its module is not called as one: a fused kernel "
-                        "reads the weight and hides the activations. Switch it off, or set "
-                        "performance.clipping_route: one_unit"
-                    )
+            hidden = self._hidden_from_hooks(batch)
+        if hidden:
+            raise UnsupportedLayer(
+                f"tensor {hidden[0]!r} has a gradient, but its module is not called as one: a fused kernel reads the "
+                "weight and hides the activations. Switch it off, or set performance.clipping_route: one_unit"
+            )
         self._saw_every_use = True
+
+    def _hidden_from_hooks(self, batch: Microbatch) -> list[str]:
+        """Return the names of the slots that hooks do not see in a pass over the first row, but autograd does."""
+        seen = self._seen_by_hooks(batch)
+        unseen = {name: p for name, p in self.layout.parameters.items() if name not in seen}
+        if not unseen:
+            return []
+        loss = self._row_losses(batch.input_ids[:1], batch.target_mask[:1]).sum()
+        gradients = torch.autograd.grad(loss, list(unseen.values()), allow_unused=True)
+        return [name for name, gradient in zip(unseen, gradients, strict=True) if gradient is not None]
 
     def _seen_by_hooks(self, batch: Microbatch) -> set[str]:
         """Return the names of the slots whose modules a pass over the first row calls as modules."""
@@ -497,25 +479,22 @@ class PerUnitClipper:
         num_units = len(batch.owners)
         if not num_units:
             return
-        gradients = passes.gradients
+        gradients, squares = passes.gradients, measured.squares
+        apart = self._apart(batch, measured)
         # Add most units together: what the first pass kept of them.
+        together = torch.tensor([unit not in apart for unit in range(num_units)])
         with exact_fp32(self._device):
-            squares = measured.squares
-            apart = self._cancelled(squares, measured.uncancelled)
-            if self._open is not None:
-                apart.add(0)
-            if batch.last_continues:
-                apart.add(num_units - 1)
-            together = torch.tensor([i not in apart for i in range(num_units)])
             factors = self._factors(squares, batch.owners)
             weights = self._on_grid(factors, together)
             gradients.add_weighted(self.total, weights)
 
         # Add what the first pass deferred, by a pass of its own. It can multiply out one unit besides: the first apart.
-        first_apart = min(apart, default=None)
-        gradient = {} if first_apart is None else self._begin(first_apart, gradients.unit(first_apart))
+        first_apart = apart[0] if apart else None
+        first_gradient: dict[str, torch.Tensor] = {}
+        if first_apart is not None:
+            first_gradient = self._with_earlier_rows(first_apart, gradients.unit(first_apart))
         if not passes.is_complete:
-            self._pass_again(passes, calls, weights, first_apart, gradient)
+            self._pass_again(passes, calls, weights, first_apart, first_gradient)
 
         # Take back, of what was kept, the units that came out longer than measured.
         longer = self._longer(gradients, squares, together)
@@ -528,17 +507,26 @@ class PerUnitClipper:
         self._count(squares, factors, together, batch.owners)
 
         # Multiply out the other units, each with its deferred part, and add them one by one.
-        for index in sorted(apart) + longer:
-            if index != first_apart:
+        for index in apart + longer:
+            if index == first_apart:
+                gradient = first_gradient
+            else:
                 gradient = gradients.unit(index)
-                # Not of a longer unit: it began here, and what is open by now may be the microbatch's last unit.
-                gradient = self._begin(index, gradient) if index in apart else gradient
                 if not passes.is_complete:  # the same pass takes back what a longer unit has added of it
                     back = torch.zeros_like(weights)
                     back[:, index] = taken_back[:, index]
                     self._pass_again(passes, calls, back, index, gradient)
             with exact_fp32(self._device):
                 self._add_unit(batch, index, gradient)
+
+    def _apart(self, batch: Microbatch | Line, measured: Measured) -> list[int]:
+        """Return the units, ascending, to multiply out at once: their tokens cancel, or they have rows elsewhere."""
+        apart = self._cancelled(measured.squares, measured.uncancelled)
+        if self._open is not None:  # the first unit began in the microbatch before
+            apart.add(0)
+        if batch.last_continues:
+            apart.add(len(batch.owners) - 1)
+        return sorted(apart)
 
     def _cancelled(self, squares: torch.Tensor, uncancelled: torch.Tensor) -> set[int]:
         """Return units to multiply out at once: their tokens cancel, or may leave fp32's range as they are added.
@@ -604,8 +592,8 @@ class PerUnitClipper:
         if is_used.numpy().any():
             passes.again(calls, add, gradients.rows_of(is_used))
 
-    def _begin(self, index: int, gradient: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Return what there is of a unit's gradient: of this microbatch, and of those before if it was left open.
+    def _with_earlier_rows(self, index: int, gradient: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return a unit's ``gradient`` in this microbatch, with that of its rows in those before if it was left open.
 
         Only a microbatch's first unit can go on with one left open, which is closed here; ``gradient`` is emptied then.
         """
@@ -628,7 +616,7 @@ class PerUnitClipper:
                 if unit == index:
                     self._add_row(batch, slice(row, row + 1), gradient)
             with exact_fp32(self._device):
-                self._add_unit(batch, index, self._begin(index, gradient))
+                self._add_unit(batch, index, self._with_earlier_rows(index, gradient))
         if self._equal_passes:  # padding rows run too, so that every rank runs as many passes; nothing is added
             for row, unit in enumerate(unit_of_row):
                 if unit < 0:
@@ -666,32 +654,35 @@ class PerUnitClipper:
             self._add_whole(owner, gradient)
 
     def _add_whole(self, owner: int, gradient: dict[str, torch.Tensor]) -> None:
-        """Clip one unit's whole gradient by its own norm, and add it."""
-        squares = torch.zeros(len(self.layout.slots), 1, dtype=torch.float64, device=self._device)
+        """Clip one unit's whole gradient by its own norm, and add it: as a microbatch of this unit alone."""
+        on_device = torch.zeros(len(self.layout.slots), 1, dtype=torch.float64, device=self._device)
         for i, slot in enumerate(self.layout.slots):
             if slot.name in gradient:
-                squares[i] = squared_norms(gradient[slot.name][None])
-        squares, chosen = squares.cpu(), torch.ones(1, dtype=torch.bool)
-        factors = self._factors(squares, (owner,))
-        self._count(squares, factors, chosen, (owner,))
-        weights = self._on_grid(factors, chosen)
+                on_device[i] = squared_norms(gradient[slot.name][None])
+        squares = on_device.cpu()  # [slots, units] for one unit, as factors and weights are below
+        owners, every_unit = (owner,), torch.ones(1, dtype=torch.bool)
+        factors = self._factors(squares, owners)
+        self._count(squares, factors, every_unit, owners)
+        weights = self._on_grid(factors, every_unit)
         for i, slot in enumerate(self.layout.slots):
             if slot.name in gradient:
                 exact_sum.add_units(self.layout.view(self.total, slot), gradient[slot.name][None], weights[i])
 
     def _factors(self, squares: torch.Tensor, owners: Sequence[int]) -> torch.Tensor:
         """Return [groups, units] clipping factors; 0 for units that are not finite."""
-        norms = styles.group_norms(squares, self._groups).masked_fill(self._is_lost(owners), torch.inf)
+        norms = styles.group_norms(squares, self._groups).masked_fill(self.diagnostics.is_lost(owners), torch.inf)
         return styles.factors(self._style, norms, self._clipping_norm)
 
-    def _is_lost(self, owners: Sequence[int]) -> torch.Tensor:
-        """Return [units] whether a unit's loss is not finite, though its gradient may be: the unit counts as zero."""
-        losses = [self.diagnostics.unit_losses.get(owner, 0.0) for owner in owners]
-        return torch.tensor([not math.isfinite(loss) for loss in losses], dtype=torch.bool)
-
     def _on_grid(self, factors: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-        """Return [slots, units] weights that turn gradients into grid steps; 0 for units that are not ``chosen``."""
-        return exact_sum.on_grid(torch.where(chosen, factors, 0.0)[self._groups], self.grid_exponent)
+        """Return [slots, units] weights that turn gradients into the grid steps in which ``total`` counts.
+
+        Args:
+            factors: [groups, units] clipping factors.
+            chosen: [units] bool; the weight of the others is 0.
+        """
+        of_groups = torch.where(chosen, factors, 0.0)
+        of_slots = of_groups[self._groups]
+        return exact_sum.on_grid(of_slots, self.grid_exponent)
 
     def _count(self, squares: torch.Tensor, factors: torch.Tensor, chosen: torch.Tensor, owners: Sequence[int]) -> None:
         """Add the ``chosen`` units to the diagnostics.
@@ -702,17 +693,15 @@ class PerUnitClipper:
             chosen: [units] bool.
             owners: the units' positions among the rank's.
         """
-        norms_of_all = styles.summed(squares)[0].sqrt().masked_fill(self._is_lost(owners), torch.inf)
+        norms = styles.summed(squares)[0].sqrt().masked_fill(self.diagnostics.is_lost(owners), torch.inf)
+        is_clipped = (factors < 1).any(dim=0)  # in any of the groups
         units = np.flatnonzero(chosen.numpy())
-        norms = norms_of_all.numpy()[units]
-        is_clipped = (factors < 1).any(dim=0).numpy()[units]
-        is_finite = np.isfinite(norms)
-        self.diagnostics.num_units += len(units)
-        self.diagnostics.num_clipped += int((is_clipped & is_finite).sum())
-        self.diagnostics.num_nonfinite += int((~is_finite).sum())
-        self.diagnostics.nonfinite_owners += [owners[unit] for unit in units[~is_finite].tolist()]
-        self.diagnostics.sum_norms += float(norms[is_finite].sum())
-        self.diagnostics.shares_within += styles.within(torch.from_numpy(norms), self._clipping_norm).numpy().tolist()
+        self.diagnostics.add_units(
+            [owners[unit] for unit in units.tolist()],
+            norms.numpy()[units],
+            is_clipped.numpy()[units],
+            self._clipping_norm,
+        )
 
 
 def _owning_modules(model: nn.Module, slot_of: Mapping[int, Slot]) -> dict[str, nn.Module]:
@@ -738,13 +727,16 @@ def _owning_modules(model: nn.Module, slot_of: Mapping[int, Slot]) -> dict[str, 
 
 
 def _checkpointing(model: nn.Module) -> str | None:
-    """Return how transformers checkpoints the model's layers: ``"reentrant"``, ``"non_reentrant"`` or ``None``."""
-    is_reentrant: set[bool] = set()
+    """Return how transformers checkpoints the model's layers: ``"reentrant"``, ``"non_reentrant"`` or ``None``.
+
+    It is re-entrant as soon as one layer is.
+    """
+    is_reentrant: list[bool] = []  # of each layer that is checkpointed
     for module in model.modules():
         if getattr(module, "gradient_checkpointing", False):
             # A partial of torch's checkpoint, which is re-entrant unless told otherwise.
             checkpoint = getattr(module, "_gradient_checkpointing_func", None)
-            is_reentrant.add(getattr(checkpoint, "keywords", {}).get("use_reentrant", True))
+            is_reentrant.append(getattr(checkpoint, "keywords", {}).get("use_reentrant", True))
     if not is_reentrant:
         return None
-    return "reentrant" if True in is_reentrant else "non_reentrant"
+    return "reentrant" if any(is_reentrant) else "non_reentrant"

@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 import torch
 
-#: Numbers that are summed in fp32 before float64 takes over.
+#: Features of which a float64 copy is made at a time.
 _BLOCK = 4096
 #: Numbers of a tensor that are worked on at a time: with their copies they stay in a CPU's cache; a GPU has kernels to
 #: save. Fewer than torch cuts among threads.
@@ -128,9 +128,13 @@ def squared_norms(values: torch.Tensor) -> torch.Tensor:
 
 
 def grouped_squared_norms(group: torch.Tensor) -> torch.Tensor:
-    """Return [rows, tensors] squared norms in float64 of small tensors of one shape, [rows, tensors, *shape]."""
-    numbers = _CPU_BLOCK if group.device.type == "cpu" else _LARGEST_BLOCK
-    parts = group.flatten(2).split(max(1, numbers // max(1, group[:, 0].numel())), dim=1)
+    """Return [rows, tensors] squared norms in float64 of small tensors of one shape, [rows, tensors, *shape].
+
+    Some tensors at a time, so that their float64 copies stay in the cache.
+    """
+    block_size = _CPU_BLOCK if group.device.type == "cpu" else _LARGEST_BLOCK
+    size_of_one = max(1, group[:, 0].numel())  # numbers of one tensor, all rows together
+    parts = group.flatten(2).split(max(1, block_size // size_of_one), dim=1)
     squares = [torch.linalg.vector_norm(part, dim=2, dtype=torch.float64).square() for part in parts]
     return squares[0] if len(squares) == 1 else torch.cat(squares, dim=1)
 
@@ -268,8 +272,8 @@ def _summed(ids: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torc
 def row_blocks(outer: Outer) -> list[slice]:
     """Return slices of the rows of a [p, d] tensor whose blocks a CPU's cache holds; of one device by p and d."""
     p, d = outer.left.shape[-1], outer.right.shape[-1]
-    numbers = _CPU_BLOCK if outer.left.device.type == "cpu" else _LARGEST_BLOCK
-    num_rows = max(1, numbers // d)
+    block_size = _CPU_BLOCK if outer.left.device.type == "cpu" else _LARGEST_BLOCK
+    num_rows = max(1, block_size // d)
     return [slice(start, min(start + num_rows, p)) for start in range(0, p, num_rows)]
 
 

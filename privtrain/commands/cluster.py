@@ -242,7 +242,7 @@ class _Schedule:
     Attributes:
         num_passes: forward passes, each with at least one backward pass.
         num_rows: rows of a pass.
-        num_units: units of which this rank holds the gradient, or its part of the gradient.
+        num_units: how often this rank forms a unit's gradient, or its part of one.
         num_gathers: how often a pass gathers sharded weights: 2, forward and backward; 3 with a second backward pass.
         reduced_bytes: bytes for each trained coordinate that a pass reduce-scatters, where gradients are sharded; 0
             where they are reduced once a step instead.
@@ -267,19 +267,30 @@ def _plain_schedule(job: Job, num_ranks: int) -> _Schedule:
 
 def _private_schedule(job: Job, num_ranks: int) -> _Schedule:
     """Return the schedule of private training, by how gradients are sharded and whether ranks cooperate on a unit."""
-    plain = _plain_schedule(job, num_ranks)
-    if not (job.is_full and job.layout.shards_gradients):
-        # Each pass writes at least one unit's gradient, also where several passes belong to one large unit.
-        return dataclasses.replace(plain, num_units=max(plain.num_units, plain.num_passes))
     if job.is_cooperative:
-        # Each rank has an equal share of every unit's rows, so it takes part in all units of the step.
-        num_rows = min(job.microbatch_size, math.ceil(job.records_per_unit / num_ranks))
-        num_passes = job.num_units * math.ceil(job.records_per_unit / (num_ranks * num_rows))
-        return _Schedule(num_passes, num_rows, job.num_units, rounds=2 if job.is_two_pass else 1)
-    # Each rank works on its own units. Every pass gathers weights for forward and each backward, and reduce-scatters
-    # int64 contributions, unless those of all passes are sent once at the end of the step.
-    gathers = 3 if job.is_two_pass else 2
-    return dataclasses.replace(plain, num_gathers=gathers, reduced_bytes=0 if job.sends_once else INT64_BYTES)
+        return _cooperative_schedule(job, num_ranks)
+    plain = _plain_schedule(job, num_ranks)
+    if job.is_full and job.layout.shards_gradients:
+        # Every pass gathers weights for forward and each backward, and reduce-scatters int64 contributions, unless
+        # those of all passes are sent once at the end of the step.
+        num_gathers = 3 if job.is_two_pass else 2
+        reduced_bytes = 0 if job.sends_once else INT64_BYTES
+        return dataclasses.replace(plain, num_gathers=num_gathers, reduced_bytes=reduced_bytes)
+    # A unit of many rows takes several passes, and each of them forms a gradient of it.
+    return dataclasses.replace(plain, num_units=max(plain.num_units, plain.num_passes))
+
+
+def _cooperative_schedule(job: Job, num_ranks: int) -> _Schedule:
+    """Return the schedule where all ranks take part in every unit of the step, each with an equal share of its rows."""
+    rows_of_rank = math.ceil(job.records_per_unit / num_ranks)
+    num_rows = min(job.microbatch_size, rows_of_rank)
+    passes_per_unit = math.ceil(job.records_per_unit / (num_ranks * num_rows))
+    return _Schedule(
+        num_passes=job.num_units * passes_per_unit,
+        num_rows=num_rows,
+        num_units=job.num_units,
+        rounds=2 if job.is_two_pass else 1,
+    )
 
 
 def _plain_seconds(job: Job, cluster: Cluster) -> dict[str, float]:
@@ -351,8 +362,9 @@ def _passes(
     launch_seconds = num_kernels * cluster.utilisation.launch_seconds
     collective_seconds = 0.0
     if layout.shards_parameters:
-        weight_bytes = _BF16_BYTES * work.num_frozen + (_FP32_BYTES * work.num_trained if job.is_full else 0)
-        collective_seconds += schedule.num_gathers * cluster.collect(weight_bytes)
+        frozen_bytes = _BF16_BYTES * work.num_frozen
+        trained_bytes = _FP32_BYTES * work.num_trained if job.is_full else 0  # adapters are not sharded
+        collective_seconds += schedule.num_gathers * cluster.collect(frozen_bytes + trained_bytes)
     if layout.shards_gradients and job.is_full:
         collective_seconds += cluster.collect(schedule.reduced_bytes * work.num_trained)
     num_passes = schedule.rounds * schedule.num_passes

@@ -244,9 +244,14 @@ def _rarest_words(tokenizer: PreTrainedTokenizerBase, wanted: int) -> list[int]:
 
 
 def draw_secret(section: CanariesSection, tokenizer: PreTrainedTokenizerBase | None, stream: KeyStream) -> str:
-    """Draw a secret from the distribution of this kind, for a canary or for a candidate that it is compared with."""
+    """Draw a secret, for a canary or for a candidate that it is compared with.
+
+    The kind ``template`` has digits for a secret; ``random_tokens`` and ``shared_substring`` have tokens, which take
+    the tokenizer. The other kinds do not draw secrets one by one.
+    """
     if section.kind == TEMPLATE:
-        return digits_of(int(stream.uint64(1)[0]) % 10**section.num_digits, section.num_digits)
+        number = int(stream.uint64(1)[0]) % 10**section.num_digits
+        return digits_of(number, section.num_digits)
     assert tokenizer is not None
     ids: list[int] = []
     while len(ids) < section.num_tokens:

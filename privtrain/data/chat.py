@@ -85,6 +85,7 @@ def writes_date(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def _asks_for_today(template: str) -> bool:
+    """Return whether a template calls the function that gives today's date."""
     return "strftime_now" in template
 
 
@@ -98,6 +99,11 @@ def end_marks(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     encoded: Any = tokenizer(after_answer, add_special_tokens=False, verbose=False)
     special_ids = {*tokenizer.all_special_ids, *getattr(tokenizer, "added_tokens_decoder", {})}
     return [token for token in encoded["input_ids"] if token in special_ids][:1]
+
+
+def _unfit(problem: str) -> ConfigError:
+    """Return the error for a chat template that cannot be trained on."""
+    return ConfigError([Fault("data.chat_template_file", problem)])
 
 
 class ChatRenderer:
@@ -116,6 +122,7 @@ class ChatRenderer:
         self, data: DataSection, tokenizer: PreTrainedTokenizerBase, complaints: collections.Counter[str]
     ) -> None:
         self._tokenizer = tokenizer
+        self._complaints = complaints
         if data.chat_template_file is not None:
             content = reading.read_bytes(data.chat_template_file, follow_links=True)
             try:
@@ -125,67 +132,63 @@ class ChatRenderer:
         if isinstance(tokenizer.chat_template, dict):  # several by name, as some models have for tools
             tokenizer.chat_template = tokenizer.chat_template.get("default")
         template = tokenizer.chat_template
-        key = "data.chat_template_file"
         if not isinstance(template, str):
-            problem = (
+            raise _unfit(
                 "the tokenizer has no chat template of its own, as those of base models have none; give the Jinja file "
                 "of the model that you will serve, or train the instruct model"
             )
-            raise ConfigError([Fault(key, problem)])
         if not getattr(tokenizer, "is_fast", False):
             raise ConfigError(
                 [Fault("data.format", "chat needs a fast tokenizer, which knows the characters of a token")]
             )
         self._marks_itself = _GENERATION.search(template) is not None
-        self._complaints = complaints
-        try:
-            whole, spans = self._spans(_PROBE)
-        except Exception as error:  # noqa: BLE001 - as below
-            raise ConfigError([Fault(key, f"the chat template cannot be rendered: {error}")]) from None
-        if len(spans) != 2 or not all(start < end for start, end in spans):
-            raise ConfigError(
-                [
-                    Fault(
-                        key,
-                        "the model's chat template changes earlier turns when later ones are added, so the "
-                        "assistant's tokens cannot be told apart exactly; give a template that marks them with "
-                        "{% generation %} … {% endgeneration %}",
-                    )
-                ]
-            )
+        self._check_template()
 
-        self._check_ends(whole, spans, key)
-
-    def _check_ends(self, whole: str, spans: list[tuple[int, int]], key: str) -> None:
-        """Raise unless what is predicted of an answer ends in something that is no part of it: a mark, or words.
-
-        Args:
-            whole: the probe conversation, rendered.
-            spans: (start, end) of the characters that the template marks, for each answer.
-            key: key of the configuration, for the error.
+    def _check_template(self) -> None:
+        """Raise unless the template keeps the answers of the public conversation apart, each with a mark at its end.
 
         Raises:
-            ConfigError: if the template ends no answer, or closes a generation block before the end mark.
+            ConfigError: otherwise.
         """
-        special_tokens = tuple(mark for mark in self._tokenizer.all_special_tokens if mark)
         answers = [message["content"] for message in _PROBE if message["role"] == "assistant"]
+        try:
+            whole, spans = self._spans(_PROBE)
+        except Exception as error:  # noqa: BLE001 - a template may raise anything
+            raise _unfit(f"the chat template cannot be rendered: {error}") from None
+        if len(spans) != len(answers) or not all(start < end for start, end in spans):
+            raise _unfit(
+                "the model's chat template changes earlier turns when later ones are added, so the assistant's tokens "
+                "cannot be told apart exactly; give a template that marks them with "
+                "{% generation %} … {% endgeneration %}"
+            )
         for (start, end), answer in zip(spans, answers, strict=True):
-            _, _, marked_after_answer = whole[start:end].rpartition(answer)
-            after_block = whole[end:].lstrip()
-            # White space in the block may end an answer by itself, unless the end mark comes right after the block.
-            is_blank = not marked_after_answer.strip()
-            if not self._marks_itself and is_blank:
-                problem = (
-                    "the chat template puts no mark after an answer, so the model would never learn to stop; give a "
-                    "template that writes {{ eos_token }} there"
-                )
-                raise ConfigError([Fault(key, problem)])
-            if is_blank and (not marked_after_answer or after_block.startswith(special_tokens)):
-                problem = (
-                    "the chat template closes {% endgeneration %} before the mark that ends an answer, so the model "
-                    "would never learn to stop; put the end mark inside the generation block"
-                )
-                raise ConfigError([Fault(key, problem)])
+            _, _, end_mark = whole[start:end].rpartition(answer)
+            self._check_end(end_mark, after_span=whole[end:])
+
+    def _check_end(self, end_mark: str, after_span: str) -> None:
+        """Raise unless a model that learns to write an answer also learns to end it.
+
+        Args:
+            end_mark: what follows the answer among the characters that are predicted.
+            after_span: what follows those.
+
+        Raises:
+            ConfigError: if nothing ends the answer, or the template closes its generation block before the end mark.
+        """
+        if end_mark.strip():  # a special token, or words
+            return
+        if not self._marks_itself:
+            raise _unfit(
+                "the chat template puts no mark after an answer, so the model would never learn to stop; give a "
+                "template that writes {{ eos_token }} there"
+            )
+        # White space in the block may be a template's own end mark, unless a special token comes right after the block.
+        special_tokens = tuple(token for token in self._tokenizer.all_special_tokens if token)
+        if not end_mark or after_span.lstrip().startswith(special_tokens):
+            raise _unfit(
+                "the chat template closes {% endgeneration %} before the mark that ends an answer, so the model would "
+                "never learn to stop; put the end mark inside the generation block"
+            )
 
     def encode(self, messages: Messages) -> Record:
         """Return tokens of a conversation; predicted are those that begin within an assistant turn.
@@ -205,9 +208,9 @@ class ChatRenderer:
         starts = [start for start, _ in spans]
         is_target = np.zeros(len(tokens), dtype=bool)
         for position, (begin, end) in enumerate(encoded["offset_mapping"]):  # characters of each token
-            number = bisect.bisect_right(starts, begin) - 1  # of the last span that starts at or before the token
-            if number >= 0 and begin < end:  # some tokens stand for no character
-                _, end_of_span = spans[number]
+            last_span = bisect.bisect_right(starts, begin) - 1  # index of the last that starts at or before the token
+            if last_span >= 0 and begin < end:  # some tokens stand for no character
+                _, end_of_span = spans[last_span]
                 is_target[position] = begin < end_of_span
         is_target[:1] = False  # nothing comes before the first token to predict it from
         return Record(tokens, is_target)

@@ -6,9 +6,9 @@
 * ``chat``: ``[{"content":"Open?","role":"user"},{"content":"Yes.","role":"assistant"}]``
 * ``classification``: ``{"label":1,"texts":["Open?"]}``, with the label's place in ``data.labels``
 
-A row that has nothing to learn from (no text, no
-completion, no assistant turn with words or a tool call, a label that ``data.labels`` does not name) becomes an empty
-string: whether a row is kept depends on that row alone, so neighbouring data sets keep the same other rows.
+A row that has nothing to learn from (no text, no completion, no assistant turn with words or a tool call, a label that
+``data.labels`` does not name) becomes an empty string: whether a row is kept depends on that row alone, so neighbouring
+data sets keep the same other rows.
 """
 
 from __future__ import annotations
@@ -91,41 +91,42 @@ def written(record: str, data: DataSection) -> str:
 
 def why_unusable(data: DataSection, values: Sequence[object]) -> Unusable:
     """Return the reason why :func:`canonical` rejects a row; only for rows that it does reject."""
-    keys = [f"data.{key}" for key in data.column_keys]
     if has_half_pair(_as_text(data, values)):
         return Unusable("half of a surrogate pair in its text, as of an emoji that was cut; take it out")
+    # Each value with the key that names its column.
+    (first, first_key), *others = zip(values, (f"data.{key}" for key in data.column_keys), strict=True)
     match data.format:
         case "text":
-            return Unusable(_text_problem(values[0], keys[0]))
+            return Unusable(_text_problem(first, first_key))
         case "prompt_completion":
-            has_valid_prompt = values[0] is None or isinstance(values[0], str)  # a prompt may be empty or missing
-            faulty = 1 if has_valid_prompt else 0
-            return Unusable(_text_problem(values[faulty], keys[faulty]))
+            ((completion, completion_key),) = others
+            if first is None or isinstance(first, str):  # a prompt may be empty or missing: it is the completion
+                return Unusable(_text_problem(completion, completion_key))
+            return Unusable(_text_problem(first, first_key))
         case "chat":
-            return Unusable(f"{_conversation_problem(values[0])} ({keys[0]})")
+            return Unusable(f"{_conversation_problem(first)} ({first_key})")
         case "classification":
-            if isinstance(values[0], float | bool):
-                return Unusable(
-                    f"{_kind(values[0])} that is neither whole nor text for a label ({keys[0]}); convert it"
-                )
-            if _label_number(data, values[0]) is None:
-                return Unusable(f"{_label_problem(data, values[0])} ({keys[0]})")
-            texts = zip(values[1:], keys[1:], strict=True)
-            return Unusable(next(_text_problem(text, key) for text, key in texts if not _content(text).strip()))
+            if _label_number(data, first) is None:
+                return Unusable(_label_problem(data, first, first_key))
+            empty = [_text_problem(text, key) for text, key in others if not _content(text).strip()]
+            return Unusable(empty[0])
 
 
-def _label_problem(data: DataSection, label: object) -> str:
-    """Return why a value is none of the declared labels, without quoting it."""
+def _label_problem(data: DataSection, label: object, key: str) -> str:
+    """Return why a value is none of the declared labels, without quoting it; ``key`` names its column."""
+    if isinstance(label, float | bool):
+        return f"{_kind(label)} that is neither whole nor text for a label ({key}); convert it"
     if label is None or label == "":
-        return "no label"
+        return f"no label ({key})"
     if not isinstance(label, int | str):
-        return f"{_kind(label)} where one label is needed"
-    text, names = str(label).strip(), [str(name) for name in data.labels or ()]
+        return f"{_kind(label)} where one label is needed ({key})"
+    text = str(label).strip()
+    names = [str(name) for name in data.labels or ()]
     if text.casefold() in map(str.casefold, names):
-        return "a label that data.labels writes in other case"
+        return f"a label that data.labels writes in other case ({key})"
     if text.endswith(".0") and text[:-2] in names:
-        return "a label with .0 behind, which data.labels names without; convert the column to whole numbers"
-    return "a label that data.labels does not name"
+        return f"a label with .0 behind, which data.labels names without; convert the column to whole numbers ({key})"
+    return f"a label that data.labels does not name ({key})"
 
 
 def _text_problem(value: object, key: str) -> str:
@@ -173,6 +174,7 @@ def _conversation_problem(value: object) -> str:
 
 
 def _content(value: object) -> str:
+    """Return a text as it is; nothing for what is no text."""
     return value if isinstance(value, str) else ""
 
 
@@ -221,6 +223,7 @@ def is_learned(message: Mapping[str, Any]) -> bool:
 
 
 def _is_answer(message: dict[str, Any]) -> bool:
+    """Return whether a turn is learned, with words or a tool call."""
     return is_learned(message) and bool(message["content"].strip() or message.get("tool_calls"))
 
 
@@ -228,8 +231,9 @@ def _label_number(data: DataSection, label: object) -> int | None:
     """Return the label's place in ``data.labels``; 1 and "1" are the same label, since CSV has no numbers."""
     if isinstance(label, bool) or not isinstance(label, int | str):
         return None
-    name, names = str(label).strip(), [str(name) for name in data.labels or ()]
-    return names.index(name) if name in names else None
+    text = str(label).strip()
+    names = [str(name) for name in data.labels or ()]
+    return names.index(text) if text in names else None
 
 
 def _dump(value: object) -> str:

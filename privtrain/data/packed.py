@@ -83,6 +83,7 @@ class Names(Sequence[str]):
     __hash__ = None  # type: ignore[assignment]
 
     def _encoded(self, place: int) -> bytes:
+        """Return the id at a place, as UTF-8."""
         start = self._ends[place - 1] if place else 0
         return bytes(self._bytes[start : self._ends[place]])
 
@@ -145,7 +146,7 @@ class UserIndices(OrderedMapping[tuple[int, ...]]):
         self._ends.append(len(self._indices))
 
     def at(self, place: int) -> tuple[int, ...]:
-        """Return the record indices of the user who was added as number ``place``, from 0."""
+        """Return the record indices of the user at ``place``, from 0 in the order of adding."""
         start = self._ends[place - 1] if place else 0
         return tuple(self._indices[start : self._ends[place]])
 
@@ -153,11 +154,12 @@ class UserIndices(OrderedMapping[tuple[int, ...]]):
         """Return [users] number of indices of each."""
         return np.diff(np.array(self._ends, dtype=np.int64), prepend=0)
 
-    def owner(self, number: int) -> tuple[int, int]:
-        """Return (place of the user, record index) of one entry, if the indices of all users are numbered through."""
-        if not 0 <= number < len(self._indices):
-            raise IndexError(number)
-        return bisect.bisect_right(self._ends, number), self._indices[number]
+    def owner(self, entry: int) -> tuple[int, int]:
+        """Return (place of the user, record index) of an entry, from 0 over the indices of all users in order."""
+        if not 0 <= entry < len(self._indices):
+            raise IndexError(entry)
+        place = bisect.bisect_right(self._ends, entry)  # users before it end at or before the entry
+        return place, self._indices[entry]
 
     @property
     def num_indices(self) -> int:

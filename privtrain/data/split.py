@@ -123,8 +123,8 @@ def split_users(
     # The held-out records that perplexity is measured on.
     chosen = root_key.stream("evaluation").choose(evaluation_candidates.num_indices, data.num_evaluation_records)
     evaluation = []
-    for number in chosen:
-        place, index = evaluation_candidates.owner(number)
+    for entry in chosen:
+        place, index = evaluation_candidates.owner(entry)
         evaluation.append((evaluation_candidates.names[place], index))
 
     # The invented users, who are not in the data: they give no record to the attacker.

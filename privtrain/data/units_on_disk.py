@@ -78,7 +78,7 @@ class _Place(NamedTuple):
 
 
 def _record(training: UserIndices, number: int) -> _Place:
-    """Return where a training record is, if all users' are numbered through."""
+    """Return where training record ``number`` is, from 0 over all users' records in order."""
     place, index = training.owner(number)
     return _Place(training.names[place], index)
 

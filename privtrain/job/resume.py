@@ -36,6 +36,7 @@ put in its place, must not look like a run that never began, since its steps may
 from __future__ import annotations
 
 import dataclasses
+import math
 import pathlib
 from collections import Counter
 
@@ -93,8 +94,9 @@ def decide(
         LedgerCorrupt: if the checkpoint rests on steps that the ledger does not know: then the ledger lost records.
     """
     # state.path: the steps of the current model in order, also across generations; abandoned ones are not on it.
-    behind = [entry for entry in state.path if entry.step < checkpoint_step]
-    if len(behind) != checkpoint_step or (behind and behind[-1].generation != checkpoint_generation):
+    kept = [entry for entry in state.path if entry.step < checkpoint_step]
+    to_replay = [entry for entry in state.path if entry.step >= checkpoint_step]
+    if len(kept) != checkpoint_step or (kept and kept[-1].generation != checkpoint_generation):
         raise LedgerCorrupt(
             f"the newest checkpoint has {checkpoint_step} steps of generation {checkpoint_generation} behind it, which "
             "the ledger does not show: one of them was replaced. Restore both from one backup or start a new run"
@@ -103,22 +105,20 @@ def decide(
         return Continuation(
             generation=0, start_step=0, end_step=num_steps, num_replayed=0, num_abandoned=0, first_step=0
         )
-    to_replay = [entry for entry in state.path if entry.step >= checkpoint_step]
+
     # Also with nothing to replay: a copy of the directory may be going on from here under the old environment.
     is_other_environment = environment != state.environment
     # The present secret draws other samples for the steps of an earlier generation.
-    if is_other_environment or any(entry.generation != state.generation for entry in to_replay):
+    crosses_generations = any(entry.generation != state.generation for entry in to_replay)
+    if is_other_environment or crosses_generations:
         return next_generation(state, num_steps=num_steps, step=checkpoint_step, period=period)
-    num_charged = 0
-    for generation, count in _steps_by_generation(state).items():
-        # Earlier generations are charged in whole epochs; the present one can still finish its last epoch.
-        num_charged += count if generation == state.generation else _whole_epochs(count, period)
-    num_left = max(0, num_steps - num_charged)
-    own_steps = (step for generation, step in state.intents if generation == state.generation)
+
+    num_left = _num_left(state, num_steps, period, may_finish_epoch=True)
+    own_steps = [step for generation, step in state.intents if generation == state.generation]
     return Continuation(
         generation=state.generation,
         start_step=checkpoint_step,
-        end_step=checkpoint_step + len(to_replay) + num_left,
+        end_step=checkpoint_step + len(to_replay) + num_left,  # replayed steps are charged already
         num_replayed=len(to_replay),
         num_abandoned=0,
         first_step=min(own_steps, default=checkpoint_step),
@@ -130,25 +130,31 @@ def next_generation(state: LedgerState, *, num_steps: int, step: int, period: in
 
     Arguments: see :func:`decide`.
     """
-    num_charged = sum(_whole_epochs(count, period) for count in _steps_by_generation(state).values())
+    num_left = _num_left(state, num_steps, period, may_finish_epoch=False)
     return Continuation(
         generation=state.generation + 1,
         start_step=step,
-        end_step=step + max(0, num_steps - num_charged),
+        end_step=step + num_left,
         num_replayed=0,
         num_abandoned=sum(entry.step >= step for entry in state.path),
         first_step=step,
     )
 
 
-def _whole_epochs(num_steps: int, period: int) -> int:
-    """Return the least multiple of ``period`` that is at least ``num_steps``."""
-    return -(-num_steps // period) * period
+def _num_left(state: LedgerState, num_steps: int, period: int, *, may_finish_epoch: bool) -> int:
+    """Return how many further steps may begin until all ``num_steps`` are charged.
 
-
-def _steps_by_generation(state: LedgerState) -> Counter[int]:
-    """Return generation → steps that have begun in it."""
-    return Counter(generation for generation, _ in state.intents)
+    A generation is charged in whole epochs of ``period`` steps; the present one by its steps if it goes on, since it
+    can still finish its last epoch (``may_finish_epoch``).
+    """
+    steps_begun = Counter(generation for generation, _ in state.intents)
+    num_charged = 0
+    for generation, count in steps_begun.items():
+        if may_finish_epoch and generation == state.generation:
+            num_charged += count
+        else:
+            num_charged += math.ceil(count / period) * period
+    return max(0, num_steps - num_charged)
 
 
 def num_begun(run: RunDirectory) -> int:
@@ -195,14 +201,12 @@ def files_written_after_start(run: RunDirectory) -> list[pathlib.Path]:
     Generation keys, checkpoints, the ledger's own further files, and everything that is released.
     """
     single = [head_path(run.ledger), run.manifest, run.privacy, run.release, run.staged, run.adapter, run.model]
-    existing = [path for path in single if path.exists()]
-    for directory, pattern in (
-        (run.secret, "generation-*.key"),
-        (run.checkpoints, "*"),
-        (directory_of(run.ledger), "*"),
-    ):
-        existing += sorted(directory.glob(pattern))
-    return existing
+    return [
+        *(path for path in single if path.exists()),
+        *sorted(run.secret.glob("generation-*.key")),
+        *sorted(run.checkpoints.glob("*")),
+        *sorted(directory_of(run.ledger).glob("*")),
+    ]
 
 
 def _past(run: RunDirectory, state: LedgerState) -> pathlib.Path | None:
@@ -212,8 +216,9 @@ def _past(run: RunDirectory, state: LedgerState) -> pathlib.Path | None:
     committed_steps = {step for _, step in state.commits}  # of all generations
     for path, generation, num_steps in checkpoint.listed(run.checkpoints):
         last_step = num_steps - 1  # a checkpoint is written after the commit of its last step
-        # Where the summary is damaged the generation is not known: a commit of any has to do.
-        is_known = last_step in committed_steps if generation is None else (generation, last_step) in state.commits
-        if not is_known:
+        is_committed = (generation, last_step) in state.commits
+        if generation is None:  # its summary is damaged: a commit of any generation has to do
+            is_committed = last_step in committed_steps
+        if not is_committed:
             return path
     return None

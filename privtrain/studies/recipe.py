@@ -238,6 +238,7 @@ def fill(command: str, places: Mapping[str, str]) -> list[str]:
 
 
 def _open_places(text: str) -> set[str]:
+    """Return the names that stand in braces in a text."""
     return set(re.findall(r"\{(\w+)\}", text))
 
 
@@ -271,17 +272,14 @@ def _with_text_keys(tree: dict[str, Any]) -> dict[str, Any]:
 
     What has another form than a recipe's is left as it is, for the model to refuse.
     """
-    axes, rules = tree.get("axes"), tree.get("exclude")
+    axes = tree.get("axes")
     if isinstance(axes, dict):
         tree["axes"] = {str(axis): _text_keyed(values) for axis, values in axes.items()}
+    rules = tree.get("exclude")
     if rules is None:
         tree.pop("exclude", None)  # an empty key excludes nothing
     elif isinstance(rules, list):
-        texts = [_text_keyed(rule) for rule in rules]
-        tree["exclude"] = [
-            {axis: _texts(values) for axis, values in rule.items()} if isinstance(rule, dict) else rule
-            for rule in texts
-        ]
+        tree["exclude"] = [_text_rule(rule) for rule in rules]
     return tree
 
 
@@ -290,6 +288,14 @@ def _text_keyed(node: Any) -> Any:
     return {str(key): value for key, value in node.items()} if isinstance(node, dict) else node
 
 
+def _text_rule(rule: Any) -> Any:
+    """Return a rule of ``exclude``, e.g. ``{method: dp, k: [1, 8]}``, with lists of texts; anything else as it is."""
+    if not isinstance(rule, dict):
+        return rule
+    return {str(axis): _texts(values) for axis, values in rule.items()}
+
+
 def _texts(value: Any) -> list[str]:
     """Return a value, or a list of values, as a list of texts."""
-    return [str(item) for item in (value if isinstance(value, list) else [value])]
+    items = value if isinstance(value, list) else [value]
+    return [str(item) for item in items]

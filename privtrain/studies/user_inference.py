@@ -308,7 +308,10 @@ def _mitigations(results: Results) -> Table:
 
 
 def _guarantee(results: Results, method: str) -> str:
-    """Return a method's ε and δ in words, by the privacy statement of its first cell."""
+    """Return a method's ε and δ in words, by the privacy statement of its first cell.
+
+    They are those of the same training with a secret seed; a study fixes its seeds, which protects nobody.
+    """
     statement = results.where(method=method)[0].json("privacy.json")
     if statement["epsilon"] is None:
         return "none"
@@ -325,25 +328,35 @@ _CURVES = {
 
 def _dependences(results: Results) -> list[Table]:
     """Return tables of what raises the AUROC without mitigation, and of planted users; only those with rows."""
-    methods = _Methods.of(results)
+    tables = [_curves_table(results), _planted_table(results)]
+    return [table for table in tables if table.rows]
+
+
+def _curves_table(results: Results) -> Table:
+    """Return a table with a row for each point of the attack report's curves, without mitigation."""
+    plain = _Methods.of(results).plain
     rows = []
     for curve, title in _CURVES.items():
-        for place, points in enumerate(_by_place(results, methods.plain, curve), start=1):
-            value = points[0].get("num_documents", place)  # the other curves' points are quarters: 1 to 4
-            rows.append([title, str(value), Estimate(tuple(point["auroc"] for point in points)).text()])
-    tables = [Table("What raises it, without mitigation", ("what", "value", "AUROC"), rows)] if rows else []
-    planted = []
-    for method, length in methods.canaries.items():
+        for place, points in enumerate(_by_place(results, plain, curve)):
+            # A point says its number of documents. On the other curves the points are quarters, 1 to 4.
+            value = points[0].get("num_documents", place + 1)
+            estimate = Estimate(tuple(point["auroc"] for point in points))
+            rows.append([title, str(value), estimate.text()])
+    return Table("What raises it, without mitigation", ("what", "value", "AUROC"), rows)
+
+
+def _planted_table(results: Results) -> Table:
+    """Return a table of the AUROC over planted users, with a row for each length of their shared substring."""
+    rows = []
+    for method, length in _Methods.of(results).canaries.items():
         estimate = results.estimate(canary_auroc, method=method)
         if estimate is not None:
-            planted.append([str(length), estimate.text()])
-    if planted:
-        tables.append(Table("Planted users", ("tokens shared by all documents of a user", "AUROC"), planted))
-    return tables
+            rows.append([str(length), estimate.text()])
+    return Table("Planted users", ("tokens shared by all documents of a user", "AUROC"), rows)
 
 
 def _by_place(results: Results, method: str, curve: str) -> list[list[dict[str, Any]]]:
-    """Return, for each place on a curve of the attack report, the points there of the seeds that have one."""
+    """Return the points of a curve by their place on it, each a list over the seeds whose curve reaches so far."""
     by_seed = [_points(result, curve) for result in results.where(method=method)]
     longest = max(map(len, by_seed), default=0)
     return [[points[place] for points in by_seed if place < len(points)] for place in range(longest)]
@@ -416,14 +429,17 @@ def _roc(result: CellResult) -> tuple[list[float], list[float]]:
 
 
 def _num_held_out(results: Results) -> int:
+    """Return the number of held-out users, the same in every cell."""
     return results.cells[0].json("report/attacks.json")["counts"]["held_out"]["num_units"]
 
 
 def _points(result: CellResult, curve: str) -> list[dict[str, Any]]:
+    """Return the points of one of the attack report's curves, such as ``{"num_documents": 4, "auroc": 0.6, …}``."""
     return result.json("report/attacks.json")["user_inference"][curve]
 
 
 def _name(method: str) -> str:
+    """Return a method's name for people."""
     if method.startswith("cap-"):
         return f"at most {method.removeprefix('cap-')} records a user"
     return NAMES.get(method, method)

@@ -4,9 +4,11 @@ It does not trust the clipper, the reduction or the noise: what the job's own co
 the same result. All of it runs in training mode, as every step does. Any doubt stops the job.
 
 Its parts: what is trained is what is clipped and stepped (here); the model keeps nothing and mixes no rows
-(:mod:`.probes`) or tokens of a line (:mod:`.line_probe`); clipping and reduction (:mod:`.clipping_check`); noise
-(:mod:`.noise_check`). Of ``placement``, ``clipped`` is the layout of the tensors whose clipped sum this rank
-accumulates, ``stepped`` that of the tensors, or parts of them, that its optimizer steps.
+(:mod:`.probes`) or tokens of a line (:mod:`.line_probe`), and looks at no token ahead (:mod:`.causality_probe`);
+clipping and reduction (:mod:`.clipping_check`); noise (:mod:`.noise_check`).
+
+Of ``placement``, ``clipped`` is the layout of the tensors whose clipped sum this rank accumulates, ``stepped`` that of
+the tensors, or parts of them, that its optimizer steps.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from privtrain.errors import SelfTestFailed
 from privtrain.privacy.layout import Layout, Slot
 from privtrain.privacy.secret import SecretKey
 from privtrain.training.agreement import agree_on_fault
+from privtrain.training.causality_probe import CausalityProbe
 from privtrain.training.clipping_check import check_clipping, check_exact_sum, planted_units
 from privtrain.training.line_probe import LineProbe
 from privtrain.training.noise_check import check_noise
@@ -104,7 +107,7 @@ def _check_probes(trainer: Trainer, probe: Probe, units: list[list[Record]], pre
     probe.check_coins()
     with _without_dropout(trainer.model):
         probe.check_rows(every_width=trainer.line_packer is None)
-        probe.check_causality()
+        CausalityProbe(trainer, probe.vocabulary_size).check()
         clipper = check_clipping(trainer, units, precision, trainer.clipper.route)
     _choose_packing(trainer, LineProbe(trainer, probe.vocabulary_size, precision, clipper.route))
     with _without_dropout(trainer.model):
@@ -122,9 +125,11 @@ def _choose_packing(trainer: Trainer, probe: LineProbe) -> None:
     if trainer.line_packer is None:
         return
     with _without_dropout(trainer.model):
-        why_rows = probe.why_rows()
-    trainer.why_rows = why_rows or probe.shared_coins()
-    trainer.packs_lines = not trainer.why_rows
+        reason_for_rows = probe.why_rows()
+    if not reason_for_rows:  # with dropout: whether one random number serves several tokens of a line
+        reason_for_rows = probe.shared_coins()
+    trainer.why_rows = reason_for_rows
+    trainer.packs_lines = not reason_for_rows
 
 
 def _check_rows(
@@ -153,7 +158,8 @@ def _nudge(key: SecretKey, slot: Slot) -> torch.Tensor:
     A coordinate's change is the same however the tensor is divided over ranks: all before it are drawn and dropped.
     """
     stop = slot.first + slot.num_coordinates
-    return torch.from_numpy(key.stream("nudge", slot.name).standard_normal(stop)[slot.first :] * 0.02)
+    numbers = key.stream("nudge", slot.name).standard_normal(stop)[slot.first :]
+    return torch.from_numpy(numbers * 0.02)
 
 
 @contextlib.contextmanager
@@ -164,6 +170,18 @@ def _without_dropout(model: torch.nn.Module) -> Iterator[None]:
     attention on a CPU runs another kernel. The model stays in training mode: in ``eval()`` transformers does not
     checkpoint gradients, as training may.
     """
+    rates = _dropout_rates(model)
+    try:
+        for owner, name, _ in rates:
+            setattr(owner, name, _NO_DROPOUT)
+        yield
+    finally:
+        for owner, name, rate in rates:
+            setattr(owner, name, rate)
+
+
+def _dropout_rates(model: torch.nn.Module) -> list[tuple[object, str, float]]:
+    """Return (owner, attribute, rate) of every positive dropout rate in the modules and their configs."""
     owners: dict[int, object] = {}  # by id, so that a config that several modules share is looked at once
     for module in model.modules():
         owners[id(module)] = module
@@ -174,15 +192,10 @@ def _without_dropout(model: torch.nn.Module) -> Iterator[None]:
     for owner in owners.values():
         is_dropout = "dropout" in type(owner).__name__.lower()
         for name, value in getattr(owner, "__dict__", {}).items():
-            if isinstance(value, float) and value > 0 and ("drop" in name or (is_dropout and name == "p")):
+            is_rate = "drop" in name or (is_dropout and name == "p")  # torch's Dropout calls its rate p
+            if is_rate and isinstance(value, float) and value > 0:
                 rates.append((owner, name, value))
-    try:
-        for owner, name, _ in rates:
-            setattr(owner, name, _NO_DROPOUT)
-        yield
-    finally:
-        for owner, name, value in rates:
-            setattr(owner, name, value)
+    return rates
 
 
 def _check_coverage(model: torch.nn.Module, placement: Placement, backend: Backend) -> None:
@@ -202,9 +215,10 @@ def _check_coverage(model: torch.nn.Module, placement: Placement, backend: Backe
         )
     agree_on_fault(fault, backend)
     slots = placement.stepped.slots
-    own_sums = []  # of the coordinates that this rank steps: [tensors][powers]
+    own_sums = []  # of the coordinates that this rank steps, from slot.first on: [tensors][powers]
     for slot in slots:
-        below_first, below_stop = _power_sums(slot.first), _power_sums(slot.first + slot.num_coordinates)
+        below_first = _power_sums(slot.first)
+        below_stop = _power_sums(slot.first + slot.num_coordinates)
         own_sums.append([(stop - first) % _PRIME for first, stop in zip(below_first, below_stop, strict=True)])
     sums = torch.tensor(own_sums, dtype=torch.int64, device=backend.device)
     backend.sum_parts(sums)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from attacks.analysis.audit import clopper, independent, one_run, tradeoff
 from attacks.analysis.audit.guesses import (
@@ -134,67 +134,87 @@ def audit(
         num_sources: how many sources are audited in this run; they share the error.
         confounded_by: why no verdict can be trusted; empty if nothing speaks against it.
     """
-    # The coins, and what is guessed of them.
     sample = fair(coins, seed)
-    num_coins, num_in = sample.num_coins, int(sample.is_in.sum())
+    delta = delta if claim.pair is None else claim.pair.delta
     num_tests = _NUM_TESTS + coins.are_independent  # independent scores get a third test
     significance = SIGNIFICANCE / (num_sources * num_tests)
-    delta = delta if claim.pair is None else claim.pair.delta
-    num_right = {guess: correct_guesses(sample, guess, seed) for guess in declared_guesses(num_coins)}
 
-    # The one-run bound, by each guess that can show anything.
-    telling = telling_guesses(num_coins, delta, significance)
-    epsilons = {
-        guess: one_run.epsilon_lower_bound(num_coins, guess.num, num_right[guess], delta, significance / len(telling))
-        for guess in telling
-    }
-    # The highest bound, on a tie the one with more guesses; where none can show anything, the largest declared guess.
-    fallback = max(num_right, default=Guess(0))
-    best = max(telling, key=lambda guess: (epsilons[guess], guess), default=fallback)
-
-    # The test of the claimed curve.
-    p_values, p_floors = [], []  # one for each declared guess: as counted, and had every guess been right
-    if claim.pair is not None:
-        inverse = tradeoff.of_points(claim.pair if claim.curve is None else claim.curve)
-        p_values = [tradeoff.p_value(inverse, num_coins, guess.num, right) for guess, right in num_right.items()]
-        p_floors = [tradeoff.p_value(inverse, num_coins, guess.num, guess.num) for guess in num_right]
-
-    # Each bound that decides nothing has the whole error for itself, shared between the declared guesses only.
-    shown_share = SIGNIFICANCE / max(len(num_right), 1)
-    gaussian_bounds = [
-        tradeoff.gaussian_epsilon_lower_bound(num_coins, guess.num, right, delta, shown_share)
-        for guess, right in num_right.items()
-    ]
-    gaussian_ceilings = [
-        tradeoff.gaussian_epsilon_lower_bound(num_coins, num, num, delta, shown_share)
-        for num in {guess.num for guess in num_right}
-    ]
-    sides = sample.scores[sample.is_in], sample.scores[~sample.is_in]
+    num_coins = sample.num_coins
+    as_counted = {guess: correct_guesses(sample, guess, seed) for guess in declared_guesses(num_coins)}
+    all_right = {guess: guess.num for guess in as_counted}
+    epsilon, best = _one_run(as_counted, num_coins, delta, significance)
+    held_in, held_out = sample.scores[sample.is_in], sample.scores[~sample.is_in]
     finding = Finding(
         name=coins.name,
         unit=coins.unit,
         num_coins=num_coins,
         num_flipped=coins.num_coins,
         delta=delta,
-        epsilon=epsilons.get(best, 0.0),
+        epsilon=epsilon,
         epsilon_ceiling=epsilon_ceiling(num_coins, delta, significance),
-        counts=Counts(best.num, num_right.get(best, 0), best.only_in),
-        gaussian_epsilon=max(gaussian_bounds, default=0.0),
-        gaussian_ceiling=max(gaussian_ceilings, default=0.0),
-        clopper_epsilon=clopper.epsilon_lower_bound(*sides, delta, SIGNIFICANCE),
-        clopper_ceiling=clopper.ceiling(num_in, num_coins - num_in, delta, SIGNIFICANCE),
-        curve_p_value=_corrected(p_values),
-        curve_p_floor=_corrected(p_floors),
+        counts=Counts(best.num, as_counted.get(best, 0), best.only_in),
+        gaussian_epsilon=_gaussian_epsilon(as_counted, num_coins, delta),
+        gaussian_ceiling=_gaussian_epsilon(all_right, num_coins, delta),
+        clopper_epsilon=clopper.epsilon_lower_bound(held_in, held_out, delta, SIGNIFICANCE),
+        clopper_ceiling=clopper.ceiling(held_in.size, held_out.size, delta, SIGNIFICANCE),
+        curve_p_value=_curve_p_value(as_counted, num_coins, claim),
+        curve_p_floor=_curve_p_value(all_right, num_coins, claim),
         significance=significance,
         claim=claim,
         verdict=Verdict.UNINFORMATIVE,
         verdict_reason="",
         score=coins.score,
         access=coins.access,
-        separation=_separation(*sides, claim, delta, significance) if coins.are_independent else None,
+        separation=_separation(held_in, held_out, claim, delta, significance) if coins.are_independent else None,
     )
     verdict, reason = judge(finding, is_constant=sample.is_constant, confounded_by=confounded_by)
     return dataclasses.replace(finding, verdict=verdict, verdict_reason=reason)
+
+
+def _one_run(num_right: Mapping[Guess, int], num_coins: int, delta: float, significance: float) -> tuple[float, Guess]:
+    """Return the highest one-run bound of all guesses that can show anything, and the guess that gave it.
+
+    On a tie it is the one with more guesses. Where none can show anything, return 0 and the largest declared guess.
+
+    Args:
+        num_right: declared guess → how many of its guesses are right.
+        num_coins: how many coins were guessed, or left out.
+        delta: at which the bound is meant.
+        significance: error of the bound, shared between the guesses.
+    """
+    telling = telling_guesses(num_coins, delta, significance)
+    if not telling:
+        return 0.0, max(num_right, default=Guess(0))
+    share = significance / len(telling)
+    bounds = []
+    for guess in telling:
+        bound = one_run.epsilon_lower_bound(num_coins, guess.num, num_right[guess], delta, share)
+        bounds.append((bound, guess))
+    return max(bounds)
+
+
+def _curve_p_value(num_right: Mapping[Guess, int], num_coins: int, claim: Claim) -> float | None:
+    """Return the p-value of so many right guesses under the claimed curve, corrected for the number of guesses.
+
+    None without a claim, or without a guess.
+    """
+    if claim.pair is None:
+        return None
+    inverse = tradeoff.of_points(claim.pair if claim.curve is None else claim.curve)
+    return _corrected([tradeoff.p_value(inverse, num_coins, guess.num, right) for guess, right in num_right.items()])
+
+
+def _gaussian_epsilon(num_right: Mapping[Guess, int], num_coins: int, delta: float) -> float:
+    """Return the lower bound that so many right guesses show of a Gaussian mechanism; 0 without a guess.
+
+    It decides nothing, so it has the whole error for itself, shared between the declared guesses only.
+    """
+    share = SIGNIFICANCE / max(len(num_right), 1)
+    numbers = {(guess.num, right) for guess, right in num_right.items()}  # guesses of equal numbers have equal bounds
+    bounds = [
+        tradeoff.gaussian_epsilon_lower_bound(num_coins, num, right, delta, share) for num, right in sorted(numbers)
+    ]
+    return max(bounds, default=0.0)
 
 
 def _separation(
@@ -212,9 +232,9 @@ def epsilon_ceiling(num_coins: int, delta: float, significance: float) -> float:
 
     ``significance`` is shared between the declared guesses, as in the audit itself.
     """
-    telling = telling_guesses(num_coins, delta, significance)
-    bounds = (one_run.epsilon_lower_bound(num_coins, g.num, g.num, delta, significance / len(telling)) for g in telling)
-    return max(bounds, default=0.0)
+    all_right = {guess: guess.num for guess in declared_guesses(num_coins)}
+    bound, _ = _one_run(all_right, num_coins, delta, significance)
+    return bound
 
 
 def judge(finding: Finding, *, is_constant: bool, confounded_by: str) -> tuple[Verdict, str]:
@@ -260,8 +280,12 @@ def judge(finding: Finding, *, is_constant: bool, confounded_by: str) -> tuple[V
             f"{finding.name} are told apart with an AUROC of at least {separation.auroc_lower:.4g}, and the claimed "
             f"privacy curve allows {separation.auroc_cap:.4g}; look for a broken mechanism before anything is released"
         )
-    could_exceed = separation is not None and separation.could_exceed
-    if finding.epsilon_ceiling <= pair.epsilon and finding.curve_p_floor > finding.significance and not could_exceed:
+    could_have_spoken = (
+        finding.epsilon_ceiling > pair.epsilon
+        or finding.curve_p_floor <= finding.significance
+        or (separation is not None and separation.could_exceed)
+    )
+    if not could_have_spoken:
         return Verdict.UNINFORMATIVE, (
             f"with {finding.num_coins} coins even perfect guesses would show no more than epsilon = "
             f"{finding.epsilon_ceiling:.4g}, and the run claims {pair.epsilon:.4g}: see attacks audit-plan"

@@ -5,6 +5,9 @@ modelled: a unit's score is N(mu, 1) if it was in and N(0, 1) if not, and mu = i
 mechanism with exactly the claimed (epsilon, delta) gives even an attacker who reads everything no more than the mu of
 the Gaussian curve through that point. One whose noise is f times too small gives f times that mu; f is called the
 failure here. Real attacks get less out of a model, so every number of coins here is the fewest that could do.
+
+A *guess* (:class:`.guesses.Guess`) says how many of the most extreme scores are guessed. The audit declares several
+beforehand; those that could show anything are *telling*, and share the error equally.
 """
 
 from __future__ import annotations
@@ -103,23 +106,30 @@ def plan(
     target = epsilon if target_epsilon is None else target_epsilon
     significance = SIGNIFICANCE / (num_sources * _DECIDING_TESTS)
     mu = mu_of(epsilon, delta)
-    rows = tuple(
-        Row(
+    rows = []
+    for count in num_coins:
+        share = _share(count, delta, significance)
+        row = Row(
             num_coins=count,
             ceiling=epsilon_ceiling(count, delta, significance),
-            correct_needed=one_run.correct_guesses_needed(
-                count, count, target, delta, _share(count, delta, significance)
-            ),
+            correct_needed=one_run.correct_guesses_needed(count, count, target, delta, share),
             bounds={failure: reached(count, failure * mu, delta, significance, power) for failure in FAILURES},
         )
-        for count in num_coins
+        rows.append(row)
+    ceilings = {}
+    for audit_delta in sorted({delta, *DELTAS}, reverse=True):
+        ceilings[audit_delta] = tuple(epsilon_ceiling(count, audit_delta, significance) for count in num_coins)
+    return Plan(
+        epsilon=epsilon,
+        delta=delta,
+        mu=mu,
+        target_epsilon=target,
+        significance=significance,
+        power=power,
+        rows=tuple(rows),
+        needed={failure: coins_needed(target, failure * mu, delta, significance, power) for failure in FAILURES},
+        ceilings=ceilings,
     )
-    needed = {failure: coins_needed(target, failure * mu, delta, significance, power) for failure in FAILURES}
-    ceilings = {
-        other: tuple(epsilon_ceiling(count, other, significance) for count in num_coins)
-        for other in sorted({delta, *DELTAS}, reverse=True)
-    }
-    return Plan(epsilon, delta, mu, target, significance, power, rows, needed, ceilings)
 
 
 def mu_of(epsilon: float, delta: float) -> float:
@@ -142,21 +152,20 @@ def mu_of(epsilon: float, delta: float) -> float:
 def reached(num_coins: int, mu: float, delta: float, significance: float, power: float) -> float:
     """Return the one-run lower bound on epsilon that an attack of this mu reaches with chance ``power``.
 
-    It is the best over the declared guesses, each of which has an equal share of the error ``significance``.
+    It is the best over the telling guesses.
     """
     share = _share(num_coins, delta, significance)
-    return max(
-        (
-            one_run.epsilon_lower_bound(num_coins, guess.num, _right(guess, num_coins, mu, power), delta, share)
-            for guess in telling_guesses(num_coins, delta, significance)
-        ),
-        default=0.0,
-    )
+    best = 0.0
+    for guess in telling_guesses(num_coins, delta, significance):
+        num_right = _num_right(guess, num_coins, mu, power)
+        best = max(best, one_run.epsilon_lower_bound(num_coins, guess.num, num_right, delta, share))
+    return best
 
 
 def _share(num_coins: int, delta: float, significance: float) -> float:
-    """Return the share of the error that each declared guess gets."""
-    return significance / max(len(telling_guesses(num_coins, delta, significance)), 1)
+    """Return the share of the error that each telling guess gets."""
+    num_telling = len(telling_guesses(num_coins, delta, significance))
+    return significance / max(num_telling, 1)
 
 
 def coins_needed(target: float, mu: float, delta: float, significance: float, power: float) -> int | None:
@@ -171,12 +180,13 @@ def coins_needed(target: float, mu: float, delta: float, significance: float, po
     """
 
     def is_enough(num_coins: int) -> bool:
-        """Return whether some declared guess among so many coins would contradict ``target``."""
-        return any(
-            one_run.p_value(num_coins, guess.num, _right(guess, num_coins, mu, power), target, delta)
-            <= _share(num_coins, delta, significance)
-            for guess in telling_guesses(num_coins, delta, significance)
-        )
+        """Return whether some telling guess among so many coins would contradict ``target``."""
+        share = _share(num_coins, delta, significance)
+        for guess in telling_guesses(num_coins, delta, significance):
+            num_right = _num_right(guess, num_coins, mu, power)
+            if one_run.p_value(num_coins, guess.num, num_right, target, delta) <= share:
+                return True
+        return False
 
     # Double until it is enough, then bisect between the last two.
     low, high = 1, 2
@@ -190,14 +200,15 @@ def coins_needed(target: float, mu: float, delta: float, significance: float, po
     return high if high <= MOST_COINS else None
 
 
-def _right(guess: Guess, num_coins: int, mu: float, power: float) -> int:
-    """Return the number of right guesses that an attack of this mu reaches with chance ``power``.
+def _num_right(guess: Guess, num_coins: int, mu: float, power: float) -> int:
+    """Return how many of a guess's units an attack of this mu guesses rightly, or more, with chance ``power``.
 
-    Each guess is right independently with the chance :func:`accuracy`, so their number is binomial.
+    Each is guessed rightly with the chance :func:`accuracy`, independently, so their number is binomial.
     """
     # ``accuracy`` is of guesses on both sides. Guesses of "in" alone are the upper half of twice as many on both sides.
-    share = (2.0 if guess.only_in else 1.0) * guess.num / num_coins
-    return int(scipy.stats.binom.ppf(1.0 - power, guess.num, accuracy(mu, min(share, 1.0))))
+    num_both_sides = 2 * guess.num if guess.only_in else guess.num
+    share = min(num_both_sides / num_coins, 1.0)
+    return int(scipy.stats.binom.ppf(1.0 - power, guess.num, accuracy(mu, share)))
 
 
 @functools.cache

@@ -66,7 +66,7 @@ def bootstrap_interval(
     """
     check_sides(held_in, held_out)
     places = owner_places(held_in, held_out, owners)
-    num_in, num_out = (int(place.max()) + 1 for place in places)
+    num_in, num_out = _num_users(places)
     if min(num_in, num_out) < 2:
         raise ValueError(f"there are {num_in} held-in and {num_out} held-out users; expected at least two on each side")
     placements = Placements.of(held_in, held_out)
@@ -78,6 +78,12 @@ def bootstrap_interval(
         # The number of records differs from resample to resample, so the weights do not cancel.
         ends = bca_interval(area, of_users, drawn.wins / (drawn.weight_in * drawn.weight_out), level)
     return floored(ends, held_in, held_out, level, owners, num_resamples=num_resamples, seed=seed)
+
+
+def _num_users(places: Sequence[np.ndarray]) -> tuple[int, int]:
+    """Return the number of users of each side, whose records' users are numbered from 0 in ``places``."""
+    of_held_in, of_held_out = places
+    return int(of_held_in.max()) + 1, int(of_held_out.max()) + 1
 
 
 def bca_interval(area: float, influences: Sequence[FloatArray], resampled: FloatArray, level: float) -> Interval:
@@ -117,7 +123,7 @@ def bca_levels(bias: float, acceleration: float, level: float) -> FloatArray:
 
 
 def floored(
-    found: Interval,
+    narrow: Interval,
     held_in: FloatArray,
     held_out: FloatArray,
     level: float,
@@ -129,17 +135,17 @@ def floored(
     """Widen an AUROC interval to what every interval must allow for: luck with few users, and with ties.
 
     Args:
-        found: the interval, of any method.
+        narrow: the interval, of any method.
         held_in: one score per held-in user or record.
         held_out: one score per held-out user or record.
         level: its confidence level.
         owners: of the records; None where each score is of a user of its own.
-        num_resamples: of :func:`worst_case`, which is asked where scores tie.
+        num_resamples: of :func:`worst_case`, which is asked where many scores tie or stand alike.
         seed: of those resamples.
     """
-    places = owner_places(held_in, held_out, owners)
-    num_in, num_out = (int(place.max()) + 1 for place in places)
-    widened = found.no_narrower_than(interval.perfect_separation(num_in, num_out, level))
+    num_in, num_out = _num_users(owner_places(held_in, held_out, owners))
+    widened = narrow.no_narrower_than(interval.perfect_separation(num_in, num_out, level))
+    # Sides that do not overlap are what the floor of perfect separation is for.
     is_separated = held_in.min() > held_out.max() or held_out.min() > held_in.max()
     if not is_separated and _may_lack_a_value(held_in, held_out):
         worst = worst_case(held_in, held_out, level, owners, num_resamples=num_resamples, seed=seed)
@@ -152,19 +158,19 @@ def _may_lack_a_value(held_in: FloatArray, held_out: FloatArray) -> bool:
 
     Alike are scores that tie, and scores of one side that stand between the same two of the other.
     """
-    scores, placements = np.concatenate([held_in, held_out]), Placements.of(held_in, held_out)
-    if _most_equal(scores) >= max(_MANY_TIED * scores.size, 2):
-        return True
     # Users have the same placement (share of the other side below or above) if they stand between the same two.
-    return any(
-        _most_equal(side) >= max(_MANY_ALIKE * side.size, 2) for side in (placements.held_in, placements.held_out)
+    placements = Placements.of(held_in, held_out)
+    return (
+        _are_equal(np.concatenate([held_in, held_out]), _MANY_TIED)
+        or _are_equal(placements.held_in, _MANY_ALIKE)
+        or _are_equal(placements.held_out, _MANY_ALIKE)
     )
 
 
-def _most_equal(values: FloatArray) -> int:
-    """Return how often the commonest value occurs."""
+def _are_equal(values: FloatArray, share: float) -> bool:
+    """Return whether at least this share of the values, and at least two, are equal."""
     _, counts = np.unique(values, return_counts=True)
-    return int(counts.max())
+    return bool(counts.max() >= max(share * values.size, 2))
 
 
 def worst_case(
@@ -238,17 +244,24 @@ def mean_exposure_interval(
         seed: of the weights; this randomness protects nobody.
     """
     num_canaries, num_references = outranked.shape
-    rng, tail, most_bits = np.random.default_rng(seed), (1.0 - level) / 2.0, np.log2(num_references + 1.0)
+    rng = np.random.default_rng(seed)
     # [resamples, references + 1] and [resamples, canaries + 1] weights; the last column is the invented one's.
     of_references = rng.standard_exponential((NUM_RESAMPLES, num_references + 1))
     of_canaries = rng.standard_exponential((NUM_RESAMPLES, num_canaries + 1))
-    above, total = of_references[:, :-1] @ outranked.T, of_references.sum(axis=1, keepdims=True)
-    ends = []
+    most_bits = float(np.log2(num_references + 1.0))
+    tail = (1.0 - level) / 2.0
+    above = of_references[:, :-1] @ outranked.T  # [resamples, canaries] weight of the references above each canary
+    total = of_references.sum(axis=1, keepdims=True)
     # Lower end: the invented reference beats every canary, the invented canary has 0 bits. Upper end: the opposite.
-    for extra, bits, quantile in ((of_references[:, -1:], 0.0, tail), (0.0, most_bits, 1.0 - tail)):
-        exposures = most_bits - np.log2(1.0 + num_references * (above + extra) / total)
-        sums = (of_canaries[:, :-1] * exposures).sum(axis=1) + of_canaries[:, -1] * bits
-        ends.append(float(np.quantile(sums / of_canaries.sum(axis=1), quantile)))
+    ends = []
+    for above_or_more, invented_bits, quantile in (
+        (above + of_references[:, -1:], 0.0, tail),
+        (above, most_bits, 1.0 - tail),
+    ):
+        exposures = most_bits - np.log2(1.0 + num_references * above_or_more / total)
+        sums = (of_canaries[:, :-1] * exposures).sum(axis=1) + of_canaries[:, -1] * invented_bits
+        means = sums / of_canaries.sum(axis=1)
+        ends.append(float(np.quantile(means, quantile)))
     return Interval(*ends)
 
 
@@ -289,7 +302,7 @@ def _resampled(
     # Held-out records in ascending order, and for each held-in record how many of them are below, and at most equal.
     order = np.argsort(held_out, kind="stable")
     below, at_most = (np.searchsorted(held_out[order], held_in, side) for side in ("left", "right"))
-    num_users = (int(places[0].max()) + 1, int(places[1].max()) + 1)
+    num_users = _num_users(places)
     num_per_block = max(1, _DRAWS_PER_BLOCK // (held_in.size + held_out.size))
     block_sizes = tuple(min(num_per_block, num_resamples - start) for start in range(0, num_resamples, num_per_block))
     blocks = []
