@@ -133,7 +133,8 @@ def _worst_epsilon(composed: Composition, delta: float, tolerance: float) -> Bou
 
     Refines whichever direction has the larger upper end, until its own ends agree or no attempt is left.
     """
-    remove, add = (_EpsilonSearch(composed, delta, is_add, tolerance) for is_add in (False, True))
+    remove = _EpsilonSearch(composed, delta, tolerance, add=False)
+    add = _EpsilonSearch(composed, delta, tolerance, add=True)
     # Remove first, since its epsilon is the larger one as a rule. Then one attempt at add is enough: it puts add's
     # upper end below remove's, and add's lower end is not asked for. If it does not, the loop goes on with add.
     remove.refine()
@@ -142,8 +143,8 @@ def _worst_epsilon(composed: Composition, delta: float, tolerance: float) -> Bou
     searches = (remove, add)
     while True:
         worst = max(searches, key=lambda search: search.upper)
-        known = math.isfinite(worst.upper) and worst.upper - worst.lower <= tolerance * max(worst.upper, 1e-12)
-        if known or not worst.refine():
+        do_ends_agree = math.isfinite(worst.upper) and worst.upper - worst.lower <= tolerance * max(worst.upper, 1e-12)
+        if do_ends_agree or not worst.refine():
             lower = max(search.lower for search in searches)
             assert lower <= worst.upper * (1 + 1e-9), (composed, delta, lower, worst.upper)
             return Bounds(min(lower, worst.upper), worst.upper, Direction.ADD if worst.add else Direction.REMOVE)
@@ -158,18 +159,19 @@ class _EpsilonSearch:
     Args:
         composed: all steps.
         delta: the target.
-        add: the direction: add, or else remove.
         tolerance: as of the accountant.
+        add: the direction: add, or else remove.
 
     Attributes:
         lower: the certified lower end so far; 0 before the first attempt.
         upper: the certified upper end so far.
     """
 
-    def __init__(self, composed: Composition, delta: float, add: bool, tolerance: float) -> None:
+    def __init__(self, composed: Composition, delta: float, tolerance: float, *, add: bool) -> None:
         self.composed, self.delta, self.add, self.tolerance = composed, delta, add, tolerance
+        self.lower = 0.0
         # Known without any attempt: where no loss exceeds epsilon, delta is 0. Losses of remove have no upper limit.
-        self.lower, self.upper = 0.0, _largest_loss(composed) if add else math.inf
+        self.upper = _largest_loss(composed) if add else math.inf
         self._law = saddle.directed_loss(composed, add=add, log_mass=math.log(delta) - MARGIN)
         self._start = saddle.saddle_for_delta(self._law, delta)
         self._attempts = self._make_attempts()
@@ -273,31 +275,45 @@ def _largest_loss(composed: Composition) -> float:
 
 
 def _worst_delta(composed: Composition, epsilon: float, tolerance: float) -> Bounds:
-    """Return ends of the larger of both directions' deltas.
-
-    A direction is refined until its ends agree, or until its upper end is below what the other one has at least.
-    """
-    lower, upper, direction = 0.0, 0.0, Direction.REMOVE
-    for add in (False, True):
-        if add and epsilon >= _largest_loss(composed):
-            break  # delta is 0, and its saddle at infinity
-        best_lower, best_upper = 0.0, 1.0
-        attempts = _delta_attempts(composed, epsilon, tolerance, add)
-        while (attempt := _next(attempts, best_upper < 1.0)) is not None:
-            found_upper = attempt.upper_delta(epsilon)
-            if found_upper is not None:  # None: epsilon lies outside the attempt's window
-                best_upper = min(best_upper, found_upper)
-            best_lower = max(best_lower, attempt.lower_delta(epsilon) or 0.0)
-            # Delta falls like e^(-t epsilon): relative to itself it moves about t epsilon times as much as epsilon, so
-            # its tolerance is wider.
-            if best_upper - best_lower <= 10 * tolerance * best_upper or best_upper <= lower:
-                break
-        lower = max(lower, best_lower)
-        if best_upper > upper:
-            upper, direction = best_upper, Direction.ADD if add else Direction.REMOVE
-    assert lower <= upper * (1 + 1e-9), (composed, epsilon, lower, upper)
+    """Return ends of the larger of both directions' deltas."""
+    remove = _directed_delta(composed, epsilon, tolerance, add=False)
+    worst, lower = remove, remove.lower
+    if epsilon < _largest_loss(composed):  # else add's delta is 0, and its saddle at infinity
+        add = _directed_delta(composed, epsilon, tolerance, add=True, needed=remove.lower)
+        worst = add if add.upper > remove.upper else remove
+        lower = max(lower, add.lower)
+    assert lower <= worst.upper * (1 + 1e-9), (composed, epsilon, lower, worst.upper)
     # Where float64 rounds the upper end to 0, the least positive number is returned: some delta is left.
-    return Bounds(min(lower, upper), max(upper, math.ulp(0.0)), direction)
+    return Bounds(min(lower, worst.upper), max(worst.upper, math.ulp(0.0)), worst.direction)
+
+
+def _directed_delta(
+    composed: Composition, epsilon: float, tolerance: float, *, add: bool, needed: float = 0.0
+) -> Bounds:
+    """Return one direction's ends of delta: the best of attempts that become finer until the ends agree.
+
+    Args:
+        composed: all steps.
+        epsilon: where delta is wanted.
+        tolerance: as of the accountant.
+        add: the direction: add, or else remove.
+        needed: the other direction's lower end; an upper end below it decides nothing, and no further attempt is made.
+    """
+    lower, upper = 0.0, 1.0
+    attempts = _delta_attempts(composed, epsilon, tolerance, add)
+    while True:
+        attempt = _next(attempts, upper < 1.0)
+        if attempt is None:
+            break
+        found_upper = attempt.upper_delta(epsilon)
+        if found_upper is not None:  # None: epsilon lies outside the attempt's window
+            upper = min(upper, found_upper)
+        lower = max(lower, attempt.lower_delta(epsilon) or 0.0)
+        # Delta falls like e^(-t epsilon): relative to itself it moves about t epsilon times as much as epsilon, so its
+        # tolerance is wider.
+        if upper - lower <= 10 * tolerance * upper or upper <= needed:
+            break
+    return Bounds(lower, upper, Direction.ADD if add else Direction.REMOVE)
 
 
 def _delta_attempts(

@@ -32,7 +32,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import NamedTuple
+from collections.abc import Callable
 
 import numpy as np
 from typing_extensions import override
@@ -40,7 +40,7 @@ from typing_extensions import override
 from accountants.answer import Bounds
 from accountants.mixtures import Composition
 from accountants.numerics import saddle
-from accountants.numerics.cumulants import step_moments
+from accountants.numerics.cumulants import Moments, step_moments
 from accountants.numerics.edgeworth_error import normal_error, sup_error
 from accountants.protocol import NormalFormAccountant
 
@@ -72,24 +72,40 @@ class TiltedSum:
     normal_error: float
     edgeworth_error: float
 
-    def log_delta(self, epsilon: float, sign: float) -> float:
-        """Return log of the upper (``sign`` 1) or lower (-1) bound on delta: see the module's last formula."""
-        # log c_t, the maximum of g
-        log_peak = self.tilt * math.log(self.tilt) - (1 + self.tilt) * math.log1p(self.tilt)
+    def log_upper_delta(self, epsilon: float) -> float:
+        """Return log of the upper bound on delta: the module's last formula."""
         if self.scale == 0:
             # Tilted so far that float64 sees one point: nothing to expand, but the branch c_t needs no law.
-            return log_peak + self.log_moment - self.tilt * epsilon if sign > 0 else -math.inf
-        peak = math.exp(log_peak)
-        values = [
-            self._integral(epsilon, 0.0) + sign * 2 * peak * self.normal_error,
-            self._integral(epsilon, self.skew) + sign * 2 * peak * self.edgeworth_error,
-        ]
-        # Both bound E_t[g]; what is not a number, of an infinite error or skew, bounds nothing.
-        known = [value for value in values if not math.isnan(value)]
-        value = min([peak, *known]) if sign > 0 else max([0.0, *known])
-        if value <= 0:
+            return self._log_peak + self.log_moment - self.tilt * epsilon
+        peak = math.exp(self._log_peak)
+        return self._log_of_mean(min([peak, *self._bounds(epsilon, 2 * peak)]), epsilon)
+
+    def log_lower_delta(self, epsilon: float) -> float:
+        """Return log of the lower bound on delta: that formula with the other sign of Delta, and 0 in place of c_t."""
+        if self.scale == 0:
             return -math.inf
-        return math.log(value) + self.log_moment - self.tilt * epsilon
+        peak = math.exp(self._log_peak)
+        return self._log_of_mean(max([0.0, *self._bounds(epsilon, -2 * peak)]), epsilon)
+
+    def _log_of_mean(self, mean: float, epsilon: float) -> float:
+        """Return log delta where E_t[g] is ``mean``."""
+        return math.log(mean) + self.log_moment - self.tilt * epsilon if mean > 0 else -math.inf
+
+    @property
+    def _log_peak(self) -> float:
+        """Log of c_t, the maximum of g."""
+        return self.tilt * math.log(self.tilt) - (1 + self.tilt) * math.log1p(self.tilt)
+
+    def _bounds(self, epsilon: float, factor: float) -> list[float]:
+        """Return both choices' bounds on E_t[g], with ``factor`` times their errors.
+
+        What is not a number, of an infinite error or skew, bounds nothing and is left out.
+        """
+        values = (
+            self._integral(epsilon, 0.0) + factor * self.normal_error,
+            self._integral(epsilon, self.skew) + factor * self.edgeworth_error,
+        )
+        return [value for value in values if not math.isnan(value)]
 
     def _integral(self, epsilon: float, skew: float) -> float:
         """Return the integral of g(S - epsilon) over the normal law of S with a skew (0: without), where g matters."""
@@ -117,10 +133,10 @@ def tilted_sum(composed: Composition, tilt: float, *, add: bool, margin: float, 
         log_mass: log of the probability that is cut off the laws, over all steps.
     """
     limits = saddle.truncation(composed, log_mass)
-    steps = [
-        (step_moments(step, add=add, first_law=True, tilt=tilt, limits=limits), count)
-        for step, count in composed.phases
-    ]
+    steps: list[tuple[Moments, int]] = []
+    for step, count in composed.phases:
+        moments = step_moments(step, add=add, first_law=True, tilt=tilt, limits=limits)
+        steps.append((moments, count))
     variance = math.fsum(count * moments.variance for moments, count in steps)
     log_moment = math.fsum(count * (moments.log_normaliser + margin * _K_MARGIN) for moments, count in steps)
     mean = math.fsum(count * moments.mean for moments, count in steps)
@@ -151,73 +167,74 @@ class TiltedEdgeworthAccountant(NormalFormAccountant):
 
     @override
     def epsilon_bounds(self, composed: Composition, delta: float) -> Bounds:
-        return _larger(_epsilon_ends(composed, delta, add=False), _epsilon_ends(composed, delta, add=True))
+        return _larger(_epsilon_bounds(composed, delta, add=False), _epsilon_bounds(composed, delta, add=True))
 
     @override
     def delta_bounds(self, composed: Composition, epsilon: float) -> Bounds:
-        return _larger(_delta_ends(composed, epsilon, add=False), _delta_ends(composed, epsilon, add=True))
+        return _larger(_delta_bounds(composed, epsilon, add=False), _delta_bounds(composed, epsilon, add=True))
 
 
-class _Ends(NamedTuple):
-    """One direction's bounds on epsilon or delta, with an estimate."""
-
-    lower: float
-    estimate: float
-    upper: float
-
-
-def _larger(remove: _Ends, add: _Ends) -> Bounds:
+def _larger(remove: Bounds, add: Bounds) -> Bounds:
     """Return the bounds of both directions together: the truth is the larger one of theirs."""
     upper = max(remove.upper, add.upper)
     lower = min(max(remove.lower, add.lower), upper)
-    return Bounds(lower, upper, estimate=max(remove.estimate, add.estimate))
+    return Bounds(lower, upper, estimate=max(remove.best, add.best))
 
 
-def _delta_ends(composed: Composition, epsilon: float, *, add: bool) -> _Ends:
-    """Return one direction's ends of delta; the upper is the best of a few tilts."""
+def _delta_bounds(composed: Composition, epsilon: float, *, add: bool) -> Bounds:
+    """Return one direction's bounds on delta; the upper is the best of a few tilts."""
     law = saddle.directed_loss(composed, add=add, log_mass=_DELTA_CUT)
     start = saddle.saddle_for_epsilon(law, epsilon)
     log_upper = math.inf
     for factor in _FACTORS:
         tilted = tilted_sum(composed, start.tilt * factor, add=add, margin=1, log_mass=_DELTA_CUT)
         # What was cut off is added to every upper end.
-        log_upper = min(log_upper, float(np.logaddexp(tilted.log_delta(epsilon, 1), _DELTA_CUT)))
+        log_upper = min(log_upper, float(np.logaddexp(tilted.log_upper_delta(epsilon), _DELTA_CUT)))
     below = tilted_sum(composed, start.tilt, add=add, margin=-1, log_mass=_DELTA_CUT)
-    logs = (below.log_delta(epsilon, -1), start.log_delta, log_upper)
-    return _Ends(*(math.exp(min(log, 0.0)) for log in logs))  # delta is at most 1
+    # Delta is at most 1.
+    lower, estimate, upper = (
+        math.exp(min(log_delta, 0.0)) for log_delta in (below.log_lower_delta(epsilon), start.log_delta, log_upper)
+    )
+    return Bounds(lower, upper, estimate=estimate)
 
 
-def _epsilon_ends(composed: Composition, delta: float, *, add: bool) -> _Ends:
-    """Return one direction's ends of epsilon; the upper is the best of a few tilts."""
-    cut = math.log(delta) - 16  # so much is cut off the laws, and taken from the upper end's delta below
+def _epsilon_bounds(composed: Composition, delta: float, *, add: bool) -> Bounds:
+    """Return one direction's bounds on epsilon; the upper is the best of a few tilts."""
+    log_delta = math.log(delta)
+    cut = log_delta - 16  # so much is cut off the laws
+    log_uncut_delta = log_delta + math.log1p(-math.exp(-16))  # delta less what is cut
     law = saddle.directed_loss(composed, add=add, log_mass=cut)
     start = saddle.saddle_for_delta(law, delta)
     scale = max(start.epsilon, 1 / start.tilt)
     upper = math.inf
     for factor in _FACTORS:
         tilted = tilted_sum(composed, start.tilt * factor, add=add, margin=1, log_mass=cut)
-        upper = min(upper, _solve(tilted, math.log(delta) + math.log1p(-math.exp(-16)), 1, scale))
+        _, crossing_end = _crossing(tilted.log_upper_delta, log_uncut_delta, scale)
+        upper = min(upper, crossing_end)
     below = tilted_sum(composed, start.tilt, add=add, margin=-1, log_mass=cut)
-    return _Ends(lower=_solve(below, math.log(delta), -1, scale), estimate=start.epsilon, upper=upper)
+    lower, _ = _crossing(below.log_lower_delta, log_delta, scale)
+    return Bounds(lower, upper, estimate=start.epsilon)
 
 
-def _solve(tilted: TiltedSum, log_delta: float, sign: float, scale: float) -> float:
-    """Return where the upper (``sign`` 1) or lower (-1) bound on delta crosses delta, on the safe side.
+def _crossing(log_bound: Callable[[float], float], log_delta: float, scale: float) -> tuple[float, float]:
+    """Return two close epsilons between which a bound on delta falls to delta: it is above it at the first alone.
 
-    0 if the bound is below delta from the start. ``scale`` is about the epsilon expected.
+    Both are 0 if the bound is not above delta from the start. The second is infinite if the first exceeds 5e8.
+
+    Args:
+        log_bound: epsilon → log of the bound.
+        log_delta: log of delta.
+        scale: about the epsilon expected.
     """
-
-    def above(epsilon: float) -> bool:
-        return tilted.log_delta(epsilon, sign) > log_delta
-
-    if not above(0.0):
-        return 0.0
+    is_above = log_bound(0.0) > log_delta
+    if not is_above:
+        return 0.0, 0.0
     low, high = 0.0, scale
-    while above(high):
+    while log_bound(high) > log_delta:
         low, high = high, 2 * high
         if high > 1e9:
-            return math.inf if sign > 0 else low
+            return low, math.inf
     for _ in range(36):
         middle = (low + high) / 2
-        low, high = (middle, high) if above(middle) else (low, middle)
-    return high if sign > 0 else low
+        low, high = (middle, high) if log_bound(middle) > log_delta else (low, middle)
+    return low, high

@@ -20,6 +20,7 @@ from scipy import signal
 
 from accountants.mixtures import Array
 from accountants.numerics import lattice
+from accountants.numerics.sum_transform import ComplexArray, SumTransform
 from accountants.numerics.tails import UNIT
 from accountants.numerics.window import Window
 
@@ -46,10 +47,11 @@ class LatticePhase:
         total = float(np.sum(weight))
         return weight / total, top + math.log(total)
 
-    def transform(self, tilt: float, length: int) -> tuple[np.typing.NDArray[np.complex128], float]:
+    def transform(self, tilt: float, length: int) -> tuple[ComplexArray, float]:
         """Return the discrete Fourier transform of the tilted law folded to ``length``, and its log normaliser."""
-        law, log_moment = self.tilt(tilt)
-        return np.fft.rfft(np.bincount(self.law.index % length, weights=law, minlength=length)), log_moment
+        probability, log_moment = self.tilt(tilt)
+        folded = np.bincount(self.law.index % length, weights=probability, minlength=length)
+        return np.fft.rfft(folded), log_moment
 
 
 def compose(phases: list[LatticePhase], tilt: float, length: int, low: float, reliable_from: float) -> Window:
@@ -63,29 +65,34 @@ def compose(phases: list[LatticePhase], tilt: float, length: int, low: float, re
         reliable_from: the epsilon from which on the lower end must hold; the values are scaled to be moderate there.
     """
     spacing = phases[0].spacing
-    law = _tilted_law(phases, tilt, length)
+    law = _folded_law(phases, tilt, length)
     log_moment = law.log_moment
 
+    # The lattice points of the window, and their probabilities; index 0 of the law stands for the loss `origin`.
     origin = math.fsum(phase.count * phase.law.origin for phase in phases)
     start = math.ceil((low - origin) / spacing)
     points = origin + spacing * (start + np.arange(length))
-    probability = np.roll(law.probability, -(start % length))  # the transform's index 0 stands for the loss `origin`
+    probability = np.roll(law.probability, -(start % length))
     # Each value rests on those above it alone: points whose weights would leave float64's range are left out.
     first = int(np.argmax(tilt * (reliable_from - points) <= LARGEST_LOG_WEIGHT))
     points, probability = points[first:], probability[first:]
 
-    num_steps = sum(phase.count for phase in phases)
-    largest = max(float(np.max(np.abs(phase.losses[[0, -1]]))) for phase in phases)
-    top, window = float(points[-1]), length * spacing
-    log_prefactor = log_moment - tilt * reliable_from
-    log_peak = tilt * math.log(tilt) - (1 + tilt) * math.log1p(tilt)  # of e^(-tx) (1 - e^-x) over x
     # The probability that S lies above the window.
-    added = _exp(_log_above(phases, tilt, log_moment, top, window) + log_moment - tilt * top)
+    top, window = float(points[-1]), length * spacing
+    log_above = _log_above(phases, tilt, log_moment, top, window) + log_moment - tilt * top
+    above = math.exp(min(log_above, 0.0))
+
     # What was folded into the window, from above and from below, adds to delta at most so much. As a multiple of delta
     # it may exceed 1: no cap but float64's.
+    log_prefactor = log_moment - tilt * reliable_from
+    log_peak = tilt * math.log(tilt) - (1 + tilt) * math.log1p(tilt)  # of e^(-tx) (1 - e^-x) over x
     log_folded = _log_above(phases, tilt, log_moment, reliable_from + window, window) + log_peak + log_prefactor
     folded = math.exp(log_folded) if log_folded <= 0 else math.inf
     folded += math.exp(-tilt * window) / -math.expm1(-tilt * window)
+
+    num_steps = sum(phase.count for phase in phases)
+    # Losses ascend, so the first or the last of a phase is the largest in size.
+    largest = max(float(np.max(np.abs(phase.losses[[0, -1]]))) for phase in phases)
     return Window(
         points=points,
         upper_values=_hockey_sticks(np.maximum(probability + law.roundoff, 0.0), points, tilt, reliable_from),
@@ -93,14 +100,14 @@ def compose(phases: list[LatticePhase], tilt: float, length: int, low: float, re
         log_scale=log_prefactor,
         margin=math.fsum(phase.count * phase.law.mass_error for phase in phases) + 8 * length * UNIT,
         shift=num_steps * lattice.LOSS_ERROR * max(1.0, largest),
-        added=added + math.fsum(phase.count * phase.law.infinite_mass for phase in phases),
+        added=above + math.fsum(phase.count * phase.law.infinite_mass for phase in phases),
         removed=folded + math.fsum(phase.count * phase.law.moved_mass for phase in phases),
         reliable_from=reliable_from,
         num_steps=num_steps,
     )
 
 
-class _TiltedLaw(NamedTuple):
+class _FoldedLaw(NamedTuple):
     """The tilted law of S modulo the window of ``length`` lattice points."""
 
     probability: Array  # [length], number r that of the losses `origin + spacing * (r + j * length)` for all integers j
@@ -108,24 +115,17 @@ class _TiltedLaw(NamedTuple):
     log_moment: float  # log M(t), the log of the law's normaliser
 
 
-def _tilted_law(phases: list[LatticePhase], tilt: float, length: int) -> _TiltedLaw:
-    """Return the tilted law of S modulo the window, by the product of the phases' transforms."""
-    # At each frequency: the transform of S, a bound on its size with all errors, and the sum of the relative errors.
-    log_transform = np.zeros(length // 2 + 1, dtype=np.complex128)
-    log_envelope = np.zeros(length // 2 + 1)
-    relative_error = np.zeros(length // 2 + 1)
-    log_moment = 0.0
+def _folded_law(phases: list[LatticePhase], tilt: float, length: int) -> _FoldedLaw:
+    """Return the tilted law of S modulo the window, by the inverse of its transform."""
+    transform = SumTransform(length // 2 + 1)
     error = 8 * UNIT * (math.log2(length) + 2)  # of a value of a step's transform, whose magnitude is at most 1
     for phase in phases:
-        values, log_single = phase.transform(tilt, length)
-        magnitude = np.abs(values)
-        log_transform += phase.count * np.log(np.where(magnitude > 0, values, 1e-300))  # instead of log 0
-        # The transform of a law is at most 1 in size; with its error it may come out as more.
-        log_envelope += phase.count * np.log(np.minimum(magnitude + error, 1 + error))
-        relative_error += phase.count * (error / (magnitude + error) + 4 * UNIT)
-        log_moment += phase.count * log_single
-    roundoff = 2 / length * float(np.exp(log_envelope) @ (relative_error + error))
-    return _TiltedLaw(np.fft.irfft(np.exp(log_transform), length), roundoff, log_moment)
+        values, log_moment = phase.transform(tilt, length)
+        transform.add(values, error, log_moment, phase.count)
+    probability = np.fft.irfft(np.exp(transform.log_transform), length)
+    # Each probability is a mean over all frequencies, of which half are stored.
+    roundoff = 2 / length * float(np.exp(transform.log_envelope) @ (transform.relative_error + error))
+    return _FoldedLaw(probability, roundoff, transform.log_moment)
 
 
 def _hockey_sticks(probability: Array, points: Array, tilt: float, centre: float) -> Array:
@@ -137,15 +137,10 @@ def _hockey_sticks(probability: Array, points: Array, tilt: float, centre: float
     """
     spacing = points[1] - points[0]
     weight = probability * np.exp(tilt * (centre - points))
-    exceed = np.cumsum(weight[::-1])[::-1]
-    ratio = math.exp(-spacing)
-    tail: Array = cast(Any, signal).lfilter([-math.expm1(-spacing)], [1.0, -ratio], exceed[::-1])[::-1]
-    return np.append(tail[1:], 0.0)
-
-
-def _exp(value: float) -> float:
-    """Return the exponential of a probability's logarithm, at most 1."""
-    return math.exp(min(value, 0.0))
+    at_least = np.cumsum(weight[::-1])  # P(S >= point), from the last point down, as the recursion goes
+    # The filter's output i is (1 - e^-h) times its input i plus e^-h times its output i - 1.
+    values: Array = cast(Any, signal).lfilter([-math.expm1(-spacing)], [1.0, -math.exp(-spacing)], at_least)
+    return np.append(values[::-1][1:], 0.0)
 
 
 def _log_above(phases: list[LatticePhase], tilt: float, log_moment: float, edge: float, window: float) -> float:
@@ -153,6 +148,9 @@ def _log_above(phases: list[LatticePhase], tilt: float, log_moment: float, edge:
     best = 0.0
     for exponent in CHERNOFF:
         change = exponent / window
-        moment = math.fsum(phase.count * phase.tilt(tilt + change)[1] for phase in phases)
-        best = min(best, moment - log_moment - change * edge)
+        changed_moments: list[float] = []
+        for phase in phases:
+            _, log_of_step = phase.tilt(tilt + change)
+            changed_moments.append(phase.count * log_of_step)
+        best = min(best, math.fsum(changed_moments) - log_moment - change * edge)
     return best

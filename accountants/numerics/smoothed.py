@@ -44,11 +44,11 @@ from accountants.mixtures import Array, Composition, MixtureStep
 from accountants.numerics import saddle
 from accountants.numerics.lattice import LOSS_ERROR
 from accountants.numerics.roots import bracketed_root
+from accountants.numerics.sum_transform import ComplexArray, SumTransform
 from accountants.numerics.tails import UNIT
 from accountants.numerics.window import MARGIN
 
-ComplexArray = np.typing.NDArray[np.complexfloating[Any, Any]]
-
+#: Panels of the quadrature, and nodes of the rule on each.
 _FEWEST_PANELS, _MOST_PANELS, _RULE = 125, 500, 16
 _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(_RULE)
 #: Frequencies left out may add this share of delta.
@@ -100,7 +100,9 @@ class StepTransform:
         centres = low + half * (2 * np.arange(num_panels) + 1)
         self.z = (centres[:, None] + half * _NODES).ravel()
         self.loss = step.loss(self.z)
-        self._log_weight = -(self.z**2) / 2 + np.tile(np.log(half * _WEIGHTS / math.sqrt(2 * math.pi)), num_panels)
+        # Log of the rule's weight at each node times the normal density there.
+        log_rule = np.tile(np.log(half * _WEIGHTS / math.sqrt(2 * math.pi)), num_panels)
+        self._log_weight = -(self.z**2) / 2 + log_rule
         self._half, self._centres = half, centres
         self._step, self._add = step, add
         # What the round-off of a loss is relative to.
@@ -147,10 +149,9 @@ class StepTransform:
         rule = bounds.sum(axis=1)
         # Of float64: the sum over nodes and the exponents of the weights; then the losses, times what multiplies them.
         spread = float(weight @ (self.z**2 / 2 + (1 + abs(order)) * np.abs(self.loss))) + abs(log_total)
-        arithmetic = UNIT * (len(self.z) + 32 + 4 * spread) + 4 * LOSS_ERROR * (abs(order) + frequencies) * float(
-            weight @ self._size
-        )
-        return rule + arithmetic
+        of_sums = UNIT * (len(self.z) + 32 + 4 * spread)
+        of_losses = 4 * LOSS_ERROR * (abs(order) + frequencies) * float(weight @ self._size)
+        return rule + (of_sums + of_losses)
 
     def _ellipse_bounds(self, order: float, log_total: float) -> tuple[Array, Array]:
         """Return, by ellipse and panel, the log of the error's bound at frequency 0 and the rate at which it grows.
@@ -160,6 +161,7 @@ class StepTransform:
         shape = len(_ELLIPSES), len(self._centres)
         log_still, rates = np.full(shape, 700.0), np.zeros(shape)
         for row, ellipse in self._ellipses.items():
+            # |R|^order is largest where the ellipse's R is largest, or smallest if the order is negative.
             log_ratio = order * (ellipse.at_right if order >= 0 else ellipse.at_left + ellipse.log_cosine)
             log_bound = ellipse.log_density + log_ratio - log_total + ellipse.log_factor
             log_still[row], rates[row] = np.minimum(log_bound, 700.0), ellipse.rate
@@ -237,6 +239,7 @@ class SmoothedSum:
         log_target = math.log(target) - 8 * UNIT * (2 + abs(math.log(target)))
 
         def excess(epsilon: float) -> float:
+            """Return the log of delta's upper bound less that of the target; not positive is on the safe side."""
             return math.log(max(self._value(epsilon, 1), 1e-305)) - log_target
 
         # Delta falls by a factor of about e for every 1 / tilt of epsilon.
@@ -286,7 +289,9 @@ class SmoothedSum:
         best = 0.0
         for width in (1.0, 1.5, 2.0, 3.0):
             left, right = middle - round(width / _GRID), middle + round(width / _GRID)
+            # Beyond the width delta lies below delta'.
             known, weight = float(chords[:left].sum() + chords[right:].sum()) + outside, cancelled
+            # Within it, on either side, below the chord from v (at e^-U = 1) to delta' at its far end.
             for part, end in ((slice(left, middle), left), (slice(middle, right), right)):
                 # Of one side: P(U), E[e^-U], and e^-U at the far end of the chord.
                 p, mean, far = float(prob[part].sum()), float(ratio[part].sum()), float(ends[end])
@@ -303,7 +308,7 @@ class SmoothedSum:
         # The first step is of the size of what smoothing moves epsilon by.
         step = (self.tilt + 1) * self.deviation**2 / 4
         for _ in range(10):
-            if (self.lower_delta(upper - step) or 0.0) >= delta:
+            if self._reaches(upper - step, delta):
                 break
             step *= 2
         else:
@@ -311,8 +316,13 @@ class SmoothedSum:
         good, bad = upper - step, upper - step / 2
         for _ in range(2):  # a few: every evaluation goes over the whole grid
             middle = (good + bad) / 2
-            good, bad = (middle, bad) if (self.lower_delta(middle) or 0.0) >= delta else (good, middle)
+            good, bad = (middle, bad) if self._reaches(middle, delta) else (good, middle)
         return good
+
+    def _reaches(self, epsilon: float, delta: float) -> bool:
+        """Return whether ``lower_delta`` is at least ``delta``; not where it is unknown."""
+        lower = self.lower_delta(epsilon)
+        return lower is not None and lower >= delta
 
     @functools.cached_property
     def _frequencies(self) -> Array:
@@ -327,8 +337,8 @@ class SmoothedSum:
     @functools.cached_property
     def _grid(self) -> Array:
         """Values of U / m, symmetric around 0."""
-        num = math.ceil(self.reach / _GRID)
-        return np.arange(-num, num + 1) * _GRID
+        num_each_side = math.ceil(self.reach / _GRID)
+        return np.arange(-num_each_side, num_each_side + 1) * _GRID
 
     @functools.cached_property
     def _turns(self) -> ComplexArray:
@@ -385,14 +395,16 @@ def smoothed_sum(
     log_mass = log_delta - MARGIN  # of what is cut from the laws
     if m < _SMALLEST_DEVIATION or log_mass < _SMALLEST_LOG:
         return None
-    num = _num_frequencies(m, spacing, expected=0.4 / (math.hypot(scale, 1 / tilt) * tilt * (1 + tilt)))
+    # About the size of A: the tilted sum's density, smeared over 1 / tilt, times the integral of e^(-tx) (1 - e^-x).
+    expected = 0.4 / (math.hypot(scale, 1 / tilt) * tilt * (1 + tilt))
+    num = _num_frequencies(m, spacing, expected=expected)
     if num > _MAX_FREQUENCIES:
         return None
 
     low, high = saddle.truncation(composed, log_mass)
     steps = [(StepTransform(step, low, high, add=add), count) for step, count in composed.phases]
     y = spacing * np.arange(num)
-    law = _tilted_law(steps, tilt, y)
+    law = _transform(steps, tilt, y)
 
     # The other factors of a term of A, in point 2; terms at y and -y are conjugate, so all but the first count twice.
     s = tilt + 1j * y
@@ -432,33 +444,19 @@ def _num_frequencies(m: float, spacing: float, *, expected: float) -> int:
     return math.ceil(highest / spacing) + 1
 
 
-class _TiltedLaw(NamedTuple):
-    """The Fourier transform of the sum S under its tilted law."""
-
-    log_transform: ComplexArray  # at each frequency
-    log_envelope: Array  # log of a bound on its size, all errors included
-    relative_error: Array  # the sum of all steps' relative errors
-    log_moment: float  # log M(t), the log of the law's normaliser
-
-
-def _tilted_law(steps: list[tuple[StepTransform, int]], tilt: float, frequencies: Array) -> _TiltedLaw:
+def _transform(steps: list[tuple[StepTransform, int]], tilt: float, frequencies: Array) -> SumTransform:
     """Return the transform of a sum of steps, each so often, at equally spaced frequencies from 0 on."""
     num, spacing = len(frequencies), float(frequencies[1])
-    log_transform, log_envelope = np.zeros(num, dtype=np.complex128), np.zeros(num)
-    relative_error, log_moment = np.zeros(num), 0.0
     # The bound on errors grows with the frequency: the one at a block's last frequency serves the block.
-    last_of_blocks = frequencies[np.minimum(np.arange(_BLOCK, num + _BLOCK, _BLOCK), num) - 1]
+    ends_of_blocks = np.minimum(np.arange(_BLOCK, num + _BLOCK, _BLOCK), num)
+    last_of_blocks = frequencies[ends_of_blocks - 1]
+    transform = SumTransform(num)
     for step, count in steps:
         weight, log_total = step.tilted(tilt)
         values = step.values(weight, spacing, num)
-        error = np.repeat(step.errors(weight, log_total, tilt, last_of_blocks), _BLOCK)[:num]
-        magnitude = np.abs(values)
-        log_transform += count * np.log(np.where(magnitude > 0, values, 1e-300))  # instead of log 0
-        # The transform of a law is at most 1 in size; with its error it may come out as more.
-        log_envelope += count * np.log(np.minimum(magnitude + error, 1 + error))
-        relative_error += count * (error / (magnitude + error) + 4 * UNIT)
-        log_moment += count * log_total
-    return _TiltedLaw(log_transform, log_envelope, relative_error, log_moment)
+        errors = np.repeat(step.errors(weight, log_total, tilt, last_of_blocks), _BLOCK)[:num]
+        transform.add(values, errors, log_total, count)
+    return transform
 
 
 def _tail(frequency: float, m: float) -> float:

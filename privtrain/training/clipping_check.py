@@ -8,7 +8,8 @@ others.
 
 The job may shard gradients. Then ranks of a shard group work together on a *joint* unit, one that is too large for a
 rank. ``placement.clipped`` is the layout of the tensors whose clipped sum this rank accumulates, ``placement.stepped``
-that of the tensors, or parts of them, that its optimizer steps.
+that of the tensors, or parts of them, that its optimizer steps. A *route* is a way of the clipper to the clipped sum,
+``one_unit`` one unit at a time (:mod:`privtrain.clipping.clipper`).
 """
 
 from __future__ import annotations
@@ -70,15 +71,19 @@ def check_clipping(trainer: Trainer, units: list[list[Record]], precision: str, 
     by_token[0] = 1.0  # padding rows
     losses = _scaled(trainer.row_losses, by_token)
     reference = _Reference(trainer, units, losses, trainer.clipper, is_by_shape=precision != "fp32")
+
+    # The huge unit alone, by the clipper that this settles on.
     by_token[1] = reference.include(0, _HUGE)
     clipper = trainer.new_clipper(losses, _agreed_route(trainer, losses, units[0], route))
-    reference.clipper, route = clipper, clipper.route
+    reference.clipper, settled_route = clipper, clipper.route
     for size in _ALONE_SIZES:
         expected = reference.clipped_sum(num_units=1, microbatch_size=size)
         total = _clipped_and_reduced(clipper, placement, units[:1], size, backend)
         agree_on_fault(_difference(total, expected, trainer, precision, num_units=1), backend)
+
+    # The small one beside it. Also without the third unit: beside one that is not finite the clipper takes the units of
+    # a microbatch one by one.
     by_token[2] = reference.include(1, _SMALL)
-    # Also without the third unit: beside one that is not finite the clipper takes the units of a microbatch one by one.
     sizes = _TOGETHER_SIZES if placement.shards is None else _JOINT_SIZES
     for members, size in itertools.product((units[:2], units), sizes):
         expected = reference.clipped_sum(num_units=2, microbatch_size=size)
@@ -95,7 +100,9 @@ def check_clipping(trainer: Trainer, units: list[list[Record]], precision: str, 
                     f"fp32. {fault}"
                 )
         agree_on_fault(fault, backend)
-    fault = "" if clipper.route == route else "the clipping route changed; set performance.clipping_route: one_unit"
+
+    has_changed = clipper.route != settled_route
+    fault = "the clipping route changed; set performance.clipping_route: one_unit" if has_changed else ""
     agree_on_fault(fault, backend)
     return clipper
 
@@ -114,10 +121,9 @@ def check_exact_sum(clipper: PerUnitClipper, trainer: Trainer, units: list[list[
     backend = trainer.backend
     # A job of lines computes no rows of two units, so its model may round the rows of a batch by their place.
     microbatch_size = 1 if trainer.packs_lines else max(_TOGETHER_SIZES)
-    huge, small, both = (
-        _reduced_total(clipper, trainer.placement, present, microbatch_size, backend).clone()
-        for present in (units[:1], units[1:2], units[:2])
-    )
+    huge = _reduced_total(clipper, trainer.placement, units[:1], microbatch_size, backend).clone()
+    small = _reduced_total(clipper, trainer.placement, units[1:2], microbatch_size, backend).clone()
+    both = _reduced_total(clipper, trainer.placement, units[:2], microbatch_size, backend)
     fault = ""
     if both.dtype != torch.int64 or not torch.equal(huge + small, both):
         fault = (
@@ -156,9 +162,8 @@ class _Reference:
         trainer, layout = self.trainer, self.trainer.placement.stepped
         gradient = self._plain([self.units[unit]], 0, microbatch_size=1, row_losses=trainer.row_losses)
         norm = math.hypot(*_norms(gradient, layout, trainer.backend))
-        fault = (
-            "" if 0 < norm < math.inf else f"a planted unit's gradient has norm {norm}: the loss moves nothing trained"
-        )
+        is_usable = 0 < norm < math.inf
+        fault = "" if is_usable else f"a planted unit's gradient has norm {norm}: the loss moves nothing trained"
         agree_on_fault(fault, trainer.backend)
         factor = size * trainer.plan.clipping_norm / norm
         if not self.is_by_shape:  # one sum serves for all shapes; else clipped_sum forms it for each
@@ -191,14 +196,15 @@ class _Reference:
         """
         placement, clipper = self.trainer.placement, self.clipper
         packer = _packer(microbatch_size)
+        alone = [self.units[unit]]
         if placement.shards is not None and is_joint(placement, clipper, packer, self.units[unit]):
             assert isinstance(clipper, ShardedClipper)
             # The ranks of a shard group divide a joint unit's rows among them, or take them one by one.
-            rows_per_rank = -(-len(self.units[unit]) // placement.shards.size)  # rounded up
+            rows_per_rank = math.ceil(len(self.units[unit]) / placement.shards.size)
             num_rows = rows_per_rank if clipper.joint_route == "two_pass" else 1
-            gradient = self._plain([self.units[unit]], 0, microbatch_size=num_rows, row_losses=self.losses)
+            gradient = self._plain(alone, 0, microbatch_size=num_rows, row_losses=self.losses)
         elif clipper.route == "one_unit":
-            gradient = self._plain([self.units[unit]], 0, microbatch_size=1, row_losses=self.losses)
+            gradient = self._plain(alone, 0, microbatch_size=1, row_losses=self.losses)
         else:
             gradient = self._plain(present, unit, microbatch_size=microbatch_size, row_losses=self.losses)
         _clip(gradient, self.trainer.placement.stepped, self.trainer.plan, self.trainer.backend)
@@ -225,8 +231,10 @@ class _Reference:
 
 def _unit_loss(row_losses: RowLosses, batch: Microbatch, unit: int) -> torch.Tensor:
     """Return [] the loss of one unit's rows in a batch."""
-    rows = (batch.owner == batch.owners.index(unit)).nonzero().flatten()
-    return (row_losses(batch.input_ids, batch.target_mask)[rows] * batch.row_weight[rows]).sum()
+    is_of_unit = batch.owner == batch.owners.index(unit)
+    rows = is_of_unit.nonzero().flatten()
+    losses = row_losses(batch.input_ids, batch.target_mask)
+    return (losses[rows] * batch.row_weight[rows]).sum()
 
 
 def _agreed_route(trainer: Trainer, losses: RowLosses, unit: list[Record], route: str) -> str:
@@ -266,6 +274,7 @@ def _batches(units: list[list[Record]], microbatch_size: int, device: torch.devi
 
 
 def _packer(microbatch_size: int) -> Packer:
+    """Return a packer for the planted units' records."""
     return Packer(microbatch_size, max_length=max(_PLANTED_LENGTHS), pad_id=0)
 
 
@@ -294,12 +303,15 @@ def _reduced_total(
     reduction which leaves out other ranks than rank 0 is found.
     """
     packer = _packer(microbatch_size)
-    joint = [records for records in units if is_joint(placement, clipper, packer, records)]
     single = [records for records in units if not is_joint(placement, clipper, packer, records)]
+    shares: list[list[list[Record]]] = [[] for _ in range(placement.num_shares)]
+    shares[-1] = single
     is_last_replica = placement.replica == placement.num_replicas - 1
-    empty_shares: list[list[list[Record]]] = [[] for _ in range(placement.num_shares - 1)]
+    joint: list[list[Record]] = []
+    if is_last_replica:
+        joint = [records for records in units if is_joint(placement, clipper, packer, records)]
     clipper.reset()
-    for batch in packer.pack_share([*empty_shares, single], placement.share, joint if is_last_replica else []):
+    for batch in packer.pack_share(shares, placement.share, joint):
         clipper.accumulate(batch.to(backend.device))
     return backend.reduce_total(clipper.finish())
 
@@ -325,7 +337,8 @@ def _clip(gradient: torch.Tensor, layout: Layout, plan: PrivacyPlan, backend: Ba
     else:  # per layer: each module's tensors to an equal share of the squared norm
         modules: dict[str, list[int]] = {}
         for i, slot in enumerate(layout.slots):
-            modules.setdefault(slot.name.rpartition(".")[0], []).append(i)  # "layer.0.weight" is of "layer.0"
+            module, _, _ = slot.name.rpartition(".")  # "layer.0.weight" is of "layer.0"
+            modules.setdefault(module, []).append(i)
         bound = clipping_norm / math.sqrt(len(modules))
         for members in modules.values():
             norm = math.hypot(*(norms[i] for i in members))
@@ -428,23 +441,18 @@ def _watched_gradient(
         losses: each runs a forward pass and returns a loss.
     """
     result = layout.zeros(device)
-    slots = {slot.name: slot for slot in layout.slots}
-    # A tied tensor has several names, of which the layout has the first.
-    first_name_by_id: dict[int, str] = {}
-    first_name: dict[str, str] = {}  # every name of a tensor → its first one
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        first_name[name] = first_name_by_id.setdefault(id(parameter), name)
+    slots = _slots_by_every_name(model, layout)
     handles: dict[int, RemovableHandle] = {}  # by id of the hooked tensor
 
     def add_own_part(slot: Slot, gradient: torch.Tensor) -> None:
+        """Add this rank's part of a whole tensor's gradient to the result."""
         part = gradient.detach().flatten()[slot.first : slot.first + slot.num_coordinates]
         layout.view(result, slot).add_(part.float())
 
     def hook_tensors(prefix: str, module: torch.nn.Module, _inputs: object) -> None:
         """Hook a module's trained tensors, each once: before its forward pass, when they have been gathered."""
         for local_name, tensor in module.named_parameters(recurse=False):
-            name = f"{prefix}.{local_name}" if prefix else local_name
-            slot = slots.get(first_name.get(name, ""))
+            slot = slots.get(f"{prefix}.{local_name}" if prefix else local_name)
             if slot is not None and tensor.requires_grad and id(tensor) not in handles:
                 handles[id(tensor)] = tensor.register_hook(functools.partial(add_own_part, slot))
 
@@ -460,3 +468,15 @@ def _watched_gradient(
         for handle in [*forward_handles, *handles.values()]:
             handle.remove()
     return result
+
+
+def _slots_by_every_name(model: torch.nn.Module, layout: Layout) -> dict[str, Slot]:
+    """Return name → slot of every trained tensor, by all of a tied tensor's names; the layout has the first alone."""
+    by_first_name = {slot.name: slot for slot in layout.slots}
+    first_names: dict[int, str] = {}  # by id of the tensor
+    slots: dict[str, Slot] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        first_name = first_names.setdefault(id(parameter), name)
+        if first_name in by_first_name:
+            slots[name] = by_first_name[first_name]
+    return slots

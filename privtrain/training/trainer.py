@@ -195,6 +195,8 @@ class Trainer:
         self._seed_dropout(step)
         drawn = self.sampler.draw(step)
         self._intend(step, drawn)
+
+        # The exact sum of clipped gradients, and its noise.
         self.clipper.reset()
         self._accumulate(drawn)
         vector, released, commitment = self.release(
@@ -208,10 +210,14 @@ class Trainer:
         # Copied here, since the optimizer may overwrite it, and written only once the step is committed.
         kept = None if self.keep is None else vector.detach().to("cpu", copy=True)
         self._previous = commitment
+
+        # The update.
         self._set_learning_rate(step)
         self.backend.apply(vector, self.layout, self.optimizer, divide_by=self.plan.expected_batch_size)
         num_averaged = self._training.num_averaged_steps
         average.include(self.optimizer, step, num_steps=self.plan.num_steps, num_averaged=num_averaged)
+
+        # The step is done: only now anything of it leaves the job.
         counts = self._reduced_counts()
         self._commit(step, commitment, self._zeroed(drawn, num_nonfinite=counts.num_nonfinite))
         if self.keep is not None and kept is not None:
@@ -357,6 +363,7 @@ class Trainer:
         )
 
     def _stddev(self, clipper: PerUnitClipper) -> float:
+        """Return the standard deviation of a step's own noise."""
         return self.plan.fresh_noise_multiplier * clipper.sensitivity
 
     def _clip_batch(self, total: torch.Tensor) -> None:
@@ -385,33 +392,30 @@ class Trainer:
             losses: gives the [rows] losses of a microbatch; the self-test passes others than :meth:`row_losses`.
             route: of ``performance.clipping_route``.
         """
-        norm, style, device = self.plan.clipping_norm, self.plan.clipping_style, self.backend.device
-        shards, any_rank = self.placement.shards, self.backend.any_rank
-        if shards is not None:
+        if self.placement.shards is not None:
             return ShardedClipper(
                 self.model,
-                shards,
-                norm,
+                self.placement.shards,
+                self.plan.clipping_norm,
                 losses,
-                device,
-                style,
+                self.backend.device,
+                self.plan.clipping_style,
                 route,
-                any_rank=any_rank,
+                any_rank=self.backend.any_rank,
                 reduce_once=self._reduce_once,
             )
-        layout, equal_passes = self.placement.clipped, self.placement.equal_passes
         lines = functools.partial(LineClipper, self.token_losses, in_one_kernel=not self.why_by_record)
         kind = PerUnitClipper if self.line_packer is None else lines
         return kind(
             self.model,
-            layout,
-            norm,
+            self.placement.clipped,
+            self.plan.clipping_norm,
             losses,
-            device,
-            style,
+            self.backend.device,
+            self.plan.clipping_style,
             route,
-            equal_passes=equal_passes,
-            any_rank=any_rank,
+            equal_passes=self.placement.equal_passes,
+            any_rank=self.backend.any_rank,
         )
 
     def choose_attention(self, why_by_record: str) -> None:
@@ -440,19 +444,19 @@ class Trainer:
         packer = self.line_packer if self.packs_lines and self.line_packer is not None else self.packer
         cost_of = {unit: packer.cost(records) for unit, records in records_of.items()}
 
-        # A unit is worked on by one rank, or by the ranks of one shard group. Every rank computes all shares, so that
-        # all know how many batches the busiest rank has.
-        single: list[DrawnUnit] = []
-        joint: list[DrawnUnit] = []
-        for d in drawn:
-            (joint if is_joint(placement, self.clipper, self.packer, records_of[d.unit]) else single).append(d)
+        # A unit is worked on by one rank, or by the ranks of one shard group (*replica*). Every rank computes all
+        # shares, so that all know how many batches the busiest rank has.
+        joint = [d for d in drawn if is_joint(placement, self.clipper, self.packer, records_of[d.unit])]
+        joint_units = {d.unit for d in joint}
+        single = [d for d in drawn if d.unit not in joint_units]
         single_by_share = assign_to_ranks(single, [cost_of[d.unit] for d in single], placement.num_shares)
         joint_by_replica = assign_to_ranks(joint, [cost_of[d.unit] for d in joint], placement.num_replicas)
         joint_here = joint_by_replica[placement.replica]
         self._share = [*single_by_share[placement.share], *joint_here]  # in the order of the batches' owners
 
         shares = [[records_of[d.unit] for d in share] for share in single_by_share]
-        for batch in packer.pack_share(shares, placement.share, [records_of[d.unit] for d in joint_here]):
+        joint_records = [records_of[d.unit] for d in joint_here]
+        for batch in packer.pack_share(shares, placement.share, joint_records):
             yield batch.to(self.backend.device)
 
     def row_losses(self, input_ids: torch.Tensor, target_mask: torch.Tensor) -> torch.Tensor:
@@ -482,12 +486,15 @@ class Trainer:
             self.clipping_norm = next_norm(settings, self.clipping_norm, share, initial_norm=initial_norm)
 
     def _intend(self, step: int, drawn: Sequence[DrawnUnit]) -> None:
+        """Record in the ledger that a step begins, with the units that take part and their numbers of records."""
         if self.backend.is_main:  # only rank 0 records; the others need not read names, which may lie on disk
             units = [(self._units.names[d.unit], len(d.record_indices)) for d in drawn]
             self.ledger.intend(self.generation, step, units)
 
     def _check_replay(self, step: int, commitment: str) -> None:
-        if self._committed.get(step, commitment) != commitment:
+        """Raise ReplayDiverged if a replayed step has another commitment than before; a new step has none before."""
+        before = self._committed.get(step)
+        if before is not None and before != commitment:
             raise ReplayDiverged
 
     def _reduced_counts(self) -> _StepCounts:
@@ -523,10 +530,11 @@ class Trainer:
         return [self._units.names[d.unit] for d, flag in zip(drawn, flags.tolist(), strict=True) if flag]
 
     def _commit(self, step: int, commitment: str, zeroed: Sequence[str]) -> None:
+        """Record in the ledger that a step is done, with the names of units that counted as zero."""
         self.ledger.commit(self.generation, step, commitment, zeroed)
 
     def _seed_dropout(self, step: int) -> None:
-        # The same when a step is replayed, and secret: see :mod:`privtrain.clipping.random_state`.
+        """Seed torch by the key: the same when a step is replayed, and secret (:mod:`privtrain.clipping.random_state`)."""
         seed_from(self._key.stream("dropout", step, self.backend.rank))
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
@@ -534,13 +542,15 @@ class Trainer:
 
         ``rate_ratio`` of a group is its learning rate over that of the schedule.
         """
-        groups: dict[float, list[torch.nn.Parameter]] = {}
+        by_ratio: dict[float, list[torch.nn.Parameter]] = {}
         for name, parameter in self.layout.parameters.items():
             is_b = ".lora_B." in name or ".lora_embedding_B." in name
-            groups.setdefault(self._training.lora_b_rate_ratio if is_b else 1.0, []).append(parameter)
-        return [{"params": parameters, "rate_ratio": ratio} for ratio, parameters in groups.items()]
+            ratio = self._training.lora_b_rate_ratio if is_b else 1.0
+            by_ratio.setdefault(ratio, []).append(parameter)
+        return [{"params": parameters, "rate_ratio": ratio} for ratio, parameters in by_ratio.items()]
 
     def _set_learning_rate(self, step: int) -> None:
+        """Set the schedule's rate of a step in every parameter group."""
         for group in self.optimizer.param_groups:
             group["lr"] = self._training.learning_rate_at(step, self.plan.num_steps) * group["rate_ratio"]
 
