@@ -36,7 +36,7 @@ from attacks.analysis import (
     user_inference,
     verdict,
 )
-from attacks.analysis.arrays import FloatArray
+from attacks.analysis.arrays import BoolArray, FloatArray
 from attacks.analysis.audit import panel as auditing
 from attacks.analysis.features import DocumentTable, Scored
 from attacks.analysis.lift import AGGREGATIONS, lift
@@ -86,11 +86,14 @@ def analyse_run(run: pathlib.Path, *, seed: int = 0, audit_delta: float | None =
 
 def _analyse(run: pathlib.Path, seed: int, audit_delta: float | None) -> dict[str, Any]:
     """Do what :func:`analyse_run` says; the caller holds the lock of the signals."""
+    # What was scored, checked against the run.
     statement = evidence.verified_statement(run)
     directory = RunDirectory(run)
     scoring = read_scoring(directory)
     evidence.check_target(directory, scoring.facts["target"], scoring.path, scoring.remedy)
     num_left_out = check_documents(scoring)
+
+    # One pass over the signals.
     panel = SensitivePanel()
     attacks = [attack for attack in registry.ATTACKS.values() if isinstance(attack, DocumentAttack)]
     scored = features.collect(scoring.rows(), attacks, panel.watch)
@@ -101,11 +104,14 @@ def _analyse(run: pathlib.Path, seed: int, audit_delta: float | None) -> dict[st
                 f"{run / signals.SIGNALS_PATH} has {count['num_units']} {side} users: expected at least "
                 f"{MIN_USERS_PER_SIDE} on each side; hold out more users and run next: attacks score {run}"
             )
-    # The most records of any user of either side: what a user could have put into training must not depend on the coin.
+
+    # What bounds every attack: the guarantee, and whether the sides differ without any model. The most records of any
+    # user of either side: what a user could have put into training must not depend on the coin.
     cap = verdict.Cap.of(statement, int(scored.num_records.max()))
     families = blind.blind_baseline(scored, seed)
     confounded_by = _confounded_by(families)
 
+    # The attacks.
     references = read_references(directory, scoring)
     models = _under_shadows(scored, references)
     not_run = _not_run(scored)
@@ -114,17 +120,17 @@ def _analyse(run: pathlib.Path, seed: int, audit_delta: float | None) -> dict[st
     evaluated, multiplicity = _evaluated(declared, others, cap, seed, confounded_by)
     assert declared.name == user_inference.HEADLINE
     headline = evaluated[declared.name]
-
-    num_held_out = counts[signals.HELD_OUT]["num_units"]
-    ceiling = statistics.perfect_separation(counts[signals.HELD_IN]["num_units"], num_held_out)
     users = _user_values(scored)
 
+    # The audit, and the verdict of both.
     findings = auditing.audit_run(scoring, statement, scored, models, cap, seed, confounded_by, audit_delta)
     found_verdict, reason = verdict.combine(
         (verdict.Verdict(headline["verdict"]), headline["verdict_reason"]),
         [(finding.verdict, f"the audit of {finding.name}: {finding.verdict_reason}") for finding in findings],
     )
 
+    num_held_out = counts[signals.HELD_OUT]["num_units"]
+    ceiling = statistics.perfect_separation(counts[signals.HELD_IN]["num_units"], num_held_out)
     facts: dict[str, Any] = {
         "schema": SCHEMA_NAME,
         "attack": "user_inference",
@@ -308,18 +314,17 @@ def _of_shadows(
         not_run: gets an entry for each attack that has too few shadow models.
     """
     suffix = "" if kind == signals.FRESH else "_training"
-    by_user = None if models is None else shadow_models.by_user(models, table.owner, len(scored.users))
     for attack in registry.reference_attacks():
+        name = f"{attack.name}{suffix}"
         lacking = shadow_models.lacking(attack, models)
         if lacking:
-            not_run.append({"attack": f"{attack.name}{suffix}", "documents": kind, "reason": lacking})
+            not_run.append({"attack": name, "documents": kind, "reason": lacking})
             continue
         assert models is not None, "without models every attack lacks them"
-        assert by_user is not None
-        of_users, has_documents = by_user
+        of_users, has_documents = shadow_models.by_user(models, table.owner, len(scored.users))
         values = np.full(len(scored.users), np.nan)  # NaN: no document, so no score
         values[has_documents] = attack.score(of_users)
-        yield _split(scored, f"{attack.name}{suffix}", attack.definition, kind, values)
+        yield _split(scored, name, attack.definition, kind, values)
         if kind == signals.TRAINING:
             yield _records(scored, table, f"{attack.name}_records", attack.definition, attack.score(models))
 
@@ -441,14 +446,14 @@ def _user_inference_facts(scored: Scored, users: dict[str, FloatArray], seed: in
     """Return how the headline's AUROC varies with what users have, and how many users it accuses."""
     fresh, values = scored.documents[signals.FRESH], users[user_inference.HEADLINE]
     known = ~np.isnan(values)
-    p_values = statistics.rank_p_values(values[known & scored.is_held_in], values[known & ~scored.is_held_in])
+    held_in, held_out = values[known & scored.is_held_in], values[known & ~scored.is_held_in]
     return {
         "by_num_documents": curves.by_num_documents(scored, fresh, fresh.scores[user_inference.HEADLINE], seed),
         "by_num_records": curves.by_bucket(scored.num_records.astype(np.float64), values, scored.is_held_in),
         "by_share": curves.by_bucket(curves.shares(scored), values, scored.is_held_in),
         "by_distinctness": curves.by_bucket(curves.distinctness(scored), values, scored.is_held_in),
         "most_exposed": curves.most_exposed(scored, values),
-        "users_accused": _users_accused(p_values, int((known & ~scored.is_held_in).sum())),
+        "users_accused": _users_accused(statistics.rank_p_values(held_in, held_out), num_held_out=held_out.size),
     }
 
 
@@ -502,12 +507,17 @@ def _write_per_user(run: RunDirectory, scoring: Scoring, scored: Scored, users: 
         columns[name] = known
         columns[f"{name}_rank"] = scipy.stats.rankdata(-known, "max").astype(np.int64)  # 1: the most member-like user
         p_values = statistics.rank_p_values(known[is_in], known[~is_in])
-        for label, of_held_in in (("p_value", p_values), ("p_fdr", statistics.false_discovery_rate(p_values))):
-            column = np.full(is_in.size, np.nan)
-            column[is_in] = of_held_in
-            columns[f"{name}_{label}"] = pa.array(column, mask=~is_in)  # null for held-out users
+        columns[f"{name}_p_value"] = _column_of_held_in(p_values, is_in)
+        columns[f"{name}_p_fdr"] = _column_of_held_in(statistics.false_discovery_rate(p_values), is_in)
     buffer = io.BytesIO()
     pq.write_table(pa.table(columns), buffer, compression="zstd")
     make_private_directory(path.parent)
     write_atomically(path, buffer.getvalue(), mode=0o600)
     write_scoring(run, path, {"scoring": scoring.seal}, schema=PER_USER_SCHEMA_NAME)
+
+
+def _column_of_held_in(values: FloatArray, is_in: BoolArray) -> Any:
+    """Return a column of users with the ``values`` of those held in, in order, and null for those held out."""
+    column = np.full(is_in.size, np.nan)
+    column[is_in] = values
+    return pa.array(column, mask=~is_in)

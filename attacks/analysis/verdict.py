@@ -84,10 +84,13 @@ class Cap:
         # (0: none stated) or the number counted in the data, whichever is less.
         stated = statement.contribution_bound
         limit = 0 if stated is None else stated.records_per_user_in_training_set or 0
-        if stated is not None and stated.selection == "random_chunk":
-            # What is protected is a chunk, and a record may be cut into many: the count of records says nothing.
-            return cls._of_records(statement.unit, bound, limit)
-        num_records = min(limit, records_per_user) if limit else records_per_user
+        is_of_chunks = stated is not None and stated.selection == "random_chunk"
+        if is_of_chunks:  # a record may be cut into many chunks: the count of records says nothing of these
+            num_records = limit
+        elif limit:
+            num_records = min(limit, records_per_user)
+        else:
+            num_records = records_per_user
         return cls._of_records(statement.unit, bound, num_records)
 
     @classmethod
@@ -129,6 +132,7 @@ class Cap:
 
     @property
     def _bounds(self) -> list[statistics.Bound]:
+        """The pair and the curve, those of them that there are."""
         return [bound for bound in (self.bound, self.curve) if bound is not None]
 
 
@@ -139,7 +143,7 @@ def epsilon_at(statement: PrivacyStatement, delta: float) -> float | None:
         statement: of the run.
         delta: below the stated one.
     """
-    stated = None if statement.unit != ATTACKED_UNIT else _mechanism(statement)
+    stated = _mechanism(statement) if statement.unit == ATTACKED_UNIT else None
     if stated is None:
         return None
     relation = statement.neighboring_relation
@@ -234,7 +238,11 @@ def _accountants(scheme: Scheme, num_records: int) -> list[str]:
 
     For users of several records ``tilted`` comes first: ``pld`` takes many seconds where ``tilted`` takes none.
     """
-    return sorted(scheme.accountants, key=lambda name: num_records > 1 and name != "tilted")
+    names = list(scheme.accountants)
+    if num_records > 1 and "tilted" in names:
+        names.remove("tilted")
+        names.insert(0, "tilted")
+    return names
 
 
 def _event(

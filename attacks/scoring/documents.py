@@ -250,8 +250,8 @@ def sensitive_tokens(
     """
     offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
     is_sensitive = np.zeros(max(num_tokens, len(offsets)), dtype=np.bool_)
-    for number, (start, end) in enumerate(offsets):  # of each token's characters
-        is_sensitive[number] = any(start < span_end and span_start < end for span_start, span_end in spans)
+    for token, (start, end) in enumerate(offsets):  # of the token's characters
+        is_sensitive[token] = any(start < span_end and span_start < end for span_start, span_end in spans)
     return is_sensitive[:num_tokens]
 
 

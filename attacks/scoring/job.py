@@ -164,9 +164,9 @@ class Job:
             scoring.check()
         except (DamagedFile, AttackInputError):
             return None
-        expected = self.part_facts(documents)
-        if {name: scoring.facts.get(name) for name in expected} != expected:
-            return None
+        for name, expected in self.part_facts(documents).items():
+            if scoring.facts.get(name) != expected:
+                return None
         return scoring.facts["signals_sha256"]
 
     def why_not_done(self) -> str:
@@ -215,11 +215,7 @@ def prepare_job(
     manifest = planning.read_manifest(attacked) if is_shadow else own
     attacked_config = evidence.read_config(attacked) if is_shadow else config
     data = attacked_config.data
-    # Where a base lies may be written in two ways; its files then tell whether it is the same.
-    if attacked_config.model != config.model and (
-        _model_settings(attacked_config) != _model_settings(config)
-        or targets.base_digests(attacked_config.model) != digests["base"]
-    ):
+    if not _have_one_base(attacked_config, config, digests["base"]):
         raise AttackInputError(f"{run.root} starts from another base model than {attacked.root}; expected the same one")
 
     # Which documents.
@@ -299,6 +295,17 @@ def prepare_job(
 
 _SOFTWARE = ("torch", "transformers", "tokenizers", "peft")
 """Another version may round otherwise: a resumed scoring is to equal one that was not interrupted."""
+
+
+def _have_one_base(attacked: Config, own: Config, own_digests: Any) -> bool:
+    """Return whether two runs start from one base model; its place may be written in two ways, so files decide then.
+
+    ``own_digests`` are of the files of the second one's base.
+    """
+    if attacked.model == own.model:
+        return True
+    has_own_settings = _model_settings(attacked) == _model_settings(own)
+    return has_own_settings and targets.base_digests(attacked.model) == own_digests
 
 
 def _model_settings(config: Config) -> dict[str, Any]:

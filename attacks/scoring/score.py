@@ -109,28 +109,28 @@ def score_run(
 def _held(signals_path: pathlib.Path, state: PartialState) -> Iterator[None]:
     """Lock the signals file while the block runs: rank 0 takes the lock, and all ranks raise its error if it cannot."""
     with contextlib.ExitStack() as stack:
-        problem: list[PrivtrainError | None] = [None]
+        problem: PrivtrainError | None = None
         if state.is_main_process:
             try:
                 stack.enter_context(alone(signals_path, is_writer=True))
             except (RunBusy, UnsafePath) as error:
-                problem = [error]
-        accelerate.utils.broadcast_object_list(problem)
-        if problem[0] is not None:
-            raise problem[0]
+                problem = error
+        (problem,) = accelerate.utils.broadcast_object_list([problem])
+        if problem is not None:
+            raise problem
         yield
 
 
 def _is_done(job: Job, state: PartialState) -> bool:
     """Return whether this job's signals are there already; rank 0 looks and tells the other ranks."""
-    reason = [job.why_not_done() if state.is_main_process else ""]
-    accelerate.utils.broadcast_object_list(reason)
-    if state.is_main_process and not reason[0]:
+    reason = job.why_not_done() if state.is_main_process else ""
+    (reason,) = accelerate.utils.broadcast_object_list([reason])
+    if state.is_main_process and not reason:
         print(f"{job.signals_path} is already there; delete it to score again")
         shutil.rmtree(job.parts, ignore_errors=True)  # of a job that was killed while it removed them
     elif state.is_main_process and (job.signals_path.exists() or record_path(job.signals_path).exists()):
-        print(f"{job.signals_path} is scored again: {reason[0]}")
-    return not reason[0]
+        print(f"{job.signals_path} is scored again: {reason}")
+    return not reason
 
 
 def load_scorers(
@@ -177,11 +177,11 @@ def _score_parts(job: Job, target: Scorer, base: Scorer, state: PartialState) ->
     """
     parts = planning.in_parts(job.documents)
     # One listing for all ranks: each rank's own could already see what another has just written.
-    missing: list[list[int]] = [[]]
+    missing: list[int] = []
     if state.is_main_process:
-        missing[0] = [number for number in range(len(parts)) if job.sealed_part(number, parts[number]) is None]
-    accelerate.utils.broadcast_object_list(missing)
-    mine = missing[0][state.process_index :: state.num_processes]
+        missing = [number for number, part in enumerate(parts) if job.sealed_part(number, part) is None]
+    (missing,) = accelerate.utils.broadcast_object_list([missing])
+    mine = missing[state.process_index :: state.num_processes]  # taken in turn
     for number in track(mine, "scoring", disable=not state.is_main_process):
         write_signals(job.part(number), score_documents(job, parts[number], target, base))
         write_scoring(job.attacked, job.part(number), job.part_facts(parts[number]), schema=PART_SCHEMA_NAME)
@@ -249,18 +249,18 @@ def score_documents(job: Job, documents: Sequence[Document], target: Scorer, bas
     texts = [document.text_in(job.corpus) for document in documents]
     tokens = planning.tokens_of(texts, job.encoder)
     documents, texts, tokens = _with_control_prefixes(documents, texts, tokens)
-    batch_tokens = job.options.batch_tokens
-    target_signals, base_signals = (score_sequences(scorer, tokens, batch_tokens) for scorer in (target, base))
+    target_signals = score_sequences(target, tokens, job.options.batch_tokens)
+    base_signals = score_sequences(base, tokens, job.options.batch_tokens)
     names = [attack_pseudonym(job.key, document.user) for document in documents]
     means = _variant_means(job, names, documents, texts, tokens, target, base)
     rows = []
     for place, document in enumerate(documents):
         of_target, of_base = target_signals[place], base_signals[place]
+        num_predicted = len(tokens[place]) - 1  # all tokens but the first
         if rewriting.RECALL in means[place]:
             assert job.prefix is not None
-            # To compare with: the mean without the prefix, over the same tokens, as many as fit behind it. A document's
-            # first token is predicted by nothing, so it does not count.
-            num_shared = min(len(tokens[place]), job.max_length - len(job.prefix) + 1) - 1
+            # To compare with: the mean without the prefix, over the same tokens, as many as fit behind it.
+            num_shared = min(num_predicted, job.max_length - len(job.prefix))
             means[place][rewriting.RECALL_PLAIN] = float(of_target.logp[:num_shared].mean(dtype=np.float64))
         rows.append(
             DocumentSignals(
@@ -280,7 +280,7 @@ def score_documents(job: Job, documents: Sequence[Document], target: Scorer, bas
                 base_sampled_logp=of_base.sampled_logp,
                 token_ids=tokens[place][1:].astype(np.int32),
                 variants=means[place],
-                **_facts(job, document, texts[place], len(tokens[place]) - 1),
+                **_facts(job, document, texts[place], num_predicted),
             )
         )
     return rows
@@ -295,12 +295,11 @@ def _with_control_prefixes(
     user's prompt within the part are left out.
     """
     controls = [place for place, document in enumerate(documents) if document.kind == CONTROL_PREFIX]
-    exchanged = rewriting.exchange_prefixes(
-        [documents[place].user for place in controls], [tokens[place] for place in controls]
-    )
-    new_tokens: dict[int, Tokens | None] = dict(enumerate(tokens))  # place → tokens; None: left out
-    new_tokens.update(zip(controls, exchanged, strict=True))
-    kept = {place: ids for place, ids in new_tokens.items() if ids is not None}
+    users_of_controls = [documents[place].user for place in controls]
+    exchanged = rewriting.exchange_prefixes(users_of_controls, [tokens[place] for place in controls])
+    tokens_at: dict[int, Tokens | None] = dict(enumerate(tokens))
+    tokens_at.update(zip(controls, exchanged, strict=True))  # None: left out
+    kept = {place: ids for place, ids in tokens_at.items() if ids is not None}
     return [documents[place] for place in kept], [texts[place] for place in kept], list(kept.values())
 
 
@@ -356,7 +355,8 @@ def _variant_means(
     means: list[dict[str, float]] = [{} for _ in documents]
     scored = score_sequences(target, [item.tokens for item in rewritten], job.options.batch_tokens)
     for item, signals in zip(rewritten, scored, strict=True):
-        means[item.place][item.name] = float(signals.logp[item.first :].mean(dtype=np.float64))
+        of_document = signals.logp[item.first :]  # without a prefix
+        means[item.place][item.name] = float(of_document.mean(dtype=np.float64))
     return means
 
 

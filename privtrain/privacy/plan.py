@@ -212,6 +212,8 @@ class PrivacyPlan:
         if privacy.noise == "banded":
             strategy = strategy or _chosen_strategy(privacy, Workload.of(privacy.num_steps, training))
             privacy = privacy.model_copy(update={"num_bands": strategy.num_bands})
+        scheme = scheme_of(privacy)
+
         # The key `records_per_user`: where the unit is the example, how many records a user may own at all; else how
         # many of a user's records a step takes.
         if privacy.unit == "example":
@@ -219,12 +221,12 @@ class PrivacyPlan:
         else:
             assert privacy.records_per_user is not None, "the schema has a default"
             records_per_unit, most_owned = privacy.records_per_user, None
-        scheme = scheme_of(privacy)
         user_accounting = USER_ACCOUNTING[privacy.user_accounting](most_owned)
         accountant = privacy.accountant or user_accounting.accountants_for(scheme)[0]
+
         tuning = None if privacy.tuning is None else Tuning(privacy.tuning.mean_trials, privacy.tuning.distribution)
         noise_multiplier = privacy.noise_multiplier
-        if noise_multiplier is None:
+        if noise_multiplier is None:  # the least that meets the target
             assert privacy.target_epsilon is not None, "the schema asks for one of the two"
             terms = Terms(privacy.target_delta, accountant, privacy.neighboring_relation)
             if tuning is None:
@@ -256,15 +258,15 @@ class PrivacyPlan:
     @property
     def auxiliary_sums(self) -> tuple[AuxiliarySum, ...]:
         """Sums released in every step beside the gradient; adaptive clipping's count also gives the clip fraction."""
-        sums = []
+        noise: dict[str, float] = {}  # name → standard deviation
         if self.adaptive_clipping is not None:
-            sums.append(AuxiliarySum(WITHIN_NORM, self.adaptive_clipping.count_noise))
+            noise[WITHIN_NORM] = self.adaptive_clipping.count_noise
         if self.noised_metrics is not None:
-            released = {auxiliary_sum.name for auxiliary_sum in sums}  # by adaptive clipping, with its own noise
-            name_of = {"loss": LOSS, "clip_fraction": WITHIN_NORM}
-            names = [name_of[metric] for metric in self.noised_metrics.release]
-            sums += [AuxiliarySum(name, self.noised_metrics.noise) for name in names if name not in released]
-        return tuple(sums)
+            for metric in self.noised_metrics.release:
+                name = LOSS if metric == "loss" else WITHIN_NORM
+                # Adaptive clipping's count serves both, with its own noise.
+                noise.setdefault(name, self.noised_metrics.noise)
+        return tuple(AuxiliarySum(name, stddev) for name, stddev in noise.items())
 
     @property
     def guaranteed_unit(self) -> str:
@@ -366,11 +368,15 @@ class PrivacyPlan:
         if self.noised_metrics is None:
             return {}
         low, high = self.noised_metrics.loss_range
-        noise = {
-            auxiliary_sum.name: auxiliary_sum.noise / self.expected_batch_size for auxiliary_sum in self.auxiliary_sums
-        }
-        stddevs = {"loss": (high - low) * noise.get(LOSS, 0.0), "clip_fraction": noise.get(WITHIN_NORM, 0.0)}
-        return {metric: stddevs[metric] for metric in self.noised_metrics.release}
+        noise_of_mean = {one.name: one.noise / self.expected_batch_size for one in self.auxiliary_sums}
+        stddevs: dict[str, float] = {}
+        for metric in self.noised_metrics.release:
+            if metric == "loss":
+                # A unit adds its loss to the sum as a share of the range.
+                stddevs[metric] = (high - low) * noise_of_mean[LOSS]
+            else:
+                stddevs[metric] = noise_of_mean[WITHIN_NORM]
+        return stddevs
 
     @property
     def sampling(self) -> str:

@@ -55,7 +55,7 @@ class Scheme(abc.ABC):
 
     @property
     def num_places(self) -> int | None:
-        """Fixed public number of slots to draw from, filled by a unit or empty; ``None`` if the scheme has no slots."""
+        """Fixed public number of places to draw from, each filled by a unit or empty; ``None`` without places."""
         return None
 
     def most_expected(self, num_units: float) -> float:
@@ -85,11 +85,12 @@ class Scheme(abc.ABC):
 
     def event_of_steps(self, noise_multiplier: float, num_steps: int) -> Any:
         """Return the event of ``num_steps`` steps of one key; an unfinished epoch counts as a whole one."""
-        return self.event(noise_multiplier, -(-num_steps // self.period))
+        num_epochs = self.whole_steps(num_steps) // self.period
+        return self.event(noise_multiplier, num_epochs)
 
     def whole_steps(self, num_steps: int) -> int:
         """Return ``num_steps`` rounded up to whole epochs."""
-        return -(-num_steps // self.period) * self.period
+        return math.ceil(num_steps / self.period) * self.period
 
     def accounted_steps(self, generations: Iterable[int]) -> int:
         """Return the steps to account for: those begun in each generation, rounded up to whole epochs.

@@ -103,20 +103,21 @@ def natural_coins(prob_in: float | None, scored: Scored, models: Mapping[str, Un
     """
     if prob_in is None:
         return None
-    # Both are the mean gain per token, log p_target - log p_base: of training documents, else of fresh ones.
+    # Both scores are the mean gain per token, log p_target - log p_base: of training documents, else of fresh ones.
     kind, name = signals.TRAINING, "ratio"
     if name not in scored.documents[kind].scores:
         kind, name = signals.FRESH, "token_mean"
     table, of_documents = scored.documents[kind], models[kind]
-    scores = lift(table.scores[name], table.owner, len(scored.users))
-    known = ~np.isnan(scores)
+    gains_of_all = lift(table.scores[name], table.owner, len(scored.users))
+    known = ~np.isnan(gains_of_all)  # users with such documents
     if not known.any():
         return None
-    chosen = shadow_models.Chosen(shadow_models.GAIN, scores[known])
+    gains = gains_of_all[known]
+    chosen = shadow_models.Chosen(shadow_models.GAIN, gains)
     if of_documents is not None:
         of_users, _ = shadow_models.by_user(of_documents, table.owner, len(scored.users))
         # The gain is target - base, so target - gain is the base's own log-probability.
-        base = of_users.target - scores[known]
+        base = of_users.target - gains
         chosen = shadow_models.strongest(of_users, base, registry.reference_attacks())
     is_in = scored.is_held_in[known]
     return Coins(chosen.values, is_in, prob_in=prob_in, unit="user", name=NATURAL, score=str(chosen))
@@ -131,23 +132,22 @@ def canary_coins(scoring: Scoring, statement: PrivacyStatement) -> Coins | None:
     rows = scoring.columns(columns, signals.CANARY).to_pylist()
     if not rows:
         return None
-    if statement.unit == "example" and any(row["user_num_records"] <= 1 for row in rows):
-        rows = [row for row in rows if row["user_num_records"] <= 1]
-        unit = "example"
-    else:
-        unit = "user"
-    gains: dict[str, list[float]] = {}
-    sides: dict[str, bool] = {}
+    unit = "user"
+    of_one_record = [row for row in rows if row["user_num_records"] <= 1]
+    if statement.unit == "example" and of_one_record:
+        unit, rows = "example", of_one_record
+    gains: dict[str, list[float]] = {}  # canary → gain of each of its texts
+    side_of: dict[str, str] = {}
     for row in rows:
         gain = np.asarray(row["target_logp"], np.float64) - np.asarray(row["base_logp"], np.float64)
-        # The end mark is no part of the secret, and every record teaches it.
-        gains.setdefault(row["user"], []).append(float(np.mean(gain[:-1] if gain.size > 1 else gain)))
-        sides[row["user"]] = row["side"] == signals.HELD_IN
-    scores = np.array([float(np.mean(gains[user])) for user in sorted(gains)])
-    is_in = np.array([sides[user] for user in sorted(gains)], dtype=np.bool_)
+        if gain.size > 1:
+            gain = gain[:-1]  # the end mark is no part of the secret, and every record teaches it
+        gains.setdefault(row["user"], []).append(float(np.mean(gain)))
+        side_of[row["user"]] = row["side"]
+    users = sorted(gains)
     return Coins(
-        scores,
-        is_in,
+        np.array([float(np.mean(gains[user])) for user in users]),
+        np.array([side_of[user] == signals.HELD_IN for user in users], dtype=np.bool_),
         prob_in=0.5,
         unit=unit,
         name=CANARIES,
@@ -221,7 +221,8 @@ def panel(findings: Sequence[Finding]) -> dict[str, Any] | None:
     """Return the findings as a panel of the report (:mod:`attacks.reporting.panels`); None without any coins."""
     if not findings:
         return None
-    decisive = max(findings, key=lambda each: (_ORDER.index(each.verdict), each.epsilon, each.epsilon_ceiling))
+    # The gravest verdict; of several the one with the largest bound, then with the largest ceiling.
+    decisive = max(findings, key=lambda one: (_ORDER.index(one.verdict), one.epsilon, one.epsilon_ceiling))
     return {
         "title": "Audit: lower bounds on ε",
         "summary": " ".join(_sentence(finding) for finding in findings),
@@ -269,7 +270,7 @@ def _ceilings(finding: Finding) -> str:
 
 def _figure(findings: Sequence[Finding]) -> dict[str, Any]:
     """Return the ceiling by number of coins, for the audit's delta and for others."""
-    first = findings[0]
+    first = findings[0]  # the curves are drawn for its delta and its error
     deltas = sorted({first.delta, *DELTAS} - {0.0}, reverse=True)
     return {
         "kind": "line",
