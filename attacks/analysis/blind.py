@@ -83,9 +83,9 @@ def cross_validate(features: Matrix, is_held_in: BoolArray, *, seed: int, level:
     folds = StratifiedKFold(NUM_FOLDS, shuffle=True, random_state=seed)
     for fitted, judged in folds.split(np.zeros(len(is_held_in)), is_held_in):
         scores = _scores(features, is_held_in, fitted, judged, seed)
-        sides = scores[is_held_in[judged]], scores[~is_held_in[judged]]
-        areas.append(statistics.auroc(*sides))
-        variances.append(_null_variance(*sides))
+        held_in, held_out = scores[is_held_in[judged]], scores[~is_held_in[judged]]
+        areas.append(statistics.auroc(held_in, held_out))
+        variances.append(_null_variance(held_in, held_out))
     # Fits that share users err together, so 1 / folds alone is too small. Nadeau and Bengio (2003) add the ratio of
     # test to training users, 1 / (folds - 1). Without it noise separates the sides in 6 to 9 % of samples, not in 2.5.
     area = float(np.mean(areas))
@@ -116,13 +116,14 @@ def _scores(features: Matrix, labels: BoolArray, fitted: IntArray, judged: IntAr
     from sklearn.model_selection import StratifiedKFold
 
     inner = StratifiedKFold(_NUM_INNER_FOLDS, shuffle=True, random_state=seed)
-    areas = np.zeros(len(_STRENGTHS))
+    areas = dict.fromkeys(_STRENGTHS, 0.0)  # sum of AUROCs over the inner folds, by strength
     for train, test in inner.split(fitted, labels[fitted]):
-        for number, strength in enumerate(_STRENGTHS):
+        is_in = labels[fitted[test]]
+        for strength in _STRENGTHS:
             scores = _fit_and_score(features, labels, fitted[train], fitted[test], strength)
-            is_in = labels[fitted[test]]
-            areas[number] += statistics.auroc(scores[is_in], scores[~is_in])
-    return _fit_and_score(features, labels, fitted, judged, _STRENGTHS[int(areas.argmax())])
+            areas[strength] += statistics.auroc(scores[is_in], scores[~is_in])
+    best = max(areas, key=lambda strength: areas[strength])
+    return _fit_and_score(features, labels, fitted, judged, best)
 
 
 def _fit_and_score(
@@ -144,8 +145,10 @@ def _fit_and_score(
 
     train = features[fitted]
     moments: Any = mean_variance_axis(train, axis=0)
-    spread = np.sqrt(moments[1])
-    scale = scipy.sparse.diags(np.divide(1.0, spread, out=np.zeros_like(spread), where=spread > 1e-12))
+    _, variances = moments
+    spread = np.sqrt(variances)
+    scales = np.divide(1.0, spread, out=np.zeros_like(spread), where=spread > 1e-12)
+    scale = scipy.sparse.diags(scales)
     # The penalty is per column: as many columns as a vocabulary has need as much more of it.
     model = LogisticRegression(C=strength / features.shape[1], solver="liblinear", random_state=0)
     model.fit(train @ scale, labels[fitted])

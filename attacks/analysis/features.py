@@ -8,7 +8,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 import scipy.sparse
@@ -111,7 +111,7 @@ def collect(
         if row.kind == FRESH and row.token_ids is not None:
             counts.setdefault(user, collections.Counter()).update(row.token_ids.tolist())
     order = sorted(num_records)
-    place = {user: number for number, user in enumerate(order)}
+    place = {user: index for index, user in enumerate(order)}
     tables = {kind: _table(kept[kind], place, missing[kind]) for kind in (FRESH, TRAINING)}
     traits, languages = _traits(kept[FRESH], place)
     return Scored(
@@ -176,6 +176,7 @@ class _Summary:
 
     @classmethod
     def of(cls, row: DocumentSignals, scores: Mapping[str, float]) -> _Summary:
+        """Summarise a document, whose scores by the attacks are known."""
         return cls(
             user=(row.side, row.user),
             document=row.document,
@@ -213,14 +214,14 @@ def _matrix(
     counts: Mapping[tuple[str, str], collections.Counter[int]], order: list[tuple[str, str]]
 ) -> scipy.sparse.csr_matrix:
     """Return token counts, [users in order, tokens that occur in ascending order of their ids]."""
-    columns = {token: number for number, token in enumerate(sorted(set().union(*counts.values())))}
-    cells = [
-        (row, columns[token], count)
-        for row, user in enumerate(order)
-        for token, count in sorted(counts.get(user, {}).items())
-    ]
-    rows, places, values = np.array(cells, dtype=np.int64).T
-    return scipy.sparse.csr_matrix((values.astype(np.float64), (rows, places)), shape=(len(order), len(columns)))
+    tokens = sorted(set().union(*counts.values()))
+    column_of = {token: column for column, token in enumerate(tokens)}
+    cells: list[tuple[int, int, int]] = []  # row, column, count
+    for row, user in enumerate(order):
+        for token, count in sorted(counts.get(user, {}).items()):
+            cells.append((row, column_of[token], count))
+    rows, columns, values = np.array(cells, dtype=np.int64).T
+    return scipy.sparse.csr_matrix((values.astype(np.float64), (rows, columns)), shape=(len(order), len(tokens)))
 
 
 def _traits(kept: list[_Summary], place: Mapping[tuple[str, str], int]) -> tuple[Mapping[str, FloatArray], list[str]]:
@@ -234,22 +235,27 @@ def _traits(kept: list[_Summary], place: Mapping[tuple[str, str], int]) -> tuple
         Trait to [users] means over documents, and the commonest language of each user. A user without documents has
         sizes of 0, a date of NaN and the language ``"unknown"``.
     """
-    by_user: dict[int, list[_Summary]] = collections.defaultdict(list)
+    documents_of: list[list[_Summary]] = [[] for _ in place]  # by the user's index
     for item in kept:
-        by_user[place[item.user]].append(item)
+        documents_of[place[item.user]].append(item)
     columns: dict[str, list[float]] = collections.defaultdict(list)
     languages = []
     has_dates = any(item.date is not None for item in kept)
-    for number in range(len(place)):
-        items = by_user.get(number, [])
-        dates = [item.date for item in items if item.date is not None]
+    for items in documents_of:
         columns["num_documents"].append(len(items))
+        columns["mean_tokens"].append(_mean([item.num_tokens for item in items], of_none=0.0))
+        columns["mean_bytes"].append(_mean([item.num_bytes for item in items], of_none=0.0))
         ratios = [item.zlib_bytes / max(item.num_bytes, 1) for item in items]
-        columns["mean_tokens"].append(float(np.mean([item.num_tokens for item in items] or [0.0])))
-        columns["mean_bytes"].append(float(np.mean([item.num_bytes for item in items] or [0.0])))
-        columns["compression"].append(float(np.mean(ratios or [0.0])))
+        columns["compression"].append(_mean(ratios, of_none=0.0))
         if has_dates:
-            columns["date"].append(float(np.mean(dates)) if dates else np.nan)
+            dates = [item.date for item in items if item.date is not None]
+            columns["date"].append(_mean(dates, of_none=math.nan))
         votes = collections.Counter(item.language or "unknown" for item in items)
+        # Of equally common ones the last in the alphabet, so that the order of documents does not count.
         languages.append(max(votes, key=lambda name: (votes[name], name), default="unknown"))
     return {name: np.array(values) for name, values in columns.items()}, languages
+
+
+def _mean(values: Sequence[float], *, of_none: float) -> float:
+    """Return the mean of the values, or ``of_none`` where there are none."""
+    return float(np.mean(values)) if values else of_none

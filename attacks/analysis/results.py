@@ -129,7 +129,7 @@ def evaluate(
 
 def compare(statistic: Statistic, headline: Statistic) -> dict[str, Any]:
     """Return the AUROC of one statistic less that of the headline on the same users, by paired DeLong."""
-    ours, theirs = ((item.held_in, item.held_out) for item in (statistic, headline))
+    ours, theirs = (statistic.held_in, statistic.held_out), (headline.held_in, headline.held_out)
     difference = statistics.paired_difference(ours, theirs)
     ends = [difference.interval.lower, difference.interval.upper]
     return {"difference": difference.difference, "interval": ends, "p_value": difference.p_value}
@@ -165,13 +165,15 @@ def operating_points(statistic: Statistic, cap: verdict.Cap, seed: int) -> list[
 
     Records of one user rise and fall together, so of records only one of each user counts, drawn at random.
     """
-    sides = [statistic.held_in, statistic.held_out]
+    held_in, held_out = statistic.held_in, statistic.held_out
     if statistic.owners is not None:
         rng = np.random.default_rng(seed)
-        sides = [_one_of_each(side, owner, rng) for side, owner in zip(sides, statistic.owners, strict=True)]
+        owners_in, owners_out = statistic.owners
+        held_in = _one_of_each(held_in, owners_in, rng)
+        held_out = _one_of_each(held_out, owners_out, rng)
     points: list[dict[str, object]] = []
     for target in TARGET_FPRS:
-        point = statistics.tpr_at_fpr(sides[0], sides[1], target)
+        point = statistics.tpr_at_fpr(held_in, held_out, target)
         allowed = point.num_false_positives_allowed
         points.append(
             {
@@ -224,11 +226,10 @@ def histogram(held_in: FloatArray, held_out: FloatArray) -> dict[str, object]:
     # exact values of two users.
     least_width = max(float(np.ptp(values)) / _MAX_BINS, 1e-9)
     power = 10.0 ** math.floor(math.log10(least_width))
-    width = power * next(step for step in (1.0, 2.0, 5.0, 10.0) if step * power >= least_width * (1.0 - 1e-9))
+    wide_enough = [step * power for step in (1.0, 2.0, 5.0, 10.0) if step * power >= least_width * (1.0 - 1e-9)]
+    width = wide_enough[0]
     first, last = math.floor(values.min() / width), math.floor(values.max() / width) + 1
     edges = np.arange(first, last + 1) * width
-    return {
-        "edges": edges.tolist(),
-        signals.HELD_IN: np.histogram(held_in, edges)[0].tolist(),
-        signals.HELD_OUT: np.histogram(held_out, edges)[0].tolist(),
-    }
+    counts_in, _ = np.histogram(held_in, edges)
+    counts_out, _ = np.histogram(held_out, edges)
+    return {"edges": edges.tolist(), signals.HELD_IN: counts_in.tolist(), signals.HELD_OUT: counts_out.tolist()}

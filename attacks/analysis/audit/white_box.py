@@ -102,14 +102,14 @@ def projections(run: RunDirectory, canaries: list[Canary]) -> tuple[FloatArray, 
     # Directions are made anew from the key, a block of a tensor's coordinates at a time, since all would fill the
     # memory.
     begin = 0  # of the tensor, in the flat vector of all coordinates
-    for name, num in index["tensors"]:
-        for number, start, size in blocks(num):
+    for tensor, num in index["tensors"]:
+        for block, start, size in blocks(num):
             for first in range(0, len(canaries), _CANARIES_AT_ONCE):
-                chosen = canaries[first : first + _CANARIES_AT_ONCE]
-                directions = np.stack([signs(key, canary.user, name, number, size) for canary in chosen])
+                group = canaries[first : first + _CANARIES_AT_ONCE]
+                directions = np.stack([signs(key, canary.user, tensor, block, size) for canary in group])
                 for offset, part in _parts(paths, begin + start, size):
                     of_part = directions[:, offset : offset + len(part)]
-                    products[first : first + len(chosen)] += _products(of_part, part)
+                    products[first : first + len(group)] += _products(of_part, part)
                     # The sums are read again for every group of canaries, but enter the Gram matrix once.
                     if first == 0:
                         gram += part.astype(np.float64).T @ part

@@ -175,30 +175,35 @@ def _row(tier: int | str, group: Sequence[Scored]) -> dict[str, Any]:
     inside = [item for item in group if item.is_held_in]
     outside = [item for item in group if not item.is_held_in]
     drawn = [item.num_drawn for item in inside if item.num_drawn is not None]
-    tuned = [item.exposures["tuned"] for item in inside if item.exposures]
-    # Exposures are in bits, means over the canaries that have references; None where there is none.
+    # Exposures, in bits, of the canaries that have references.
+    exposed_inside = [item for item in inside if item.exposures]
+    tuned = [item.exposures["tuned"] for item in exposed_inside]
+    base = [item.exposures["base"] for item in exposed_inside]
+    tuned_outside = [item.exposures["tuned"] for item in outside if item.exposures]
     row: dict[str, Any] = {
         "tier": tier,
         "num_held_in": len(inside),
         "num_held_out": len(outside),
         "drawn": float(np.median(drawn)) if drawn else None,
-        "exposure": _mean(each.bits for each in tuned),
-        "exposure_base": _mean(item.exposures["base"].bits for item in inside if item.exposures),
-        "exposure_held_out": _mean(item.exposures["tuned"].bits for item in outside if item.exposures),
-        "exposure_expected": _mean(null_mean(item.exposures["tuned"].num_secrets) for item in group if item.exposures),
-        "extrapolated": _mean(each.extrapolated_bits for each in tuned if each.extrapolated_bits is not None),
+        "exposure": _mean([one.bits for one in tuned]),
+        "exposure_base": _mean([one.bits for one in base]),
+        "exposure_held_out": _mean([one.bits for one in tuned_outside]),
+        "exposure_expected": _mean(
+            [null_mean(item.exposures["tuned"].num_secrets) for item in group if item.exposures]
+        ),
+        "extrapolated": _mean([one.extrapolated_bits for one in tuned if one.extrapolated_bits is not None]),
     }
     if tuned:
-        ranked = [item for item in inside if item.exposures]
-        ends = _interval_of_exposure(ranked)
+        ends = _interval_of_exposure(exposed_inside)
         row["exposure_interval"] = f"{ends.lower:.2f} to {ends.upper:.2f}"
-        top = sum(each.bits == math.log2(each.num_secrets) for each in tuned)  # the exposure of rank one
-        interval = _interval_of_top_ranks(ranked, top)
+        top = sum(one.bits == math.log2(one.num_secrets) for one in tuned)  # the exposure of rank one
+        interval = _interval_of_top_ranks(exposed_inside, top)
         row["top_rank"] = f"{top} of {len(tuned)} ({interval.lower:.0%} to {interval.upper:.0%})"
     if min(len(inside), len(outside)) >= 2:
-        sides = [np.array([item.gain for item in side]) for side in (inside, outside)]
-        interval = statistics.delong_interval(sides[0], sides[1])
-        row["auroc"] = statistics.auroc(sides[0], sides[1])
+        gains_inside = np.array([item.gain for item in inside])
+        gains_outside = np.array([item.gain for item in outside])
+        interval = statistics.delong_interval(gains_inside, gains_outside)
+        row["auroc"] = statistics.auroc(gains_inside, gains_outside)
         row["auroc_interval"] = f"{interval.lower:.3f} to {interval.upper:.3f}"
     return row
 
@@ -229,9 +234,9 @@ def _interval_of_top_ranks(group: Sequence[Scored], top: int) -> statistics.Inte
     return statistics.clopper_pearson(top, len(group))
 
 
-def _mean(values: Any) -> float | None:
-    kept = list(values)
-    return float(np.mean(kept)) if kept else None
+def _mean(values: Sequence[float]) -> float | None:
+    """Return the mean, or None of none."""
+    return float(np.mean(values)) if values else None
 
 
 def _control(exposed: Sequence[Scored]) -> dict[str, Any] | None:
@@ -243,12 +248,13 @@ def _control(exposed: Sequence[Scored]) -> dict[str, Any] | None:
     if not outside:
         return None
     values = [item.exposures["tuned"] for item in outside]
-    nums = tuple(each.num_secrets for each in values)
+    nums = tuple(one.num_secrets for one in values)
     expected = float(np.mean([null_mean(num) for num in nums]))
-    observed = float(np.mean([each.tied_bits for each in values]))
+    observed = float(np.mean([one.tied_bits for one in values]))
+    # Means that chance gives: the p-value is twice the share at least as far on the nearer side.
     drawn = null_means(nums, is_shared=any(item.canary.has_shared_references for item in outside))
-    as_far = min(np.count_nonzero(drawn >= observed - 1e-9), np.count_nonzero(drawn <= observed + 1e-9))
-    p_value = min(1.0, 2.0 * (1 + as_far) / (1 + drawn.size))
+    num_above, num_below = np.count_nonzero(drawn >= observed - 1e-9), np.count_nonzero(drawn <= observed + 1e-9)
+    p_value = min(1.0, 2.0 * (1 + min(num_above, num_below)) / (1 + drawn.size))
     return {"num": len(values), "mean_bits": observed, "expected_bits": expected, "p_value": p_value}
 
 
@@ -256,9 +262,10 @@ def _summary(rows: Sequence[dict[str, Any]], scored: Sequence[Scored]) -> str:
     """Return how many canaries there are, and the tier with the highest exposure."""
     num_in = sum(item.is_held_in for item in scored)
     start = f"{len(scored)} canary users, of whom coins let {num_in} into training."
-    best = max((row for row in rows if row["exposure"] is not None), key=lambda row: row["exposure"], default=None)
-    if best is None:
+    exposed = [row for row in rows if row["exposure"] is not None]
+    if not exposed:
         return start
+    best = max(exposed, key=lambda row: row["exposure"])
     return (
         f"{start} Secrets in {best['tier']} record{'s' * (best['tier'] != 1)} have a mean exposure of "
         f"{best['exposure']:.2f} bits, where {best['exposure_expected']:.2f} is what untrained secrets have."

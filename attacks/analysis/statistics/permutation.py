@@ -56,7 +56,8 @@ def auroc_p_value(held_in: FloatArray, held_out: FloatArray, owners: Owners | No
         return 1.0
     is_large = effective_users(held_in, held_out, owners) >= MIN_NORMAL_USERS
     if owners is not None:
-        return _cluster_normal(held_in, held_out, owners) if is_large else _permuted(held_in, held_out, owners)
+        test = _cluster_normal if is_large else _permuted
+        return test(held_in, held_out, owners)
     has_ties = np.unique(np.concatenate([held_in, held_out])).size < held_in.size + held_out.size
     # The cost of scipy's exact law grows with the square of the number of pairs: it has a probability for each number
     # of pairs that are in order, and computes each from all those before it.
@@ -91,7 +92,7 @@ def effective_users(held_in: FloatArray, held_out: FloatArray, owners: Owners | 
 
 
 def no_narrower_than_test(
-    found: Interval, held_in: FloatArray, held_out: FloatArray, level: float, owners: Owners | None = None
+    narrow: Interval, held_in: FloatArray, held_out: FloatArray, level: float, owners: Owners | None = None
 ) -> Interval:
     """Widen an AUROC interval to hold 1/2, unless the exact test says that the AUROC is on the interval's side of 1/2.
 
@@ -99,16 +100,19 @@ def no_narrower_than_test(
     probability at most that, at every size.
 
     Args:
-        found: the interval, of any method.
+        narrow: the interval, of any method.
         held_in: one score per held-in user, or record.
         held_out: one score per held-out user, or record.
         level: confidence level of the interval.
         owners: of the records; None where each score is of a user of its own.
     """
-    tail, lower, upper = (1.0 - level) / 2.0, found.lower, found.upper
+    tail, lower, upper = (1.0 - level) / 2.0, narrow.lower, narrow.upper
     if lower > 0.5 and auroc_p_value(held_in, held_out, owners) > tail:
         lower = 0.5
-    exchanged_owners = None if owners is None else (owners[1], owners[0])
+    exchanged_owners: Owners | None = None
+    if owners is not None:
+        owners_in, owners_out = owners
+        exchanged_owners = owners_out, owners_in
     if upper < 0.5 and auroc_p_value(held_out, held_in, exchanged_owners) > tail:
         upper = 0.5
     return Interval(lower, upper)
@@ -118,7 +122,10 @@ def owner_places(held_in: FloatArray, held_out: FloatArray, owners: Owners | Non
     """Return, for each side, [records] the owner of each record as a number from 0 to the side's users less one."""
     if owners is None:
         return [np.arange(held_in.size), np.arange(held_out.size)]
-    return [np.unique(owner, return_inverse=True)[1] for owner in owners]
+    owners_in, owners_out = owners
+    _, places_in = np.unique(owners_in, return_inverse=True)
+    _, places_out = np.unique(owners_out, return_inverse=True)
+    return [places_in, places_out]
 
 
 def influences(placements: Placements, places: Sequence[np.ndarray], area: float) -> list[FloatArray]:
@@ -140,9 +147,9 @@ def _permuted(held_in: FloatArray, held_out: FloatArray, owners: Owners | None) 
 
     A user moves with all their records. The AUROC of a choice follows from the sum of ranks of its records.
     """
-    places = owner_places(held_in, held_out, owners)
-    num_in, num_out = (int(place.max()) + 1 for place in places)
-    user = np.concatenate([places[0], num_in + places[1]])
+    places_in, places_out = owner_places(held_in, held_out, owners)
+    num_in, num_out = int(places_in.max()) + 1, int(places_out.max()) + 1
+    user = np.concatenate([places_in, num_in + places_out])
     ranks = scipy.stats.rankdata(np.concatenate([held_in, held_out]))
     sums, counts = np.bincount(user, ranks), np.bincount(user)
     is_in = np.arange(num_in + num_out) < num_in
