@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -35,11 +36,12 @@ def by_num_documents(scored: Scored, table: DocumentTable, scores: FloatArray, s
 
     points, count = [], 1
     while True:  # until too few users have so many documents
-        with_count = order[(place < count) & (num_held >= count)]
+        owner_has_enough = num_held >= count
+        with_count = order[owner_has_enough & (place < count)]
         point = _point(lift(scores[with_count], table.owner[with_count], len(scored.users)), scored.is_held_in)
         if point is None:
             return points
-        with_one = order[(place == 0) & (num_held >= count)]
+        with_one = order[owner_has_enough & (place == 0)]
         alone = _point(lift(scores[with_one], table.owner[with_one], len(scored.users)), scored.is_held_in)
         assert alone is not None, "the same users"
         points.append({"num_documents": count, **point, "auroc_with_one": alone["auroc"]})
@@ -64,12 +66,11 @@ def by_bucket(values: FloatArray, statistic: FloatArray, is_held_in: BoolArray) 
     # The largest value lies on the last edge and belongs to the last quarter, hence the clip.
     quarter = np.clip(np.searchsorted(edges, values, side="right") - 1, 0, len(edges) - 2)
     quarters = []
-    for number in range(len(edges) - 1):
+    for number, (low, high) in enumerate(itertools.pairwise(edges.tolist())):
         inside = known & (quarter == number)
         point = _point(np.where(inside, statistic, np.nan), is_held_in)
         if point is not None:
-            ends = [_two_digits(float(edges[number])), _two_digits(float(edges[number + 1]))]
-            quarters.append({"from": ends[0], "to": ends[1], **point})
+            quarters.append({"from": _two_digits(low), "to": _two_digits(high), **point})
     return quarters
 
 
@@ -89,15 +90,16 @@ def distinctness(scored: Scored) -> FloatArray:
         return np.full(len(scored.users), np.nan)
     everybody = np.asarray(scored.tokens.sum(axis=0)).ravel()
     divergences = np.empty(len(scored.users))
-    for number in range(len(scored.users)):
-        counts = np.asarray(scored.tokens[number].todense()).ravel()
+    for user in range(len(scored.users)):
+        counts = np.asarray(scored.tokens[user].todense()).ravel()
         if not counts.sum():
-            divergences[number] = np.nan
+            divergences[user] = np.nan
             continue
         counts_of_others = everybody - counts + _PSEUDOCOUNT
         used = counts > 0.0  # other tokens add nothing
-        own, others = counts[used] / counts.sum(), counts_of_others[used] / counts_of_others.sum()
-        divergences[number] = float((own * np.log(own / others)).sum())
+        own = counts[used] / counts.sum()
+        others = counts_of_others[used] / counts_of_others.sum()
+        divergences[user] = float((own * np.log(own / others)).sum())
     return divergences
 
 

@@ -180,6 +180,7 @@ def _row(tier: int | str, group: Sequence[Scored]) -> dict[str, Any]:
     tuned = [item.exposures["tuned"] for item in exposed_inside]
     base = [item.exposures["base"] for item in exposed_inside]
     tuned_outside = [item.exposures["tuned"] for item in outside if item.exposures]
+    of_all = [item.exposures["tuned"] for item in group if item.exposures]
     row: dict[str, Any] = {
         "tier": tier,
         "num_held_in": len(inside),
@@ -188,9 +189,7 @@ def _row(tier: int | str, group: Sequence[Scored]) -> dict[str, Any]:
         "exposure": _mean([one.bits for one in tuned]),
         "exposure_base": _mean([one.bits for one in base]),
         "exposure_held_out": _mean([one.bits for one in tuned_outside]),
-        "exposure_expected": _mean(
-            [null_mean(item.exposures["tuned"].num_secrets) for item in group if item.exposures]
-        ),
+        "exposure_expected": _mean([null_mean(one.num_secrets) for one in of_all]),
         "extrapolated": _mean([one.extrapolated_bits for one in tuned if one.extrapolated_bits is not None]),
     }
     if tuned:

@@ -78,10 +78,10 @@ def paired_difference(
     check_sides(*first, 2)
     check_sides(*second, 2)
     ours, theirs = Placements.of(*first), Placements.of(*second)
-    changes = [ours.held_in - theirs.held_in, ours.held_out - theirs.held_out]
-    difference = float(changes[0].mean())
+    changes_in, changes_out = ours.held_in - theirs.held_in, ours.held_out - theirs.held_out
+    difference = float(changes_in.mean())  # an AUROC is the mean of either side's placements
     # The variance of the differences of placements holds the covariance of the two AUROCs already.
-    variances = [float(change.var(ddof=1)) / change.size for change in changes]
+    variances = [float(changes.var(ddof=1)) / changes.size for changes in (changes_in, changes_out)]
     if difference == 0.0 and sum(variances) == 0.0:
         return PairedDifference(0.0, Interval(0.0, 0.0), 1.0)
     if sum(variances) == 0.0:
@@ -93,9 +93,8 @@ def paired_difference(
             ends = Interval(0.0, 1.0) if difference > 0.0 else Interval(-1.0, 0.0)
         return PairedDifference(difference, ends, p_value)
     error = math.sqrt(sum(variances))
-    freedom = sum(variances) ** 2 / sum(
-        variance**2 / (size - 1) for variance, size in zip(variances, sizes, strict=True)
-    )
+    shares = [variance**2 / (size - 1) for variance, size in zip(variances, sizes, strict=True)]
+    freedom = sum(variances) ** 2 / sum(shares)
     if min(sizes) < MIN_NORMAL_USERS:
         # An exchange of one user's ranks leaves the others' as they are, so the permutation test alone is not exact: at
         # 5 + 5 users it rejects 6.4 % where 5 % is nominal.
@@ -115,10 +114,11 @@ def _exchanged(first: tuple[FloatArray, FloatArray], second: tuple[FloatArray, F
 
     All 2^users exchanges are tried where there are at most ``NUM_PERMUTATIONS``; else as many are drawn.
     """
-    ranks = [scipy.stats.rankdata(np.concatenate(sides)) for sides in (first, second)]
-    num_in, num_out = first[0].size, first[1].size
+    ranks, other_ranks = scipy.stats.rankdata(np.concatenate(first)), scipy.stats.rankdata(np.concatenate(second))
+    held_in, held_out = first
+    sizes = np.repeat([held_in.size, -held_out.size], [held_in.size, held_out.size])  # of each user's side
     # What each user adds to the difference, up to a common factor; an exchange turns its sign.
-    changes = (ranks[0] - ranks[1]) / np.repeat([num_in, -num_out], [num_in, num_out])
+    changes = (ranks - other_ranks) / sizes
     num_users, observed = changes.size, abs(float(changes.sum())) - 1e-9
     if 2**num_users <= NUM_PERMUTATIONS:
         # [exchanges, users] of 1 and -1: the binary digits of 0 to 2^users - 1.
