@@ -91,14 +91,16 @@ class Window:
         # How far jumps are followed: to where, by Hoeffding around the mean of Xi / h, which is n tanh(h / 4), those
         # beyond are negligible. Rounded to multiples of 8, so that near epsilons share one table of `_jump_law`.
         steps = self.num_steps
-        deviation = math.ceil(math.sqrt(steps * 8 * math.ceil((MARGIN - math.log(lattice_delta)) / 8)))
+        log_needed = 8 * math.ceil((MARGIN - math.log(lattice_delta)) / 8)
+        deviation = math.ceil(math.sqrt(steps * log_needed))
         reach = min(steps, deviation + math.ceil(steps * math.tanh(spacing / 4)))
         jumps = np.arange(-reach, reach + 1)
         epsilons = epsilon - spacing * jumps
         if spacing * reach > 50 or epsilons[0] >= self.points[-2] or epsilons[-1] <= self.points[0]:
             return None
+
+        # Of each array below entry `reach + j` is for a jump of j. The delta at each jump left out is at most 1.
         jump_probability = _jump_law(steps, reach, spacing)
-        # The delta at each jump left out is at most 1.
         outside = 0.0 if reach == steps else 2 * math.exp(-deviation * deviation / steps)
         values = self._values_at(self.upper_values, epsilons)
 
