@@ -323,11 +323,12 @@ def rows_of(file: BinaryIO, path: pathlib.Path, remedy: str = _REMEDY) -> Iterat
 
 def to_table(rows: Sequence[DocumentSignals]) -> pa.Table:
     """Return the rows as a table of ``SCHEMA``, in their order."""
-    columns: list[pa.Array] = [
-        pa.array([getattr(row, name) for row in rows], kind) for name, kind in _SCALAR_COLUMNS.items()
-    ]
+    columns: list[pa.Array] = []
+    for name, kind in _SCALAR_COLUMNS.items():
+        columns.append(pa.array([getattr(row, name) for row in rows], kind))
     columns.append(pa.array([sorted(row.variants.items()) for row in rows], _VARIANTS))
-    columns += [_list_array([getattr(row, name) for row in rows], *_TOKEN_COLUMNS[name]) for name in _TOKEN_COLUMNS]
+    for name, (kind, dtype) in _TOKEN_COLUMNS.items():
+        columns.append(_list_array([getattr(row, name) for row in rows], kind, dtype))
     return pa.Table.from_arrays(columns, schema=SCHEMA)
 
 

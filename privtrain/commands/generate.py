@@ -112,9 +112,15 @@ def generate(run: pathlib.Path, output: pathlib.Path, options: GenerateOptions) 
     contexts = contexts_of(conditions, config.data, tokenizer, config.data.max_length)
     room = config.data.max_length - max(map(len, contexts))  # tokens left for a text after the longest context
     settings = SamplingSettings(
-        options.num_texts, options.temperature, options.top_p, options.top_k, options.max_new_tokens or room,
-        options.min_new_tokens, options.batch_size, options.seed,
-    )  # fmt: skip
+        num_texts=options.num_texts,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        top_k=options.top_k,
+        max_new_tokens=options.max_new_tokens or room,
+        min_new_tokens=options.min_new_tokens,
+        batch_size=options.batch_size,
+        seed=options.seed,
+    )
     faults = settings.faults()
     if settings.max_new_tokens > room:
         problem = f"given {settings.max_new_tokens}; data.max_length={config.data.max_length} leaves {room}"
@@ -260,9 +266,9 @@ def _sampler(
         model = load_adapter(load_base(section, dtype), run.adapter)
     num_ids = num_embedded(model)
     # Never sampled: rows of the embedding that no token has, and special tokens that do not end a text.
-    unused_ids = range(len(tokenizer), num_ids)
-    special_ids = [token_id for token_id in tokenizer.all_special_ids if token_id not in ends]
-    banned = sorted({token_id for token_id in [*unused_ids, *special_ids] if token_id < num_ids})
+    unused_ids = set(range(len(tokenizer), num_ids))
+    special_ids = {token_id for token_id in tokenizer.all_special_ids if token_id < num_ids}
+    banned = sorted(unused_ids | (special_ids - set(ends)))
     if section.quantization is None:  # quantised weights were loaded onto the device
         model = model.to(device)
     return sampling.TransformersSampler(

@@ -367,8 +367,9 @@ def _unread_label(values: dict[str, list[Any]]) -> str:
             continue
         if any(isinstance(value, bool | float | list) for value in values[name]):
             return f"; to train a classifier, convert column {name} to text or whole numbers"
-        if num := len(_different(values[name])):
-            return f"; column {name} is not read: a label has several values, each for many rows; given {num}"
+        num_different = len(_different(values[name]))
+        if num_different:
+            return f"; column {name} is not read: a label has several values, each for many rows; given {num_different}"
     label_like = [name for name, column in values.items() if _is_label(column)]
     if label_like:
         columns = ", ".join(map(visible_name, label_like))
@@ -399,6 +400,7 @@ def _first(
 
 
 def _total_length(column: list[Any]) -> int:
+    """Return the length of all texts and lists of a column together."""
     return sum(len(value) for value in column if isinstance(value, str | list))
 
 
@@ -414,6 +416,7 @@ def _user_column(values: dict[str, list[Any]]) -> str | None:
 
 
 def _is_text(column: list[Any]) -> bool:
+    """Return whether any value of a column is a text with more than white space."""
     return any(isinstance(value, str) and value.strip() for value in column)
 
 

@@ -197,6 +197,7 @@ class Packer:
         with_room: list[list[list[_Run]]] = [[] for _ in range(size + 1)]  # rows of room left → microbatches
 
         def begin_batch(run: _Run) -> None:
+            """Put a run into a microbatch of its own."""
             batches.append([run])
             with_room[size - run.num_rows].append(batches[-1])
 
@@ -207,13 +208,14 @@ class Packer:
         fitting_units = [unit for unit in members if num_rows[unit] <= size]
         for unit in sorted(fitting_units, key=lambda unit: (-num_rows[unit], unit)):
             run = _Run(unit, 0, num_rows[unit])
-            room = next((room for room in range(run.num_rows, size + 1) if with_room[room]), None)
-            if room is None:
+            enough = [room for room in range(run.num_rows, size + 1) if with_room[room]]
+            if not enough:
                 begin_batch(run)
-            else:
-                batch = with_room[room].pop()
-                batch.append(run)
-                with_room[room - run.num_rows].append(batch)
+                continue
+            room = min(enough)
+            batch = with_room[room].pop()
+            batch.append(run)
+            with_room[room - run.num_rows].append(batch)
         return batches
 
     def _assemble(

@@ -34,30 +34,24 @@ def new_modules(base: PreTrainedModel, info: Mapping[str, Any], place: str, *, i
         ConfigError: naming the weights that are missing or of another shape, or that the files hold beyond the model.
     """
     weights = dict(base.named_parameters(remove_duplicate=False))
+    unexpected = sorted(info.get("unexpected_keys", ()))
     missing = sorted(name for name in info.get("missing_keys", ()) if name in weights)
     # name → (shape in the file, shape in the model)
     misshapen = {name: (in_file, in_model) for name, in_file, in_model in info.get("mismatched_keys", ())}
     # A classifier's head may be missing, or be of another number of labels: it is made anew. All else is a fault.
-    new = {name for name in {*missing, *misshapen} if _is_head(base, name)} if is_classifier else set()
+    new: set[str] = set()
+    if is_classifier:
+        new = {name for name in {*missing, *misshapen} if _is_head(base, name)}
     lacking = [name for name in missing if name not in new and name not in misshapen]
     of_other_shape = sorted(name for name in misshapen if name not in new)
 
     faults = []
     if lacking:
-        counts = f"{len(lacking)} of {len(weights)} weights"
-        problem = f"{place} lacks {counts} of {type(base).__name__} ({_listed(lacking)})"
-        unused = sorted(info.get("unexpected_keys", ()))
-        hint = f"; it holds others under names that fit none ({_listed(unused)})" if unused else ""
-        remedy = "fetch the model again, or mend its config.json"
-        if prefix := _wrapper(lacking, unused):
-            remedy = (
-                f"their names begin with {prefix!r}, as of a wrapped model (PEFT, DDP, compiled): save the one inside"
-            )
-        faults.append(Fault("model", f"{problem}{hint}; {remedy}"))
+        faults.append(Fault("model", _lack(base, place, lacking, unexpected, num_weights=len(weights))))
     if of_other_shape:
         shapes = _listed_shapes({name: misshapen[name] for name in of_other_shape})
         faults.append(Fault("model", f"{place} has weights of other shapes: {shapes}"))
-    unread = sorted(name for name in info.get("unexpected_keys", ()) if _changes_a_part(base, name))
+    unread = [name for name in unexpected if _changes_a_part(base, name)]
     if unread and not faults:
         problem = (
             f"{place} holds {len(unread)} weights that a {type(base).__name__} of its config.json does not read "
@@ -69,7 +63,32 @@ def new_modules(base: PreTrainedModel, info: Mapping[str, Any], place: str, *, i
 
     # The module of a new weight is the body's pooling layer, or a child of the model: ``score.weight`` → score.
     pooler = f"{base.base_model_prefix}.pooler"
-    return sorted({pooler if name.startswith(f"{pooler}.") else name.partition(".")[0] for name in new})
+    modules: set[str] = set()
+    for name in new:
+        child, _, _ = name.partition(".")
+        modules.add(pooler if name.startswith(f"{pooler}.") else child)
+    return sorted(modules)
+
+
+def _lack(base: PreTrainedModel, place: str, lacking: list[str], unexpected: list[str], *, num_weights: int) -> str:
+    """Return in words which weights the files lack, and what to do.
+
+    Args:
+        base: the model.
+        place: where the files are.
+        lacking: names of the weights that are not there.
+        unexpected: names in the files that fit none of the model's.
+        num_weights: of the whole model.
+    """
+    counts = f"{len(lacking)} of {num_weights} weights"
+    problem = f"{place} lacks {counts} of {type(base).__name__} ({_listed(lacking)})"
+    hint = f"; it holds others under names that fit none ({_listed(unexpected)})" if unexpected else ""
+    prefix = _wrapper(lacking, unexpected)
+    if prefix:
+        remedy = f"their names begin with {prefix!r}, as of a wrapped model (PEFT, DDP, compiled): save the one inside"
+    else:
+        remedy = "fetch the model again, or mend its config.json"
+    return f"{problem}{hint}; {remedy}"
 
 
 def _wrapper(lacking: Iterable[str], unused: Iterable[str]) -> str:

@@ -101,20 +101,23 @@ def model_size(config: Config, layout: LaunchLayout, num_bands: int = 1) -> Mode
     is_full = config.training.releases_model
     dtype = torch.float32 if is_full or config.performance.precision == "fp32" else torch.bfloat16
     model, base = meta_model(config, dtype)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    frozen = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
+    sizes = [p.numel() for p in model.parameters() if p.requires_grad]
+    trained = sum(sizes)
+    frozen_bytes = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
+
     # Over how many ranks each is divided; an adapter is never divided, only its base.
     has_sharded_gradients = is_full and layout.shards_gradients
     num_base_parts = layout.num_ranks if layout.shards_parameters else 1
     num_trained_parts = layout.num_ranks if layout.shards_parameters and is_full else 1
     num_gradient_parts = layout.num_ranks if has_sharded_gradients else 1
     num_optimizer_parts = layout.num_ranks if layout.shards_optimizer and is_full else 1
+
     num_units = _num_units_held(config, has_sharded_gradients)
     state_bytes = _OPTIMIZER_BYTES + (_FP32_BYTES if config.training.num_averaged_steps else 0)
     # Each rank's whole sum is reduced into parts: where the optimizer alone is divided, both are there at once.
     num_sums = 2 if layout.shards_optimizer and not has_sharded_gradients else 1
     parts = {
-        "frozen base": frozen // num_base_parts,
+        "frozen base": frozen_bytes // num_base_parts,
         "trained weights": trained * _FP32_BYTES // num_trained_parts,
         "optimizer state": 0 if layout.offloads_optimizer else trained * state_bytes // num_optimizer_parts,
         "clipped sum and noise": (num_sums * _SUM_BYTES + _FP32_BYTES) * trained // num_gradient_parts,
@@ -124,7 +127,7 @@ def model_size(config: Config, layout: LaunchLayout, num_bands: int = 1) -> Mode
         parts["sum of own units"] = trained * _SUM_BYTES
     elif has_sharded_gradients:
         # One tensor of the clipped sum at a time is whole, until its parts are with their ranks.
-        parts["tensor on its way"] = max(p.numel() for p in model.parameters() if p.requires_grad) * _SUM_BYTES
+        parts["tensor on its way"] = max(sizes) * _SUM_BYTES
     if num_bands > 1:
         parts["history of noise"] = (num_bands - 1) * trained * _SUM_BYTES // layout.num_ranks
     activations, logits = _activation_bytes(config, model, base)

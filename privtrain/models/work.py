@@ -80,17 +80,17 @@ def count_model(model: Any, dtype: torch.dtype, num_tokens: int) -> Work:
     with kernels, backward:
         loss.backward()
     trained = [p for p in model.parameters() if p.requires_grad]
-    shapes = tuple(
-        (int(module.weight.shape[0]), int(module.weight.shape[1]))
-        for module in model.modules()
-        if _multiplies(module) and module.weight.requires_grad
-    )
+    shapes: list[tuple[int, int]] = []
+    for module in model.modules():
+        if _multiplies(module) and module.weight.requires_grad:
+            num_outputs, num_inputs = module.weight.shape
+            shapes.append((int(num_outputs), int(num_inputs)))
     weight_flops = 2 * num_tokens * sum(p * d for p, d in shapes)  # as Work.weight_flops
     return Work(
         num_tokens=num_tokens,
         forward_flops=forward.get_total_flops(),
         activation_flops=backward.get_total_flops() - weight_flops,
-        weight_shapes=shapes,
+        weight_shapes=tuple(shapes),
         num_trained=sum(p.numel() for p in trained),
         num_trained_tensors=len(trained),
         num_frozen=sum(p.numel() for p in model.parameters() if not p.requires_grad),

@@ -167,9 +167,10 @@ class Results:
         Args:
             sides: axis → value of the cells of each side.
         """
-        seeds_of_sides = [{result.cell.seed: result for result in self.where(**side)} for side in sides]
-        common = [seed for seed in seeds_of_sides[0] if all(seed in by_seed for by_seed in seeds_of_sides)]
-        return [tuple(by_seed[seed] for by_seed in seeds_of_sides) for seed in common]
+        of_sides = [{result.cell.seed: result for result in self.where(**side)} for side in sides]
+        first, *others = of_sides
+        common_seeds = [seed for seed in first if all(seed in other for other in others)]
+        return [tuple(of_side[seed] for of_side in of_sides) for seed in common_seeds]
 
 
 def have_same_split(groups: Sequence[Sequence[CellResult]]) -> bool | None:

@@ -255,6 +255,7 @@ class _View:
         return "" if estimate is None else f"{estimate.text(2)}, σ {noise:.3g}"
 
     def _absence(self, method: str, k: str, epsilon: str) -> str:
+        """Return in words why a cell has no result."""
         is_planned = epsilon in self.planned("epsilon", method=method, k=k, selection="random")
         return "not complete" if is_planned else "not in the grid"
 
@@ -271,6 +272,7 @@ class _View:
         base = self.base()
         levels = [] if base is None else [Level("before training", base.mean)]
         epsilon = self.selection_epsilon or self.epsilons[0]
+        at_epsilon = f"at ε = {epsilon}"
         by_epsilon, by_k, noise = [], [], []
         for method in self.methods:
             bests = [(float(each), self.best(method, each)) for each in self.epsilons]
@@ -279,17 +281,32 @@ class _View:
             by_epsilon.append(Series.through(NAMES[method], bests))
             by_k.append(Series.through(NAMES[method], perplexities))
             noise.append(Series.through(NAMES[method], noises))
-        labels = AxisLabels("records a user, k", "held-out perplexity", "log")
-        sigma = AxisLabels("records a user, k", "noise multiplier σ", "log", "log")
-        against = AxisLabels("ε for a user", "held-out perplexity", "log")
-        at = f"at ε = {epsilon}"
-        best = "Each method at its best k. 95 % t-intervals over seeds."
-        figures = [
-            self._curves(f"epsilon{slug}", "held-out perplexity against ε", by_epsilon, against, levels, best),
-            self._curves(f"k{slug}", f"held-out perplexity against k {at}", by_k, labels, levels, f"{at} for a user."),
-            self._curves(f"noise{slug}", f"noise multiplier against k {at}", noise, sigma, [], f"What it costs {at}."),
-        ]
-        return [*(figure for figure in figures if figure is not None), *self._selection_figure(slug)]
+        against_epsilon = self._curves(
+            f"epsilon{slug}",
+            "held-out perplexity against ε",
+            by_epsilon,
+            AxisLabels("ε for a user", "held-out perplexity", "log"),
+            levels,
+            "Each method at its best k. 95 % t-intervals over seeds.",
+        )
+        against_k = self._curves(
+            f"k{slug}",
+            f"held-out perplexity against k {at_epsilon}",
+            by_k,
+            AxisLabels("records a user, k", "held-out perplexity", "log"),
+            levels,
+            f"{at_epsilon} for a user.",
+        )
+        noise_against_k = self._curves(
+            f"noise{slug}",
+            f"noise multiplier against k {at_epsilon}",
+            noise,
+            AxisLabels("records a user, k", "noise multiplier σ", "log", "log"),
+            [],
+            f"What it costs {at_epsilon}.",
+        )
+        figures = [figure for figure in (against_epsilon, against_k, noise_against_k) if figure is not None]
+        return [*figures, *self._selection_figure(slug)]
 
     def _curves(
         self,
@@ -343,7 +360,10 @@ class _View:
 def _other_values(results: Results) -> list[dict[str, str]]:
     """Return every combination of the axes other than method, k, epsilon and selection; one empty without others."""
     known = ("method", "k", "epsilon", "selection")
-    distinct = {tuple((a, v) for a, v in cell.values.items() if a not in known) for cell in results.planned}
+    distinct: set[tuple[tuple[str, str], ...]] = set()
+    for cell in results.planned:
+        others = [(axis, value) for axis, value in cell.values.items() if axis not in known]
+        distinct.add(tuple(others))
     return [dict(values) for values in sorted(distinct)]
 
 
