@@ -81,13 +81,17 @@ class MixtureStep:
 
     def slope(self, z: float) -> float:
         """Return the loss's derivative at ``z``, which is the mean of the shift given that the outcome is ``z``."""
-        if len(self.shifts) == 1:
-            return self.shifts[0]
-        if self.shifts[0] == 0 and len(self.shifts) == 2:
+        at_z = np.array([z])
+        *others, shift = self.shifts
+        if not others:
+            return shift
+        if others == [0.0]:
             # The shift times the probability that the unit was sampled, given z.
-            exponent = self.shifts[1] * (z - self.shifts[1] / 2) + math.log(self.probs[1])
-            return self.shifts[1] * math.exp(min(exponent - float(self.loss(np.array([z]))[0]), 0.0))
-        return float(self._loss_and_slope(np.array([z]))[1][0])
+            log_joint = shift * (z - shift / 2) + math.log(self.probs[1])
+            log_prob = log_joint - float(self.loss(at_z)[0])
+            return shift * math.exp(min(log_prob, 0.0))
+        _, slope = self._loss_and_slope(at_z)
+        return float(slope[0])
 
     def _loss_and_slope(self, z: Array) -> tuple[Array, Array]:
         """Return the loss and its derivative at many ``z``, block by block; quick where ``z`` is sorted."""
@@ -103,12 +107,13 @@ class MixtureStep:
         A shift mu of probability p adds p exp(mu z - mu²/2) to e^loss, so these terms decide what is negligible.
         """
         shifts, probs, log_probs = self._arrays
-        # The terms' logarithms at the smallest and at the largest z.
-        lowest, highest = (log_probs + shifts * end - shifts**2 / 2 for end in (np.min(z), np.max(z)))
-        # A larger shift matters most at the upper end, a smaller one at the lower end.
-        first = int(np.flatnonzero(lowest > np.max(lowest) - _NEGLIGIBLE)[0])
-        last = int(np.flatnonzero(highest > np.max(highest) - _NEGLIGIBLE)[-1]) + 1
-        kept = slice(first, max(last, first + 1))
+        # The terms' logarithms at the smallest and at the largest z. A larger shift matters most at the upper end, a
+        # smaller one at the lower end.
+        at_lowest = log_probs + shifts * np.min(z) - shifts**2 / 2
+        at_highest = log_probs + shifts * np.max(z) - shifts**2 / 2
+        first = int(np.flatnonzero(at_lowest > np.max(at_lowest) - _NEGLIGIBLE)[0])
+        last = int(np.flatnonzero(at_highest > np.max(at_highest) - _NEGLIGIBLE)[-1])
+        kept = slice(first, max(last, first) + 1)
         exponents = shifts[kept, None] * z - (shifts[kept, None] ** 2 / 2)
         logs = exponents + log_probs[kept, None]
         top = np.max(logs, axis=0)

@@ -30,11 +30,14 @@ def gdp_parameter(composed: Composition) -> float:
     """
     total = 0.0
     for step, count in composed.phases:
-        if len(step.shifts) == 1:  # a shift is 1/sigma
-            total += count * step.shifts[0] ** 2
-        elif len(step.shifts) == 2 and step.shifts[0] == 0:
-            exponent = step.shifts[1] ** 2
-            total += count * step.probs[1] ** 2 * (math.expm1(exponent) if exponent < 700 else math.inf)
+        *others, shift = step.shifts  # the last is 1/sigma; before it stands 0 where the unit is sampled
+        exponent = shift**2
+        if not others:
+            total += count * exponent
+        elif others == [0.0]:
+            _, sampling_prob = step.probs
+            divergence = math.expm1(exponent) if exponent < 700 else math.inf
+            total += count * sampling_prob**2 * divergence
         else:
             raise UnsupportedEventError("gdp does not cover mixtures of Gaussians")
     return math.sqrt(total)

@@ -26,7 +26,9 @@ units in the last place of the numbers that enter it, among them its own logarit
 # pyright: strict, reportMissingTypeStubs=false, reportUnknownArgumentType=false, reportUnknownVariableType=false
 from __future__ import annotations
 
+import functools
 import math
+from typing import Protocol
 
 import numpy as np
 from scipy import special
@@ -103,7 +105,8 @@ def _log_sum_at(step: MixtureStep, z: float, add: bool, side: int) -> float:
     """
     first = 1 if step.shifts[0] == 0 else 0  # a shift of 0 contributes nothing
     shifts, log_probs = np.asarray(step.shifts[first:]), np.log(step.probs[first:])
-    x, z_of_terms = z - shifts, np.full(len(shifts), z)
+    x = z - shifts
+    z_of_terms = np.full(len(shifts), z)
     # Add is at most P(N < z), remove at most P(N > z - mu) of the largest mu.
     distance = -z if add else float(x[-1])
     if distance > _FARTHEST:
@@ -171,26 +174,28 @@ def step_epsilon(step: MixtureStep, delta: float, *, add: bool, side: int = 0) -
 
 def epsilon_bounds(step: MixtureStep, delta: float) -> Bounds:
     """Return certified ends of epsilon for one step, in the worse direction."""
-    # Keys: whether the direction is add.
-    lower = {add: step_epsilon(step, delta, add=add, side=-1) for add in (False, True)}
-    upper = {add: step_epsilon(step, delta, add=add, side=1) for add in (False, True)}
-    best = max(step_epsilon(step, delta, add=add) for add in (False, True))
-    add_is_worse = upper[True] > upper[False]
-    return _ends(max(lower.values()), best, upper[add_is_worse], add=add_is_worse)
+    return _worse(functools.partial(step_epsilon, step, delta))
 
 
 def delta_bounds(step: MixtureStep, epsilon: float) -> Bounds:
     """Return certified ends of delta for one step, in the worse direction."""
-    # Keys: whether the direction is add.
-    lower = {add: step_delta(step, epsilon, add=add, side=-1) for add in (False, True)}
-    upper = {add: step_delta(step, epsilon, add=add, side=1) for add in (False, True)}
-    best = max(step_delta(step, epsilon, add=add) for add in (False, True))
-    add_is_worse = upper[True] > upper[False]
-    return _ends(max(lower.values()), best, upper[add_is_worse], add=add_is_worse)
+    return _worse(functools.partial(step_delta, step, epsilon))
 
 
-def _ends(lower: float, best: float, upper: float, *, add: bool) -> Bounds:
-    """Return ends of the direction *add* or *remove*, with the best value moved between them."""
+class _ValueOf(Protocol):
+    """Gives a value of one direction, or a certified end of it."""
+
+    def __call__(self, *, add: bool, side: int) -> float:
+        """Return the value; ``side`` as in :func:`step_log_delta`."""
+        ...
+
+
+def _worse(value_of: _ValueOf) -> Bounds:
+    """Return the ends of the worse direction's value, with the best value moved between them."""
+    lower = max(value_of(add=False, side=-1), value_of(add=True, side=-1))
+    best = max(value_of(add=False, side=0), value_of(add=True, side=0))
+    upper_of_remove, upper_of_add = value_of(add=False, side=1), value_of(add=True, side=1)
+    upper = max(upper_of_remove, upper_of_add)
     assert lower <= upper, (lower, upper)
-    direction = Direction.ADD if add else Direction.REMOVE
+    direction = Direction.ADD if upper_of_add > upper_of_remove else Direction.REMOVE
     return Bounds(lower, upper, direction, min(max(best, lower), upper))

@@ -25,8 +25,11 @@ def guess_language(text: str) -> str:
     votes: collections.Counter[str] = collections.Counter()
     for word in text.lower().split():
         votes.update(_LANGUAGES_OF.get(word.strip(".,;:!?\"'()"), ()))
-    # A letter's Unicode name begins with its script, such as "LATIN SMALL LETTER A".
-    scripts = collections.Counter(unicodedata.name(c, "UNKNOWN").split()[0].lower() for c in text if c.isalpha())
+    scripts: collections.Counter[str] = collections.Counter()
+    for letter in filter(str.isalpha, text):
+        # A letter's Unicode name begins with its script, such as "LATIN SMALL LETTER A".
+        script, *_ = unicodedata.name(letter, "UNKNOWN").split()
+        scripts[script.lower()] += 1
     script = max(scripts, key=lambda name: (scripts[name], name), default="unknown")
     if script != "latin" or not votes:
         return script

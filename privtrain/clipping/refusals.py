@@ -104,17 +104,18 @@ def _rescaling(module: nn.Module) -> tuple[str, float]:
     """
     kind = getattr(module, "rope_type", None)
     kinds = list(kind.values()) if isinstance(kind, dict) else [kind]  # a type for each kind of layer, or one for all
-    changing = [k for k in kinds if isinstance(k, str) and ("dynamic" in k or k == "longrope")]
-    if not changing:
+    rescaling = [name for name in kinds if isinstance(name, str) and ("dynamic" in name or name == "longrope")]
+    if not rescaling:
         return "", math.inf
-    settings = getattr(getattr(module, "config", None), "rope_parameters", None) or {}
+    config = getattr(module, "config", None)
+    settings = getattr(config, "rope_parameters", None) or {}
     # Settings may be nested by kind of layer too; the shortest context of any of them is the limit.
-    by_kind = [part for part in settings.values() if isinstance(part, dict)]
-    in_config = [part.get("original_max_position_embeddings") for part in (settings, *by_kind)]
+    of_layers = [part for part in settings.values() if isinstance(part, dict)]
+    in_config = [part.get("original_max_position_embeddings") for part in (settings, *of_layers)]
     contexts = [num_tokens for num_tokens in in_config if num_tokens]
     if not contexts:  # where the config says nothing, the module has noted it
         contexts = [getattr(module, "original_max_seq_len", math.inf)]
-    return changing[0], min(contexts)
+    return rescaling[0], min(contexts)
 
 
 def has_experts(config: Any) -> bool:

@@ -376,12 +376,15 @@ def _other_bands(plan: PrivacyPlan) -> list[int]:
     if plan.auxiliary_sums or plan.user_accounting.how:
         return []
     possible = tried_bands(plan.num_steps, plan.sampling_prob)
-    near = {max(bands for bands in possible if bands <= wanted) for wanted in BANDS}
+    others: set[int] = set()
+    for wanted in BANDS:
+        others.add(max(num_bands for num_bands in possible if num_bands <= wanted))
     current = 1 if plan.strategy is None else plan.strategy.num_bands
-    return sorted(near - {current})
+    return sorted(others - {current})
 
 
 def _bands_text(num_bands: int) -> str:
+    """Return the noise of so many bands in words."""
     return "independent noise" if num_bands == 1 else f"noise of {num_bands} bands"
 
 

@@ -349,10 +349,12 @@ def _homes(name: str, section: type[pydantic.BaseModel], above: str = "") -> lis
 def _keys_beside(location: Sequence[str]) -> set[str]:
     """Return the keys that are allowed in the section at ``location``, of whichever kind the section is."""
     sections: list[type[pydantic.BaseModel]] = [Config]
-    for part in location:
-        fields = [section.model_fields[part] for section in sections if part in section.model_fields]
-        sections = [inner for field in fields for inner in _models(field.annotation)]
-    return {key for section in sections for key in section.model_fields}
+    for key in location:
+        fields = [section.model_fields[key] for section in sections if key in section.model_fields]
+        sections = []  # that a value of the key may be
+        for field in fields:
+            sections += _models(field.annotation)
+    return set().union(*(section.model_fields for section in sections))
 
 
 def _models(annotation: Any) -> Iterator[type[pydantic.BaseModel]]:

@@ -87,9 +87,9 @@ def build_units(corpus: Corpus, split: Split, encoder: Encoder, *, unit: str, cu
         return _grouped(pieces, unit)
     places = [(user, index) for user, indices in split.training.items() for index in indices]
     encoded = encoder.encode([corpus.records[user][index] for user, index in places])
-    pieces = [
-        _Piece(user, index, record, (index,)) for (user, index), record in zip(places, encoded.records, strict=True)
-    ]
+    pieces = []
+    for (user, index), record in zip(places, encoded.records, strict=True):
+        pieces.append(_Piece(user, index, record, (index,)))
     return dataclasses.replace(
         _grouped(pieces, unit), num_truncated=encoded.num_truncated, num_without_target=encoded.num_without_target
     )

@@ -78,7 +78,10 @@ def last_on_public(run: RunDirectory) -> dict[str, float]:
     # metrics.jsonl is empty where a resumed job had no step left to take.
     has_rows = run.metrics.is_file() and run.metrics.stat().st_size > 0
     rows = [row for _, row in reading.read_json_lines(run.metrics)] if has_rows else []
-    last = next((row for row in reversed(rows) if "eval/loss" in row), {})
+    measured = [row for row in rows if "eval/loss" in row]
+    if not measured:
+        return {}
+    last = measured[-1]
     return {name: last[f"eval/{name}"] for name in ("loss", "perplexity", "accuracy") if f"eval/{name}" in last}
 
 

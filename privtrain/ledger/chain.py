@@ -320,9 +320,12 @@ def _check_commit(state: LedgerState, record: dict[str, Any]) -> str | None:
     zeroed = record["zeroed"]
     if zeroed:
         # The step's body is still open: a segment is sealed after a commit only. Otherwise no row can be meant.
-        num_units = next((body.num_units for body in state.open_bodies if (body.generation, body.step) == key), 0)
+        num_units = 0
+        for body in state.open_bodies:
+            if (body.generation, body.step) == key:
+                num_units = body.num_units
         is_ascending = zeroed == sorted(set(zeroed))
-        if not is_ascending or zeroed[0] < 0 or zeroed[-1] >= num_units:
+        if not is_ascending or min(zeroed) < 0 or max(zeroed) >= num_units:
             return "units that counted as zero and are not in the step"
     return None
 

@@ -98,14 +98,13 @@ def prove(log: pathlib.Path, unit_pseudonym: str, user: str | None = None) -> di
         for body in bodies:
             steps.append(_opening(body, rows[start : start + body.num_units], secret))
             start += body.num_units
+    lines = [line for _, line in itertools.islice(lines_of(log), state.num_records)]
     return {
         "schema": SCHEMA,
         "user": user,
         "pseudonym": unit_pseudonym,
         "head": state.head,
-        "records": [
-            line.decode("ascii").rstrip("\n") for _, line in itertools.islice(lines_of(log), state.num_records)
-        ],
+        "records": [line.decode("ascii").rstrip("\n") for line in lines],
         "steps": steps,
     }
 
@@ -128,23 +127,21 @@ def _opening(body: Body, rows: np.ndarray, secret: bytes) -> list[dict[str, Any]
     units = np.ascontiguousarray(rows["unit"]).tobytes()
     tree_rows = merkle.rows_of(context, units, np.ascontiguousarray(rows["records"]))
     tags = _tags(tree_rows)
-    (own,) = merkle.row_hashes(context, secret)
-    own_tag = own[: merkle.TAG_BYTES]
+    (own_hash,) = merkle.row_hashes(context, secret)
+    own_tag = own_hash[: merkle.TAG_BYTES]
     place = bisect.bisect_left(tags, own_tag)  # index of the user's row, or of the first row after its place
     is_there = place < len(tags) and tags[place] == own_tag
     # Of an absent user the rows on both sides; before the first row or after the last there is one.
     neighbours = [index for index in (place - 1, place) if 0 <= index < len(tags)]
     shown = [place] if is_there else neighbours
     shown_leaves = sorted({index // merkle.BUCKET_ROWS for index in shown})  # two rows may share a leaf
-    leaves = merkle.leaf_hashes(tree_rows)
-    return [
-        {
-            "leaf": leaf,
-            "rows": _encode(merkle.bucket(tree_rows, leaf)),
-            "path": [_encode(item) for item in merkle.audit_path(leaves, leaf)],
-        }
-        for leaf in shown_leaves
-    ]
+    hashes = merkle.leaf_hashes(tree_rows)
+    opening = []
+    for leaf in shown_leaves:
+        rows_of_leaf = _encode(merkle.bucket(tree_rows, leaf))
+        path = [_encode(item) for item in merkle.audit_path(hashes, leaf)]
+        opening.append({"leaf": leaf, "rows": rows_of_leaf, "path": path})
+    return opening
 
 
 def check_proof(

@@ -247,13 +247,17 @@ def _statistics(state: LedgerState, spread: list[Row], totals: Row, cap: int | N
         totals: contributions that are ``zeroed``, ``at_k`` and ``above_k``; k is the most records of a unit in a step.
         cap: as in :class:`Statistics`.
     """
-    steps, records, users = (
-        np.array([row[name] for row in spread], dtype=np.int64) for name in ("steps", "records", "users")
-    )
+    steps = np.array([row["steps"] for row in spread], dtype=np.int64)
+    records = np.array([row["records"] for row in spread], dtype=np.int64)
+    users = np.array([row["users"] for row in spread], dtype=np.int64)
     num_users, num_records = int(users.sum()), int((users * records).sum())
     num_contributions = int((users * steps).sum())
-    num_above = int((users * (records > cap)).sum()) if cap is not None else 0
-    num_beyond = int((users * np.maximum(records - cap, 0)).sum()) if cap is not None else 0
+    share_of_users_above = share_of_records_above = None
+    if cap is not None:
+        num_above = int((users * (records > cap)).sum())
+        num_beyond = int((users * np.maximum(records - cap, 0)).sum())
+        share_of_users_above = num_above / max(num_users, 1)
+        share_of_records_above = num_beyond / max(num_records, 1)
     return Statistics(
         num_steps=state.num_charged,
         num_contributions=num_contributions,
@@ -267,8 +271,8 @@ def _statistics(state: LedgerState, spread: list[Row], totals: Row, cap: int | N
         steps_per_user=_quantiles(steps, users),
         gini=_gini(records, users),
         cap=cap,
-        share_of_users_above_cap=None if cap is None else num_above / max(num_users, 1),
-        share_of_records_above_cap=None if cap is None else num_beyond / max(num_records, 1),
+        share_of_users_above_cap=share_of_users_above,
+        share_of_records_above_cap=share_of_records_above,
     )
 
 

@@ -214,10 +214,11 @@ def _split_delta(parts: Sequence[Part], delta: float) -> Spent:
     kinds = sorted({type(part.event).__name__ for part in parts})
     total = 0.0
     for kind in kinds:
-        own = [part for part in parts if type(part.event).__name__ == kind]
-        is_single = len(own) == 1 and own[0].count == 1
+        of_kind = [part for part in parts if type(part.event).__name__ == kind]
+        first = of_kind[0]
+        is_single = len(of_kind) == 1 and first.count == 1
         # A single event goes to the accountants as it is: some know it only outside a composition.
-        event = own[0].event if is_single else _composed(own)
+        event = first.event if is_single else _composed(of_kind)
         total += min(_certified(event, delta / len(kinds), name) for name in (*_EXACT, "allocation"))
     return Spent(total, "basic composition of " + ", ".join(kinds))
 

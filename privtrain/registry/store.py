@@ -174,11 +174,10 @@ class Registry:
                 if held is not None:
                     return held
             snapshot = self.database.read(lambda c: snapshot_of(c, request, manifest))
-            refused = [
-                (key, limit)
-                for key, limit in snapshot.budgets
-                if not spending.fits([*limit.spent, part], limit.epsilon, limit.delta)
-            ]
+            refused = []
+            for key, limit in snapshot.budgets:
+                if not spending.fits([*limit.spent, part], limit.epsilon, limit.delta):
+                    refused.append((key, limit))
             if refused:
                 limits = [limit for _, limit in snapshot.budgets]
                 raise BudgetExceeded(explain(request, part, refused, limits))

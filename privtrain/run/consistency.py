@@ -182,15 +182,18 @@ def card_faults(card: str, statement: dict[str, Any]) -> list[str]:
         epsilon = "∞" if statement["epsilon"] is None else f"{statement['epsilon']:.4g}"
         rows = (f"| ε | {epsilon} |", f"| δ | {plan.delta:g} |", f"| Plan fingerprint | `{plan.fingerprint()}` |")
         return [f"does not hold the statement's row {row}" for row in rows if row not in card]
-    section, place = card_section(plan, statement), card.find("## Privacy statement")
     faults = []
     if banner(statement) not in card:
         faults.append("does not say that the run is not private")
-    if place < 0 or card[place:] != section:
-        lines = itertools.zip_longest(section.splitlines(), card[max(place, 0) :].splitlines())
-        # The first line of ours that the card lacks or has otherwise; if there is none, the card goes on too long.
-        wrong = next((ours for ours, theirs in lines if ours is not None and ours != theirs), "its end")
-        faults.append(f"is not the card of privacy.json, from this line on: {wrong}")
+    expected = card_section(plan, statement)
+    start = card.find("## Privacy statement")  # -1 if it is not there
+    given = card[max(start, 0) :]
+    if start < 0 or given != expected:
+        lines = itertools.zip_longest(expected.splitlines(), given.splitlines())
+        # The lines of ours that the card lacks or has otherwise; if there is none, the card goes on too long.
+        wrong = [ours for ours, theirs in lines if ours is not None and ours != theirs]
+        first = wrong[0] if wrong else "its end"
+        faults.append(f"is not the card of privacy.json, from this line on: {first}")
     return faults
 
 

@@ -355,23 +355,24 @@ def _figures_of_published() -> list[Figure]:
         Series("tilted Edgeworth (certified)", indices, [fact["tilted_edgeworth"] for fact in facts]),
         Series("RDP", indices, [fact["rdp"] for fact in facts]),
     ]
-    spent = [
-        Series(f"paper: {label}", indices, [fact[f"epsilon_spent_by_published_{key}"] for fact in facts])
-        for label, key in (("Edgeworth", "edgeworth"), ("PRV", "prv"), ("RDP", "rdp"))
-    ]
+    spent = []
+    for label, key in (("Edgeworth", "edgeworth"), ("PRV", "prv"), ("RDP", "rdp")):
+        epsilons = [fact[f"epsilon_spent_by_published_{key}"] for fact in facts]
+        spent.append(Series(f"paper: {label}", indices, epsilons))
+    noise_svg = places_figure("noise", places, noise, AxisLabels("task, δ", "noise multiplier σ"))
+    spent_labels = AxisLabels("task, δ", "ε really spent")
+    spent_svg = places_figure("spent", places, spent, spent_labels, [Level("asked for", _TARGET)])
     return [
         Figure(
             "noise",
             "noise multiplier by accountant at the paper's settings",
-            places_figure("noise", places, noise, AxisLabels("task, δ", "noise multiplier σ")),
+            noise_svg,
             "Noise asked for at ε = 8. What lies below the exact squares cannot be (8, δ)-DP.",
         ),
         Figure(
             "spent",
             "epsilon really spent by the paper's noise",
-            places_figure(
-                "spent", places, spent, AxisLabels("task, δ", "ε really spent"), [Level("asked for", _TARGET)]
-            ),
+            spent_svg,
             "What the logged noises really spend.",
         ),
     ]

@@ -145,10 +145,11 @@ def _optimized(config: Config, num_users: int, num_trained: int, can_be_banded: 
 @functools.cache
 def _code_version() -> str:
     """Return a digest of what a recommendation is computed by: accountants, plan, law and ranking."""
-    directories = [pathlib.Path(place) for package in (accountants, privacy) for place in package.__path__]
-    paths = [path for directory in directories for path in directory.rglob("*") if path.suffix in (".py", ".csv")]
+    paths = [pathlib.Path(optimize.__file__)]
+    for directory in (*accountants.__path__, *privacy.__path__):
+        paths += [path for path in pathlib.Path(directory).rglob("*") if path.suffix in (".py", ".csv")]
     digest = hashlib.sha256()
-    for path in sorted([*paths, pathlib.Path(optimize.__file__)]):
+    for path in sorted(paths):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 

@@ -41,9 +41,10 @@ def nll(tokens: str, split: str, model: str) -> Callable[[CellResult], float]:
 
     def measure(result: CellResult) -> float:
         """Return that loss of a cell."""
-        wanted = {"tokens": tokens, "split": split, "model": model}
-        rows = _facts(result)["sensitive"]["cells"]  # one for each combination of the three
-        return next(row["nll"] for row in rows if all(row[key] == value for key, value in wanted.items()))
+        for row in _facts(result)["sensitive"]["cells"]:  # one for each combination of the three
+            if (row["tokens"], row["split"], row["model"]) == (tokens, split, model):
+                return row["nll"]
+        raise KeyError(f"no loss of {tokens} tokens, {split}, {model} model")
 
     return measure
 
@@ -209,15 +210,18 @@ class _View:
     def losses(self) -> Table:
         """Return the table of losses: {sensitive, other} × {train, test} × {base, tuned}."""
         kinds = [(tokens, split) for tokens in ("sensitive", "other") for split in ("train", "test")]
+        methods = self._methods()
         rows = []
-        for place, method in enumerate(self._methods()):
-            if place == 0:  # the base model is the same for all methods
-                base = [self.estimate(nll(tokens, split, "base"), method) for tokens, split in kinds]
-                rows.append(["base model", *(one.text() if one else "" for one in base)])
-            tuned = [self.estimate(nll(tokens, split, "tuned"), method) for tokens, split in kinds]
-            rows.append([method, *(one.text() if one else "" for one in tuned)])
+        if methods:  # the base model is the same for all of them
+            rows.append(["base model", *self._loss_texts(kinds, "base", methods[0])])
+        rows += [[method, *self._loss_texts(kinds, "tuned", method)] for method in methods]
         columns = ("model", *(f"{tokens}, {split}" for tokens, split in kinds))
         return Table(f"Loss in nats per token{self.words}", columns, rows)
+
+    def _loss_texts(self, kinds: Sequence[tuple[str, str]], model: str, method: str) -> list[str]:
+        """Return the losses of a model after a method's training, by (tokens, split); empty where not complete."""
+        estimates = [self.estimate(nll(tokens, split, model), method) for tokens, split in kinds]
+        return ["" if estimate is None else estimate.text() for estimate in estimates]
 
     def figures(self) -> list[Figure]:
         """Return two figures: loss of sensitive tokens on train and test by method, and leak against operations."""

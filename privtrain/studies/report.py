@@ -75,13 +75,14 @@ def write_report(run: Run) -> pathlib.Path:
         lstrip_blocks=True,
     )
     environment.filters["cell"] = _markdown_cell
+    verdicts = [claim.verdict for claim in findings.claims]
     shown = {
         "title": run.module.TITLE,
         "paper": run.module.PAPER,
         "run": run,
         "findings": findings,
         "sentences": summary(findings.claims),
-        "counts": {v.value: sum(claim.verdict is v for claim in findings.claims) for v in Verdict},
+        "counts": {verdict.value: verdicts.count(verdict) for verdict in Verdict},
         "seeds": len(run.recipe.seeds),
         "few_seeds": FEW_SEEDS,
         "num_planned": len(run.results.planned),

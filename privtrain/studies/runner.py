@@ -173,21 +173,21 @@ def _report(study: Study, chosen: Sequence[Job], options: StudyOptions) -> None:
     results = study.results()
     if not results.cells and not failed:
         return
-    page = write_report(
-        Run(
-            recipe=study.recipe,
-            module=study.module,
-            scale=options.scale,
-            root=study.root,
-            results=results,
-            failed=[(job.name, job.record() or {}) for job in failed],
-            num_open=len(open_jobs),
-            seconds=sum((job.record() or {}).get("seconds_of_last_start", 0.0) for job in study.jobs),
-            num_jobs=len(study.jobs),
-            software=_software(study.jobs),
-            command=_command(study, options),
-        )
+    records = [job.record() or {} for job in study.jobs]
+    run = Run(
+        recipe=study.recipe,
+        module=study.module,
+        scale=options.scale,
+        root=study.root,
+        results=results,
+        failed=[(job.name, job.record() or {}) for job in failed],
+        num_open=len(open_jobs),
+        seconds=sum(record.get("seconds_of_last_start", 0.0) for record in records),
+        num_jobs=len(study.jobs),
+        software=_software(study.jobs),
+        command=_command(study, options),
     )
+    page = write_report(run)
     _console.print(f"report: {page}")
     lost = [job.name for job in chosen if job.state() == "failed"]
     if lost:

@@ -52,12 +52,11 @@ class MlflowTracker(QuietTracker):
     def log_rows(self, rows: Sequence[Row]) -> None:
         """Mirror rows, all under one time stamp."""
         now = int(time.time() * 1000)
-        metrics = [
-            self._entities.Metric(name, float(value), now, step)
-            for step, values in rows
-            for name, value in values.items()
-            if value is not None
-        ]
+        metrics: list[Any] = []
+        for step, values in rows:
+            for name, value in values.items():
+                if value is not None:
+                    metrics.append(self._entities.Metric(name, float(value), now, step))
         with self._answered():
             for start in range(0, len(metrics), _MOST_METRICS):
                 self._client.log_batch(self._id, metrics=metrics[start : start + _MOST_METRICS])

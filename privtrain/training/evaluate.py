@@ -65,7 +65,8 @@ def evaluate(
         between_batches: called before each batch, on all ranks at the same time, so that it may use collectives.
     """
     # Rank r takes the records r, r + world_size, ...; the packer takes units, so each record is a unit of one.
-    shares = [[[record] for record in records[rank :: backend.world_size]] for rank in range(backend.world_size)]
+    units = [[record] for record in records]
+    shares = [units[rank :: backend.world_size] for rank in range(backend.world_size)]
     num_batches = max(packer.num_batches(share) for share in shares)
     # A record is scored on one rank; in the sum over ranks the others add zeros. The last entry counts correct labels.
     losses = torch.zeros(len(records) + 1, dtype=torch.float32, device=backend.device)

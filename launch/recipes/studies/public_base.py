@@ -72,7 +72,9 @@ def main(directory: pathlib.Path, kinds: Sequence[str]) -> None:
     unknown = [kind for kind in kinds if kind not in KINDS]
     if unknown:
         raise ConfigError([Fault("KIND", f"given {', '.join(unknown)}; there are {', '.join(KINDS)}")])
-    texts = [text for kind in kinds or KINDS for _, text in PACKAGED[kind].rows() if text]
+    texts: list[str] = []
+    for kind in kinds or KINDS:
+        texts += [text for _, text in PACKAGED[kind].rows() if text]
     kept = make(texts, Size(), cache_directory() / "bases")
     shutil.copytree(kept, directory, dirs_exist_ok=True)
     print(f"{directory}: {json.loads((kept / 'base.json').read_text())}")

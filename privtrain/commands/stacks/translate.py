@@ -139,7 +139,8 @@ def write_translation(
     """
     if output.exists():
         raise ConfigError([Fault(str(output), "exists already; choose another --output, or remove it")])
-    if problem := why_unwritable(output.absolute().parent):
+    problem = why_unwritable(output.absolute().parent)
+    if problem:
         raise ConfigError([Fault("--output", problem)])
     document = read_tree(path)
     faults = [Fault(fault.key, fault.problem, fault.line) for fault in document.faults]
@@ -253,9 +254,9 @@ def _settle(values: dict[str, Any], needs: dict[str, str]) -> None:
             values["training.num_warmup_steps"] = round(ratio * values["privacy.num_steps"])
         elif ratio:
             needs["training.num_warmup_steps"] = f"Needed: {ratio:g} x privacy.num_steps."
-    betas = values.pop("beta1", None), values.pop("beta2", None)
-    if betas != (None, None):
-        values["training.betas"] = [betas[0] or 0.9, betas[1] or 0.999]
+    beta1, beta2 = values.pop("beta1", None), values.pop("beta2", None)
+    if beta1 is not None or beta2 is not None:
+        values["training.betas"] = [beta1 or 0.9, beta2 or 0.999]  # AdamW's defaults for one that is not given
     if values.get("training.method") == "full":
         for key in [key for key in values if key.startswith("lora.")]:
             del values[key]
