@@ -534,7 +534,7 @@ class Trainer:
         self.ledger.commit(self.generation, step, commitment, zeroed)
 
     def _seed_dropout(self, step: int) -> None:
-        """Seed torch by the key: the same when a step is replayed, and secret (:mod:`privtrain.clipping.random_state`)."""
+        """Seed torch by the key, the same when a step is replayed; secret (:mod:`privtrain.clipping.random_state`)."""
         seed_from(self._key.stream("dropout", step, self.backend.rank))
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
