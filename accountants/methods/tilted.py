@@ -205,7 +205,9 @@ class _EpsilonSearch:
     def _make_attempts(self) -> Iterator[SmoothedSum | Window]:
         """Yield ever tighter bounds: smoothed sums first, then lattices on ever longer windows."""
         log_delta = math.log(self.delta)
-        yield from _smoothed_sums(self.composed, self._law, lambda: self._start, log_delta, self.tolerance, self.add)
+        yield from _smoothed_sums(
+            self.composed, self._law, lambda: self._start, log_delta=log_delta, tolerance=self.tolerance, add=self.add
+        )
         longest = _longest(self.composed)
         log2_length = min(_SHORTEST, longest)
         while log2_length <= longest:
@@ -246,6 +248,7 @@ def _smoothed_sums(
     composed: Composition,
     law: saddle.DirectedLoss,
     start: Callable[[], saddle.Saddle],
+    *,
     log_delta: float,
     tolerance: float,
     add: bool,
@@ -254,9 +257,9 @@ def _smoothed_sums(
 
     ``start`` gives the present saddle, which the first sum may have improved when the second one is asked for.
     """
-    smoothing = min(_SMOOTHING * math.sqrt(tolerance), 0.1)
-    for part in (1, 2):
-        smooth = _smoothed(composed, law, start(), log_delta, smoothing / part, add)
+    largest = min(_SMOOTHING * math.sqrt(tolerance), 0.1)
+    for smoothing in (largest, largest / 2):
+        smooth = _smoothed(composed, law, start(), log_delta, smoothing, add)
         if smooth is None:
             return
         yield smooth
@@ -326,7 +329,7 @@ def _delta_attempts(
     log_delta = min(max(start.log_delta, -700.0), -0.1)
     law = saddle.directed_loss(composed, add=add, log_mass=log_delta - MARGIN)
     start = saddle.saddle_for_epsilon(law, epsilon)
-    yield from _smoothed_sums(composed, law, lambda: start, log_delta, tolerance, add)
+    yield from _smoothed_sums(composed, law, lambda: start, log_delta=log_delta, tolerance=tolerance, add=add)
     longest = _longest(composed)
     for log2_length in range(min(14, longest), longest + 1, 2):
         yield _window(composed, law, start, log_delta, 1 << log2_length, add)

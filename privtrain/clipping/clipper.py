@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 
@@ -406,13 +407,14 @@ class PerUnitClipper:
             failure: what a pass under hooks raised.
             batch: its microbatch, of which the first row is tried without hooks.
         """
-        if isinstance(failure, PrivtrainError) and (self.route != "auto" or self._is_settled):
+        is_open = self.route == "auto" and not self._is_settled
+        if isinstance(failure, PrivtrainError) and not is_open:
             raise failure
         self._refuse_reentrant()
+        row_loss: Callable[[], torch.Tensor] | None = None
+        if not self._equal_passes:  # ranks that must run equal passes cannot run one more on their own
+            row_loss = functools.partial(self._row_losses, batch.input_ids[:1], batch.target_mask[:1])
         with RandomState.of(self._device).replayed():
-            first_row = batch.input_ids[:1], batch.target_mask[:1]
-            # Ranks that must run equal passes cannot run one more on their own.
-            row_loss = None if self._equal_passes else lambda: self._row_losses(*first_row)
             reason = fallback.cause(failure, row_loss, self.layout.parameters)
         self._go_one_unit(failure, reason, is_possible=True)
 

@@ -125,8 +125,9 @@ def train(
         if config.performance.num_threads is not None:
             torch.set_num_threads(config.performance.num_threads)
         with process_group(config.performance, stop) as backend, claimed(inputs, backend):
-            without_opted_out = budgeted(inputs, backend, stop) if trial is None else trial.allowed(inputs)
-            with without_opted_out as allowed:
+            # Both leave out the users who opted out.
+            budget = budgeted(inputs, backend, stop) if trial is None else trial.allowed(inputs)
+            with budget as allowed:
                 if not is_complete(allowed, backend):
                     undone = _run(allowed, backend, stop, on_step)
                 else:

@@ -105,11 +105,11 @@ def ceiling(
     num_in: int, num_out: int, delta: float, significance: float, *, strategy: Strategy = "bonferroni"
 ) -> float:
     """Return the bound had every held-in unit scored above every held-out unit."""
-    separated = np.ones(num_in), np.zeros(num_out)
-    return epsilon_lower_bound(*separated, delta, significance, strategy=strategy)
+    return epsilon_lower_bound(np.ones(num_in), np.zeros(num_out), delta, significance, strategy=strategy)
 
 
 def _ranks(num_units: int) -> list[int]:
+    """Return the declared numbers of units beyond the threshold."""
     return sorted({math.floor(share * num_units) for share in RANK_SHARES})
 
 

@@ -82,16 +82,10 @@ def paired_difference(
     difference = float(changes_in.mean())  # an AUROC is the mean of either side's placements
     # The variance of the differences of placements holds the covariance of the two AUROCs already.
     variances = [float(changes.var(ddof=1)) / changes.size for changes in (changes_in, changes_out)]
-    if difference == 0.0 and sum(variances) == 0.0:
-        return PairedDifference(0.0, Interval(0.0, 0.0), 1.0)
     if sum(variances) == 0.0:
-        # Every user moved alike: the sample says nothing of how far others would, at most in which direction.
-        p_value = _exchanged(first, second)
-        if p_value > 1.0 - level:
-            ends = Interval(-1.0, 1.0)
-        else:
-            ends = Interval(0.0, 1.0) if difference > 0.0 else Interval(-1.0, 0.0)
-        return PairedDifference(difference, ends, p_value)
+        return _of_equal_changes(difference, first, second, level)
+
+    # Student's test and interval.
     error = math.sqrt(sum(variances))
     shares = [variance**2 / (size - 1) for variance, size in zip(variances, sizes, strict=True)]
     freedom = sum(variances) ** 2 / sum(shares)
@@ -107,6 +101,26 @@ def paired_difference(
     if p_value > 1.0 - level:
         lower, upper = min(lower, 0.0), max(upper, 0.0)
     return PairedDifference(difference, Interval(lower, upper), p_value)
+
+
+def _of_equal_changes(
+    difference: float,
+    first: tuple[FloatArray, FloatArray],
+    second: tuple[FloatArray, FloatArray],
+    level: float,
+) -> PairedDifference:
+    """Return :func:`paired_difference` where every user's placement changed alike, by ``difference``.
+
+    The sample says nothing then of how far other users would move, at most in which direction.
+    """
+    if difference == 0.0:
+        return PairedDifference(0.0, Interval(0.0, 0.0), 1.0)
+    p_value = _exchanged(first, second)
+    if p_value > 1.0 - level:
+        ends = Interval(-1.0, 1.0)
+    else:
+        ends = Interval(0.0, 1.0) if difference > 0.0 else Interval(-1.0, 0.0)
+    return PairedDifference(difference, ends, p_value)
 
 
 def _exchanged(first: tuple[FloatArray, FloatArray], second: tuple[FloatArray, FloatArray]) -> float:

@@ -82,24 +82,19 @@ def translate(
         user_column: column of the user id, if it is known.
         without: foreign keys that are left out knowingly, whatever they ask for.
     """
-    module = _STACKS[stack]
     asked = {key: value for key, value in foreign.items() if key not in without}
-    # Foreign key → its outcome; a default stands under a title of its own.
-    outcomes = {key: _outcome(module.RULES, key, value, asked) for key, value in asked.items()}
-    for key, value in module.defaults(asked).items():
-        if asked.get(key) is None:
-            outcome = _ruled(module.RULES[key], value, asked)
-            outcomes[f"{key} (default of {_TITLES[stack]}: {value})"] = outcome
     report_to = str(asked.get("report_to") or "")
     values: dict[str, Any] = {"run.name": name, "tracking.wandb": "wandb" in report_to}
-    values |= {f"tracking.{tracker}": True for tracker in ("mlflow", "trackio") if tracker in report_to}
+    for tracker in ("mlflow", "trackio"):
+        if tracker in report_to:
+            values[f"tracking.{tracker}"] = True
     if user_column is not None:
         values["data.user_column"] = user_column
     needs: dict[str, str] = {}
     translated: dict[str, tuple[str, ...]] = {}
     left_out: dict[str, str] = {}
     refused: dict[str, str] = {}
-    for key, outcome in outcomes.items():
+    for key, outcome in _outcomes(stack, asked).items():
         if outcome.is_refused:
             refused[key] = outcome.reason
             continue
@@ -113,6 +108,19 @@ def translate(
     needs |= _plan(values, num_users)
     _settle(values, needs)
     return Translation(assigned({}, values), translated, left_out, refused, needs)
+
+
+def _outcomes(stack: StackName, asked: Mapping[str, Any]) -> dict[str, Outcome]:
+    """Return what becomes of each foreign key that is asked for, and of the stack's defaults for keys that are not.
+
+    A default stands under a title of its own.
+    """
+    module = _STACKS[stack]
+    outcomes = {key: _outcome(module.RULES, key, value, asked) for key, value in asked.items()}
+    for key, value in module.defaults(asked).items():
+        if asked.get(key) is None:
+            outcomes[f"{key} (default of {_TITLES[stack]}: {value})"] = _ruled(module.RULES[key], value, asked)
+    return outcomes
 
 
 def write_translation(
