@@ -80,10 +80,12 @@ class PairCounts:
         num_word, num_words = self.words[word], self.num_words
         num_pair, num_first = self.pairs[pair], self.firsts[first]
         if without is not None:
-            num_word, num_words = num_word - without.words[word], num_words - without.num_words
-            num_pair, num_first = num_pair - without.pairs[pair], num_first - without.firsts[first]
-        alone = (num_word + _UNSEEN / vocabulary) / (num_words + _UNSEEN)
-        return math.log((num_pair + _BACKOFF * alone) / (num_first + _BACKOFF))
+            num_word -= without.words[word]
+            num_words -= without.num_words
+            num_pair -= without.pairs[pair]
+            num_first -= without.firsts[first]
+        prob_alone = (num_word + _UNSEEN / vocabulary) / (num_words + _UNSEEN)
+        return math.log((num_pair + _BACKOFF * prob_alone) / (num_first + _BACKOFF))
 
 
 def _pairs(text: str) -> Iterator[tuple[str, str]]:
@@ -109,10 +111,10 @@ def scores_of(texts: Sequence[str], records: Mapping[str, Sequence[str]]) -> dic
     scores = {}
     for user, own in records.items():
         mine = PairCounts(own)
-        gains = [
-            count * (corpus.log_prob(pair, vocabulary) - pool.log_prob(pair, vocabulary, without=mine))
-            for pair, count in mine.pairs.items()
-        ]
+        gains = []
+        for pair, count in mine.pairs.items():
+            gain = corpus.log_prob(pair, vocabulary) - pool.log_prob(pair, vocabulary, without=mine)
+            gains.append(count * gain)
         scores[user] = sum(gains) / max(mine.num_words, 1)
     return scores
 
@@ -275,4 +277,5 @@ def _write(run: RunDirectory, corpus_digest: str, findings: Sequence[Finding]) -
 
 
 def _finite(value: float | None) -> float | None:
+    """Return the value, or None for one that JSON lacks."""
     return value if value is not None and math.isfinite(value) else None

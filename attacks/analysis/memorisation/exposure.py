@@ -107,6 +107,7 @@ def null_means(nums_secrets: tuple[int, ...], *, is_shared: bool, seed: int = 0)
 
 
 def _bits_by_rank(num_secrets: int) -> FloatArray:
+    """Return the exposure of each rank, from the first to the last."""
     return math.log2(num_secrets) - np.log2(np.arange(1, num_secrets + 1))
 
 
@@ -120,7 +121,8 @@ def skew_normal(values: FloatArray) -> tuple[float, float, float]:
     # ``delta`` in (-1, 1) is the usual second form of the shape: shape = delta / sqrt(1 - delta^2). Its formula inverts
     # that of the skewness.
     power = abs(skewness) ** (2 / 3)
-    delta = math.copysign(math.sqrt(math.pi / 2 * power / (power + ((4 - math.pi) / 2) ** (2 / 3))), skewness)
+    delta_square = math.pi / 2 * power / (power + ((4 - math.pi) / 2) ** (2 / 3))
+    delta = math.copysign(math.sqrt(delta_square), skewness)
     scale = spread / math.sqrt(1 - 2 * delta**2 / math.pi)
     location = float(values.mean()) - scale * delta * math.sqrt(2 / math.pi)
     return delta / math.sqrt(1 - delta**2), location, scale
@@ -134,6 +136,8 @@ def _tail(score: float, references: FloatArray) -> tuple[float | None, float | N
     fitted, judged = references[::2], references[1::2]
     if judged.size < 8 or float(np.ptp(fitted)) == 0.0:
         return None, None
-    p_value = float(scipy.stats.kstest(judged, scipy.stats.skewnorm(*skew_normal(fitted)).cdf).pvalue)
-    above = float(scipy.stats.skewnorm(*skew_normal(references)).sf(score))
-    return p_value, min(MAX_BITS, -math.log2(max(above, 2.0**-MAX_BITS)))
+    law_of_half = scipy.stats.skewnorm(*skew_normal(fitted))
+    p_value = float(scipy.stats.kstest(judged, law_of_half.cdf).pvalue)
+    law_of_all = scipy.stats.skewnorm(*skew_normal(references))
+    share_above = max(float(law_of_all.sf(score)), 2.0**-MAX_BITS)
+    return p_value, min(MAX_BITS, -math.log2(share_above))
