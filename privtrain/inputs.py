@@ -14,6 +14,7 @@ from privtrain.config.load import sections_of
 from privtrain.config.model import ModelSection
 from privtrain.data.corpus import Corpus, check_source, load_corpus, load_evaluation
 from privtrain.data.encode import Encoder
+from privtrain.data.formats import has_half_pair
 from privtrain.errors import ConfigError, DamagedFile, Fault
 from privtrain.files.writable import why_unwritable
 from privtrain.privacy.plan import PrivacyPlan
@@ -69,6 +70,9 @@ def check_inputs(config: Config) -> None:
     mode = os.environ.get("WANDB_MODE", "offline")
     if config.tracking.wandb and mode not in _WANDB_MODES:
         faults.append(Fault("WANDB_MODE", f"given {mode!r}; must be one of {', '.join(_WANDB_MODES)}"))
+    if has_half_pair(os.getcwd()):  # how Python reads bytes that are no UTF-8
+        problem = "the name of the working directory is not UTF-8, and no file of a run could hold it; work in another"
+        faults.append(Fault("", problem))
     keys = Keys.of(config.release)
     is_main = os.environ.get("RANK", "0") == "0"
     problem = why_unwritable(config.run.directory) if is_main else ""

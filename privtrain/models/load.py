@@ -21,7 +21,8 @@ from privtrain.run.base_model import ModelLocation, locate
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-#: What transformers, safetensors, tokenizers and pickle raise at files that they cannot read.
+#: What transformers, safetensors, tokenizers and pickle raise at files that they cannot read, and torch at sizes in
+#: config.json that no layer can have.
 LOADING_FAILURES = (
     OSError,
     ValueError,
@@ -31,6 +32,8 @@ LOADING_FAILURES = (
     AttributeError,
     ImportError,
     EOFError,
+    ArithmeticError,
+    AssertionError,
     pickle.UnpicklingError,
     SafetensorError,
     hub_errors.StrictDataclassError,  # a value of config.json that cannot be

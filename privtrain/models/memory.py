@@ -158,7 +158,7 @@ def meta_model(config: Config, dtype: torch.dtype) -> tuple[Any, Any]:
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    from privtrain.models.load import load_architecture
+    from privtrain.models.load import LOADING_FAILURES, load_architecture, reason_of
     from privtrain.models.trainable import make_trainable
 
     if config.training.has_virtual_tokens:
@@ -171,7 +171,10 @@ def meta_model(config: Config, dtype: torch.dtype) -> tuple[Any, Any]:
         architecture.num_labels = len(config.data.labels)
         architecture.pad_token_id = architecture.pad_token_id or 0
     with torch.device("meta"):
-        base = auto_class.from_config(architecture, dtype=dtype)
+        try:
+            base = auto_class.from_config(architecture, dtype=dtype)
+        except LOADING_FAILURES as error:
+            raise ConfigError([Fault("model", f"config.json describes no model: {reason_of(error)}")]) from None
         return make_trainable(base.requires_grad_(False), config, 0), base
 
 

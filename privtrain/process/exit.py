@@ -42,23 +42,49 @@ def run_command(name: str, app: Callable[[], None]) -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
     adopt_slurm_tasks(os.environ)
     try:
-        app()
+        try:
+            app()
+        finally:
+            sys.stdout.flush()  # here, where a full disk is said
     except Preempted as stop:
         record_exit_code(stop.exit_code)
         if os.environ.get("RANK", "0") == "0":
             print(f"{name}: {stop}", file=sys.stderr)
         sys.exit(stop.exit_code)
     except PrivtrainError as error:
-        record_exit_code(error.exit_code)
-        _report(f"{name}: {error}")
-        sys.exit(error.exit_code)
+        _leave(name, str(error), error.exit_code)
+    except BrokenPipeError:  # as of: privtrain preview CONFIG | head. Where typer sees it, it leaves so too
+        _drop_output()
+        sys.exit(1)
     except OSError as error:
-        if error.filename is None or error.errno not in _WRONG_PATHS | _FULL_DISKS:
+        if not _has_working_directory():
+            _leave(name, "the working directory was removed; change into one that is there", EXIT_WRONG_INPUT)
+        if error.errno in _FULL_DISKS:
+            _drop_output()
+            _leave(name, f"{error.filename or 'a file or the output'}: {error.strerror}", EXIT_MACHINE_FAILED)
+        if error.filename is None or error.errno not in _WRONG_PATHS:
             raise
-        code = EXIT_MACHINE_FAILED if error.errno in _FULL_DISKS else EXIT_WRONG_INPUT
-        record_exit_code(code)
-        _report(f"{name}: {error.filename}: {error.strerror}")
-        sys.exit(code)
+        _leave(name, f"{error.filename}: {error.strerror}", EXIT_WRONG_INPUT)
+
+
+def _leave(name: str, message: str, code: int) -> NoReturn:
+    """Report a failure of a command of this name, and exit."""
+    record_exit_code(code)
+    _report(f"{name}: {message}")
+    sys.exit(code)
+
+
+def _drop_output() -> None:
+    """Let what was not written yet go: at the end of the process it would fail again, and change the exit code."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+def _has_working_directory() -> bool:
+    try:
+        os.getcwd()
+    except OSError:
+        return False
+    return True
 
 
 def record_exit_code(code: int) -> None:

@@ -80,7 +80,10 @@ def check_model(model: ModelSection) -> list[Fault]:
     if path.is_dir():
         needed = model.gguf_file or "config.json"
         if not (path / needed).is_file():
-            return [Fault("model.name_or_path", f"{path} is not a model directory: it has no {needed}")]
+            problem = f"{path} is not a model directory: it has no {needed}"
+            if (path / "adapter_config.json").is_file():
+                problem += ", but an adapter; merge that into its base first (PEFT: merge_and_unload)"
+            return [Fault("model.name_or_path", problem)]
         key = "model.name_or_path" if model.package is None else "model.package"
         return [Fault(key, problem) for problem in weight_file_faults(path, model.gguf_file)]
     if path.is_file():

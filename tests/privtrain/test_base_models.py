@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from attacks.scoring.documents import tokens_of
 from attacks.scoring.variants import Variants, recall_prefix, rewrite
+from privtrain.commands.plan import describe_plan
 from privtrain.config import validate
 from privtrain.config.model import LoraSection, ModelSection
 from privtrain.data.corpus import group_by_user
@@ -29,6 +30,7 @@ from privtrain.models.trainable import add_lora
 from privtrain.models.weights import BaseSource
 from privtrain.run import base_model
 from privtrain.run.base_model import check_model, digests_in
+from tests.conftest import write_config
 from tests.privtrain.bases import change_config, change_weights, save_base, save_tokenizer
 
 
@@ -445,3 +447,29 @@ def test_weights_of_a_part_that_the_model_has_not_stay_unread(tmp_path):
     further = {"vision_tower.weight": torch.zeros(2), "model.visual.proj.weight": torch.zeros(2)}
     change_weights(base, lambda tensors: {**tensors, **further})
     load_base(ModelSection(name_or_path=str(base)))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"pad_token_id": 9999},
+        {"num_attention_heads": 0},
+        {"hidden_size": -32},
+        {"hidden_size": "32"},
+        {"vocab_size": 0},
+    ],
+)
+def test_sizes_that_no_model_has_are_a_fault_of_its_config(tree, tmp_path, changes):
+    """And never a traceback, neither of training nor of the plan, which is shown all the same."""
+    base = save_base(tmp_path / "base")
+    change_config(base, **changes)
+    tree["model"]["name_or_path"] = str(base)
+    with pytest.raises(ConfigError, match="model"):
+        load_base(ModelSection(name_or_path=str(base)))
+    assert describe_plan(write_config(tree, tmp_path / "c.yaml"), [])["epsilon"] > 0
+
+
+def test_an_adapter_alone_is_no_base(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    (fault,) = check_model(ModelSection(name_or_path=str(tmp_path)))
+    assert "has no config.json, but an adapter; merge that into its base first" in fault.problem

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import pathlib
 import shutil
+import subprocess
+import sys
 
 import pytest
 
@@ -12,10 +16,11 @@ from privtrain import cli
 from privtrain.commands.export import export_run
 from privtrain.commands.init import guess_columns, guess_configuration
 from privtrain.config import load_config, validate
-from privtrain.config.data import DataSection
+from privtrain.config.data import DataSection, FilesSource
 from privtrain.config.model import ModelSection
 from privtrain.data.corpus import check_source, digests_of, load_corpus
 from privtrain.errors import ConfigError
+from privtrain.inputs import check_inputs
 from privtrain.job.advice import warnings
 from privtrain.models.load import load_base, load_tokenizer
 from privtrain.privacy.plan import PrivacyPlan
@@ -116,6 +121,7 @@ def test_first_line_of_a_table_says_what_separates(tree, tmp_path, head, row):
     config = config_over(tree, tmp_path, "rows.csv", f"{head}\r\n{row}\r\n")
     assert check_source(config.data) == []
     assert dict(load_corpus(config.data).records) == {"u1": ("größer, und; mehr",)}
+    assert isinstance(config.data.source, FilesSource)
     (read,) = _rows(config.data.source, digests_of(config.data.source.paths))  # as the attack job reads them
     assert (read["user"], read["text"]) == ("u1", "größer, und; mehr")
 
@@ -375,6 +381,41 @@ def test_places_that_cannot_be_written_are_one_line(tmp_path, users_file, tiny_l
     assert capsys.readouterr().err == f"privtrain: {tmp_path}/none/x: No such file or directory\n"
     with pytest.raises(OSError, match="ours"):
         run_command("privtrain", _ours)
+
+
+@pytest.mark.parametrize(
+    ("shell", "code", "words"),
+    [
+        ("privtrain schema | true; exit ${PIPESTATUS[0]}", 1, ""),
+        ("privtrain schema >/dev/full", 4, "a file or the output: No space left on device"),
+        ("privtrain schema >/dev/null", 0, ""),
+    ],
+)
+def test_what_the_shell_takes_away_is_said(tmp_path, shell, code, words):
+    """And no traceback, nor another exit code by what is left in the buffer."""
+    program = f'privtrain() {{ {sys.executable} -m privtrain "$@"; }}; {shell}'
+    environment = {**os.environ, "PYTHONPATH": str(pathlib.Path(cli.__file__).parents[1])}
+    done = subprocess.run(["bash", "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (done.returncode, words in done.stderr, "Traceback" in done.stderr) == (code, True, False), done.stderr
+    assert len(done.stderr.splitlines()) <= 1
+
+
+def test_a_working_directory_that_was_removed_is_said(tmp_path, monkeypatch, capsys):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(SystemExit) as left:
+        run_command("privtrain", lambda: pathlib.Path("x").absolute())  # type: ignore[arg-type]
+    assert left.value.code == 2
+    assert capsys.readouterr().err == "privtrain: the working directory was removed; change into one that is there\n"
+
+
+def test_a_directory_whose_name_is_no_text_is_refused(tree, tmp_path, monkeypatch):
+    """Its name stands in the files of a run, which are UTF-8."""
+    os.mkdir(os.fsencode(tmp_path) + b"/n\xff")
+    monkeypatch.chdir(os.fsencode(tmp_path) + b"/n\xff")
+    with pytest.raises(ConfigError, match="the name of the working directory is not UTF-8"):
+        check_inputs(validate(tree))
 
 
 def _ours() -> None:
