@@ -196,7 +196,7 @@ def test_passes_on_cuda_run_under_the_strict_setting(settings):
 
 
 @pytest.mark.parametrize("is_wrapped", [False, True])
-def test_an_operation_without_such_a_kernel_takes_plain_attention(settings, is_wrapped):
+def test_an_operation_without_a_kernel_takes_plain_attention(settings, is_wrapped):
     said = []
 
     def work() -> str:
