@@ -37,6 +37,7 @@ import functools
 import importlib.resources
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from scipy import optimize
@@ -184,8 +185,11 @@ def table() -> tuple[Measured, ...]:
         return ()
     types = {"str": str, "int": int, "float": float}
     type_of = {field.name: types[str(field.type)] for field in dataclasses.fields(Measured)}
-    rows = csv.DictReader(file.read_text(encoding="utf-8").splitlines())
-    return tuple(Measured(**{name: type_of[name](value) for name, value in row.items()}) for row in rows)
+    rows: list[Measured] = []
+    for row in csv.DictReader(file.read_text(encoding="utf-8").splitlines()):
+        values: dict[str, Any] = {name: type_of[name](value) for name, value in row.items()}
+        rows.append(Measured(**values))
+    return tuple(rows)
 
 
 @functools.cache
@@ -199,24 +203,28 @@ def best_of(rows: Sequence[Measured]) -> list[Best]:
 
     A best one at the end of those tried stays as it is.
     """
-
-    def setting(row: Measured) -> tuple[float, ...]:
-        return row.num_steps, row.batch, row.noise_multiplier, row.num_bands, row.rank, row.records_per_user, row.seed
-
+    by_rate = sorted(rows, key=lambda row: (_setting(row), row.learning_rate))
     best = []
-    for _, group in itertools.groupby(sorted(rows, key=lambda r: (setting(r), r.learning_rate)), setting):
+    for _, group in itertools.groupby(by_rate, _setting):
         runs = list(group)
-        index = int(np.argmin([run.loss for run in runs]))
-        rate, loss = np.log(runs[index].learning_rate), runs[index].loss  # the rate by its logarithm
+        log_rates = [float(np.log(run.learning_rate)) for run in runs]
+        losses = [run.loss for run in runs]
+        index = int(np.argmin(losses))
+        log_rate, loss = log_rates[index], losses[index]
         if 0 < index < len(runs) - 1:
-            near = runs[index - 1 : index + 2]
-            curve = np.polyfit([np.log(run.learning_rate) for run in near], [run.loss for run in near], 2)
-            second, first_order, _ = curve
-            rate = -first_order / (2 * second)  # the parabola's vertex
-            loss = np.polyval(curve, rate)
+            near = slice(index - 1, index + 2)
+            curve = np.polyfit(log_rates[near], losses[near], 2)
+            quadratic, linear, _ = curve
+            log_rate = -linear / (2 * quadratic)  # the parabola's vertex
+            loss = np.polyval(curve, log_rate)
         first = runs[0]
-        best.append(Best(first.point, first.seed, float(np.exp(rate)), float(first.loss_before - loss)))
+        best.append(Best(first.point, first.seed, float(np.exp(log_rate)), float(first.loss_before - loss)))
     return best
+
+
+def _setting(row: Measured) -> tuple[float, ...]:
+    """Return what trainings that differ in their learning rate alone have in common."""
+    return row.num_steps, row.batch, row.noise_multiplier, row.num_bands, row.rank, row.records_per_user, row.seed
 
 
 def fit(rows: Sequence[Measured]) -> NoiseLaw:
@@ -252,6 +260,7 @@ def _fitted_gain(points: np.ndarray, shares: np.ndarray) -> list[float]:
     """
 
     def errors(values: np.ndarray) -> np.ndarray:
+        """Return how far the law with these parameters is off the shares."""
         by_log, powers, log_unit = values[:4], values[4:7], values[7]
         return np.exp(log_unit) * _gain(points, *np.exp(by_log), *powers) - shares
 
