@@ -278,6 +278,7 @@ def event_to_json(event: dp_accounting.DpEvent) -> dict[str, Any]:
 
 
 def _value_to_json(value: Any) -> Any:
+    """Return a field of an event for JSON: events by `event_to_json`, tuples as lists."""
     if isinstance(value, dp_accounting.DpEvent):
         return event_to_json(value)
     if isinstance(value, list | tuple):
@@ -286,6 +287,7 @@ def _value_to_json(value: Any) -> Any:
 
 
 def _value_from_json(value: Any) -> Any:
+    """Undo `_value_to_json`; a mapping can only be an event."""
     if isinstance(value, Mapping):
         return event_from_json(cast(Mapping[str, Any], value))
     if isinstance(value, list):

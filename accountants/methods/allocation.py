@@ -96,6 +96,7 @@ def _poisson_epsilon(event: RandomAllocationDpEvent, delta: float) -> float:
 
 
 def _library() -> Any:
+    """Import PLD_accounting when it is first needed."""
     try:
         return importlib.import_module("PLD_accounting")
     except ModuleNotFoundError as error:

@@ -157,6 +157,7 @@ class Encoder:
         return encoded["input_ids"]
 
     def _texts(self, records: Sequence[str]) -> Iterator[tuple[Record, bool]]:
+        """Yield each text between its begin and end marks, and whether it was cut."""
         begin, end = marks(self.tokenizer)
         for ids in self._ids(records):
             tokens = np.asarray([begin, *_unmarked(ids, begin, end), end], dtype=np.int64)

@@ -171,6 +171,7 @@ def _message(
 
 
 def _profile(faker: Faker) -> dict[str, str]:
+    """Return one invented person's details, by kind."""
     return {
         "name": faker.name(),
         "email": faker.email(),

@@ -113,6 +113,7 @@ class _Hashing:
         self._file = file
 
     def write(self, data: bytes | memoryview) -> int:
+        """Write and hash `data`; keep the error of a failed write, which torch replaces by one of its own."""
         try:
             written = self._file.write(data)
         except OSError as error:

@@ -102,6 +102,7 @@ def check_ranks_agree(backend: Backend, digests: dict[str, bytes]) -> None:
 
 
 def _device_name(device: torch.device) -> str:
+    """Return a name of the hardware, which decides how kernels round."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     # Which instructions a CPU has decides how its kernels round; older versions of torch cannot say.

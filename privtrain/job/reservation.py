@@ -470,6 +470,7 @@ def _request_if_any(inputs: Inputs, uid: str) -> RunRequest | None:
 
 
 def _settings(plan: PrivacyPlan) -> Settings:
+    """Return the settings of the mechanism that the ledger records."""
     return Settings(
         noise_multiplier=plan.noise_multiplier,
         sampling_prob=plan.sampling_prob,

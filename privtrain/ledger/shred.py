@@ -93,6 +93,7 @@ def _destroy(path: pathlib.Path) -> bool:
 
 
 def _overwrite(path: pathlib.Path) -> None:
+    """Write random bytes over the whole file, in place; they are on disk when this returns."""
     size = path.stat().st_size
     with open(path, "r+b") as file:
         for start in range(0, size, _CHUNK_BYTES):

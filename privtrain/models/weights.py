@@ -176,6 +176,7 @@ class _SafetensorsParts:
 
 
 def _names(path: pathlib.Path) -> list[str]:
+    """Return the names of the tensors in a safetensors file, without reading the tensors."""
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as file:

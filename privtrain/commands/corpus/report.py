@@ -146,6 +146,7 @@ class _Split:
         return self._records(self.held_out_users)
 
     def _records(self, users: Sequence[str]) -> Iterator[tuple[str, str]]:
+        """Yield (user, text) of the records of `users` that were not set aside for the attacker."""
         for user in users:
             set_aside = set(self.attacker.get(user, ()))
             yield from (

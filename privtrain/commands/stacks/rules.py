@@ -136,6 +136,7 @@ def names_list(key: str) -> Rule:
 
 
 def _names(value: Any) -> list[str]:
+    """Return the names of a list, or of one string such as `a, b`."""
     names = value.split(",") if isinstance(value, str) else value
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ValueError("no list of names")
