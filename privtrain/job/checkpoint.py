@@ -1,7 +1,8 @@
 """Checkpoints: trained tensors, optimizer, clipping norm and step; written whole or not at all, verified before use.
 
 A checkpoint is a directory ``step-NNNNNNNN`` of two files: ``state.pt``, the tensors, and ``summary.json``, which holds
-the number of steps taken, the generation (which secret drew their samples and noise) and the SHA-256 of ``state.pt``.
+the number of steps taken, the generation (which secret drew their samples and noise), the ledger's commitment to the
+sum of the last of them and the SHA-256 of ``state.pt``.
 
 Tensors are stored whole and by name, so that a job with another backend or number of ranks can resume from them.
 Sharded backends collect them in rank 0's host memory one after another (12 bytes a trained parameter), and send them
@@ -38,6 +39,7 @@ class Checkpoint:
 
     step: int  # steps taken
     generation: int
+    commitment: str  # the ledger's, to the sum of the last step taken; empty in those of earlier versions
     state: pathlib.Path  # file of tensors
 
 
@@ -46,6 +48,7 @@ def save(
     *,
     step: int,
     generation: int,
+    commitment: str,
     layout: Layout,
     optimizer: torch.optim.Optimizer,
     clipping_norm: float,
@@ -60,6 +63,7 @@ def save(
         directory: of all checkpoints.
         step: steps taken.
         generation: whose secret drew the last of them.
+        commitment: the ledger's, to the sum of the last of them.
         layout: the trained tensors, or the parts of them that this rank holds.
         optimizer: over the same tensors.
         clipping_norm: of the next step.
@@ -75,7 +79,7 @@ def save(
                 "num_updates": _num_updates(optimizer),
                 "clipping_norm": clipping_norm,
             }
-            _write(directory, {"step": step, "generation": generation}, content)
+            _write(directory, {"step": step, "generation": generation, "commitment": commitment}, content)
             for old in _newest_first(directory)[num_kept:]:
                 shutil.rmtree(old)
 
@@ -257,10 +261,11 @@ def _read(directory: pathlib.Path) -> Checkpoint | None:
     try:
         summary = json.loads((directory / _SUMMARY).read_text(encoding="utf-8"))
         step, generation, sha256 = summary["step"], summary["generation"], summary["sha256"]
+        commitment = str(summary.get("commitment", ""))
         with open(state, "rb") as file:
             is_intact = hashlib.file_digest(file, "sha256").hexdigest() == sha256
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
         return None
     if not is_intact or type(step) is not int or type(generation) is not int:
         return None
-    return Checkpoint(step, generation, state)
+    return Checkpoint(step, generation, commitment, state)

@@ -231,11 +231,30 @@ def _decided_on_main(
         checkpoint_generation=newest.generation if newest else 0,
         period=inputs.plan.scheme.period,
     )
+    if newest is not None:
+        _check_own(newest, ledger.state)
     _explain(continuation)
     name = f"generation-{continuation.generation:04d}"
     has_begun = continuation.generation == ledger.state.generation
     key = inputs.run.load_key(name) if has_begun else inputs.run.create_key(name, inputs.plan.insecure_seed)
     return key, continuation
+
+
+def _check_own(newest: checkpoint.Checkpoint, state: LedgerState) -> None:
+    """Raise unless the checkpoint's last step is the very one that the ledger commits to.
+
+    A run of the same plan has the same steps by number, taken with another secret: its weights hold releases that this
+    run's ledger does not charge.
+
+    Raises:
+        LedgerCorrupt: if it is not.
+    """
+    if state.commits.get((newest.generation, newest.step - 1)) != newest.commitment:
+        raise LedgerCorrupt(
+            f"{newest.state.parent} is not of this run's step {newest.step}, by the ledger: it was copied from another "
+            "run, or an earlier version of privtrain wrote it. Restore it, or remove it: the steps behind it are then "
+            "replayed"
+        )
 
 
 def _explain(continuation: Continuation) -> None:

@@ -457,6 +457,7 @@ def _save_checkpoint(inputs: Inputs, trainer: Trainer, step: int) -> None:
         inputs.run.checkpoints,
         step=step,
         generation=trainer.generation,
+        commitment=trainer.last_commitment,
         layout=trainer.layout,
         optimizer=trainer.optimizer,
         clipping_norm=trainer.clipping_norm,

@@ -478,6 +478,11 @@ class Trainer:
     def clipping_norm(self, value: float) -> None:
         self.clipper.clipping_norm = value
 
+    @property
+    def last_commitment(self) -> str:
+        """The commitment to the sum of the last step taken, as the ledger has it; part of a checkpoint."""
+        return self._previous
+
     def _adapt(self, released: Mapping[str, float]) -> None:
         """Set the next step's clipping norm from the released share of unclipped units, if clipping is adaptive."""
         settings, initial_norm = self.plan.adaptive_clipping, self.plan.clipping_norm

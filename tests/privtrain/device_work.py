@@ -86,7 +86,7 @@ def compared(base: pathlib.Path, cell: Cell, scratch: pathlib.Path, with_self_te
         found = trained(trainer)
         scratch.mkdir()
         state = {"layout": trainer.layout, "optimizer": trainer.optimizer, "backend": trainer.backend}
-        checkpoint.save(scratch, step=NUM_STEPS, generation=0, clipping_norm=0.5, num_kept=1, **state)
+        checkpoint.save(scratch, step=NUM_STEPS, generation=0, commitment="", clipping_norm=0.5, num_kept=1, **state)
         with torch.no_grad():
             for parameter in trainer.layout.parameters.values():
                 parameter.zero_()

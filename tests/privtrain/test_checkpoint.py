@@ -34,6 +34,7 @@ def save(directory, step=3, backend=None, of=None):
         directory,
         step=step,
         generation=1,
+        commitment="c0",
         layout=layout,
         optimizer=optimizer,
         clipping_norm=0.7,
@@ -48,7 +49,7 @@ def test_what_was_saved_comes_back_bit_by_bit(tmp_path):
     other_layout, other_optimizer = trained(1)
     found = checkpoint.load_newest(tmp_path)
     assert found is not None
-    assert (found.step, found.generation) == (3, 1)
+    assert (found.step, found.generation, found.commitment) == (3, 1, "c0")
     norm = checkpoint.restore(found.state, other_layout, other_optimizer, LocalBackend(torch.device("cpu")))
     assert norm == 0.7
     for name, parameter in layout.parameters.items():

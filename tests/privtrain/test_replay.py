@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from privtrain.backends import LocalBackend
-from privtrain.errors import GuaranteeLost
+from privtrain.errors import GuaranteeLost, LedgerCorrupt
 from privtrain.job.train import train
 from privtrain.ledger.log import verify_chain
 from privtrain.training.trainer import Trainer
@@ -125,3 +126,28 @@ def test_the_ledger_refuses_another_sum_of_a_committed_step(tmp_path):
         ledger.commit(0, 0, "a" * 64)
         with pytest.raises(GuaranteeLost, match="another sum"):
             ledger.commit(0, 0, "b" * 64)
+
+
+@pytest.mark.parametrize("is_old", [False, True])
+def test_another_runs_checkpoint_is_refused(tree, tmp_path, is_old):
+    """Its weights hold steps of another secret, which this run's ledger does not charge."""
+    del tree["privacy"]["insecure_seed"]
+    configs, checkpoints = [], []
+    for name in ("one", "other"):
+        tree["run"]["name"] = name
+        configs.append(write_config(tree, tmp_path / f"{name}.yaml"))
+        train_until_killed(configs[-1], last=2)
+        checkpoints.append(tmp_path / "runs" / name / "checkpoints" / "step-00000002")
+    own = shutil.copytree(checkpoints[0], tmp_path / "own")
+    shutil.rmtree(checkpoints[0])
+    shutil.copytree(own if is_old else checkpoints[1], checkpoints[0])
+    if is_old:  # an earlier version wrote no commitment
+        summary = json.loads((own / "summary.json").read_text())
+        del summary["commitment"]
+        (checkpoints[0] / "summary.json").write_text(json.dumps(summary))
+    with pytest.raises(LedgerCorrupt, match="copied from another run, or an earlier version"):
+        train(configs[0])
+    shutil.rmtree(checkpoints[0])
+    shutil.copytree(own, checkpoints[0])
+    train(configs[0])
+    assert len(verify_chain(tmp_path / "runs" / "one" / "secret" / "ledger.jsonl").intents) == 4
