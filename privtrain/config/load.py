@@ -101,6 +101,9 @@ def read_tree(path: pathlib.Path) -> strict_yaml.Document:
     content = reading.read_bytes(path, max_bytes=_MAX_BYTES, follow_links=True)
     try:
         document = strict_yaml.parse(content.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        kind = "UTF-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else f"at byte {error.start}"
+        raise ConfigError([Fault("", f"the file is not UTF-8 ({kind}); save it as UTF-8")], str(path)) from None
     except strict_yaml.YAML_FAULTS as error:
         raise ConfigError([Fault("", f"not a YAML file: {' '.join(str(error).split())}")], str(path)) from None
     if not isinstance(document.value, dict):

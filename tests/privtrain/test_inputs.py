@@ -145,6 +145,10 @@ def test_no_config_file_and_no_yaml(tmp_path, monkeypatch, capsys):
     (tmp_path / "broken.yaml").write_text("a: [1,\n", encoding="utf-8")
     code, stderr = run_cli(monkeypatch, capsys, "plan", tmp_path / "broken.yaml")
     assert (code, "not a YAML file" in stderr) == (2, True)
+    for content, words in (("a: ü".encode("utf-16"), "not UTF-8 (UTF-16)"), ("a: ü".encode("cp1252"), "at byte 3")):
+        (tmp_path / "coded.yaml").write_bytes(content)
+        code, stderr = run_cli(monkeypatch, capsys, "plan", tmp_path / "coded.yaml")
+        assert (code, words in stderr, "save it as UTF-8" in stderr) == (2, True, True)
 
 
 def test_delta_not_below_one_over_units_warns(tree, tmp_path):
