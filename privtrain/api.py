@@ -111,7 +111,13 @@ def configure(
 
     parent = pathlib.Path(output_dir)
     path = pathlib.Path(data) if isinstance(data, str | os.PathLike) else store_rows(data, parent)
-    guessed = guess_configuration(os.fspath(model), [path], user_column=user_column, num_users=num_users)
+    guessed = guess_configuration(
+        os.fspath(model),
+        [path],
+        user_column=user_column,
+        num_users=num_users,
+        held_out_fraction=(settings or {}).get("data.held_out_fraction"),  # the plan is made for those who are left
+    )
     run_section = {"name": guessed.tree["run"]["name"], "output_dir": str(parent)}
     return _config({**guessed.tree, "run": run_section}, settings)
 

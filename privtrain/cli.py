@@ -59,11 +59,21 @@ def init(
     ),
     user_column: Annotated[str | None, typer.Option(help="Column of the user id; guessed without it.")] = None,
     num_users: Annotated[int | None, typer.Option(help="A public number of users, for the plan.", min=1)] = None,
+    held_out_fraction: Annotated[
+        float | None, typer.Option(help="Share of users held out; 0.5 for a run that is to be attacked.")
+    ] = None,
 ) -> None:
     """Write a complete, commented configuration from a model and a file of rows, with every guess shown."""
     from privtrain.commands.init import write_config
 
-    config = write_config(model, files, output, user_column=user_column, num_users=num_users)
+    config = write_config(
+        model,
+        files,
+        output,
+        user_column=user_column,
+        num_users=num_users,
+        held_out_fraction=held_out_fraction,
+    )
     typer.echo(f"wrote {output}: {config.data.format} of users in {config.data.user_column!r}; read it, then:")
     typer.echo(f"  privtrain preview {output}\n  privtrain plan {output}\n  privtrain train {output}")
 

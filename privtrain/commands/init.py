@@ -108,6 +108,7 @@ def write_config(
     *,
     user_column: str | None = None,
     num_users: int | None = None,
+    held_out_fraction: float | None = None,
 ) -> Config:
     """Guess, check and write a configuration, and print each guess with its reason.
 
@@ -117,6 +118,7 @@ def write_config(
         output: the file to write; must not exist.
         user_column: column of the user id, if it is not to be guessed.
         num_users: a public number of users; without it the number in the file, rounded down to one digit.
+        held_out_fraction: share of the users that is held out; without it the default.
 
     Raises:
         ConfigError: if the files cannot be read, or no user column is found.
@@ -125,7 +127,9 @@ def write_config(
         raise ConfigError([Fault(str(output), "exists already; choose another --output, or remove it")])
     if problem := why_unwritable(output.absolute().parent):
         raise ConfigError([Fault("--output", problem)])
-    guessed = guess_configuration(model, paths, user_column=user_column, num_users=num_users)
+    guessed = guess_configuration(
+        model, paths, user_column=user_column, num_users=num_users, held_out_fraction=held_out_fraction
+    )
     config = validate(guessed.tree, str(output))  # before anything is written
     first_files = ", ".join(path.name for path in paths[:3])
     more = " ..." if len(paths) > 3 else ""
@@ -147,6 +151,7 @@ def guess_configuration(
     *,
     user_column: str | None = None,
     num_users: int | None = None,
+    held_out_fraction: float | None = None,
 ) -> Guess:
     """Return a whole configuration for a model and files of rows, checked, with a note on each guessed key.
 
@@ -155,6 +160,7 @@ def guess_configuration(
         paths: files of rows, or patterns of such; all JSONL, all CSV or all Parquet.
         user_column: column of the user id, if it is not to be guessed.
         num_users: a public number of users; without it the number in the files, rounded down to one digit.
+        held_out_fraction: share of the users that is held out, by which the batch is smaller; without it the default.
 
     Raises:
         ConfigError: if the files cannot be read, or no user column is found.
@@ -177,6 +183,8 @@ def guess_configuration(
         "privacy": plan_for(1000, 0.1),
         "tracking": {"wandb": False},
     }
+    if held_out_fraction is not None:
+        tree["data"]["held_out_fraction"] = held_out_fraction
     config = validate(tree, "guessed configuration")
     check_inputs(config)
     notes = {f"data.{key}": f"Guessed: {reason}" for key, reason in guess.notes.items()}

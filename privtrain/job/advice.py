@@ -46,7 +46,8 @@ def warnings(config: Config, plan: PrivacyPlan, num_units: float, num_users: flo
     if abs(drawn / plan.expected_batch_size - 1) > _BATCH_GAP:
         messages.append(
             f"privacy.sampling_prob draws about {drawn:.1f} units a step but the sum is divided by "
-            f"privacy.expected_batch_size={plan.expected_batch_size:g}: privacy is unaffected, the step size is not"
+            f"privacy.expected_batch_size={plan.expected_batch_size:g}: privacy is unaffected, the step size is not. "
+            f"Set privacy.expected_batch_size={drawn:.2g}"
         )
     if config.privacy.target_epsilon is not None and config.privacy.target_epsilon > 10:
         messages.append(f"privacy.target_epsilon={config.privacy.target_epsilon:g} is a weak guarantee on its own")

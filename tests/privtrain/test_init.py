@@ -11,7 +11,10 @@ import pyarrow.parquet
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
+import privtrain
+from privtrain.cli import app
 from privtrain.commands.init import guess_columns, write_config
 from privtrain.commands.starting_point import plan_for, rounded
 from privtrain.config import load_config, validate
@@ -133,3 +136,21 @@ def test_init_names_columns_that_it_has_no_use_for(tmp_path):
     wide = {"user": "u", "text": "x", **{f"c{n}": n for n in range(20)}}
     (tmp_path / "rows.jsonl").write_text(json.dumps(wide) + "\n")
     assert guess_columns(tmp_path / "rows.jsonl").notes["format"].endswith(" c6, c7 and 12 more")
+
+
+@pytest.mark.parametrize("fraction", [None, 0.5])
+def test_init_plans_for_those_who_are_not_held_out(tmp_path, tiny_llama, fraction):
+    """The README holds half of the users out for the attack job; the batch is then that of the other half."""
+    rows = [{"user": f"u{n}", "text": f"text {n}"} for n in range(400)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["init", str(tiny_llama), str(tmp_path / "rows.jsonl"), "--output", str(tmp_path / "c.yaml")]
+    done = CliRunner().invoke(app, [*words, *(["--held-out-fraction", "0.5"] if fraction else [])])
+    assert done.exit_code == 0, done.output
+    settings = {"data.held_out_fraction": fraction} if fraction else None
+    by_python = privtrain.configure(tiny_llama, tmp_path / "rows.jsonl", settings=settings)
+    for config in (load_config(tmp_path / "c.yaml"), by_python):
+        assert config.data.held_out_fraction == (fraction or 0.1)
+        assert config.privacy.expected_batch_size is not None
+        assert config.privacy.sampling_prob is not None
+        drawn = config.privacy.sampling_prob * 400 * (1 - config.data.held_out_fraction)
+        assert config.privacy.expected_batch_size == pytest.approx(drawn, rel=0.01)
