@@ -110,10 +110,15 @@ def calibrate_noise(
     def find(aim: float) -> float:
         """Return the noise at which the guide's epsilon is ``aim``, to half a step, or the least noise tried."""
         low, high = _noise_bracket(judge.guide, aim)
-        return low if low == high else _log_root(judge, aim, low, high, step / 2 / high)
+        if low == high:  # the least noise tried
+            return low
+        return _log_root(judge, aim, low, high, xtol=step / 2 / high)
 
-    if judge.is_slow:
-        return _few_evaluations(judge, lambda aim: math.ceil(find(aim) / step) * step, smaller_is_better=True)
+    def find_rounded_up(aim: float) -> float:
+        return math.ceil(find(aim) / step) * step
+
+    if judge.is_slow:  # no search over single steps: each try takes seconds
+        return _few_evaluations(judge, find_rounded_up, smaller_is_better=True)
     guess = math.ceil(find(target_epsilon) / step - 1e-9)  # in steps; a whole number of them stays, despite round-off
 
     def is_allowed(index: int) -> bool:
@@ -156,10 +161,15 @@ def calibrate_probability(
 
     def find(aim: float) -> float:
         """Return the probability at which the guide's epsilon is ``aim``."""
-        return 1.0 if judge.guide(1.0) <= aim else _log_root(judge, aim, low, 1.0, 1e-4)
+        if judge.guide(1.0) <= aim:
+            return 1.0
+        return _log_root(judge, aim, low, 1.0, xtol=1e-4)
 
-    if judge.is_slow:
-        return _few_evaluations(judge, lambda aim: _four_digits_down(find(aim)), smaller_is_better=False)
+    def find_rounded_down(aim: float) -> float:
+        return _four_digits_down(find(aim))
+
+    if judge.is_slow:  # no search over single digits: each try takes seconds
+        return _few_evaluations(judge, find_rounded_down, smaller_is_better=False)
     root = find(target_epsilon)
     digits = 3 - math.floor(math.log10(root))
     unit = 10.0**-digits

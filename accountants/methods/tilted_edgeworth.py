@@ -77,33 +77,37 @@ class TiltedSum:
         if self.scale == 0:
             # Tilted so far that float64 sees one point: nothing to expand, but the branch c_t needs no law.
             return self._log_peak + self.log_moment - self.tilt * epsilon
-        peak = math.exp(self._log_peak)
-        return self._log_of_mean(min([peak, *self._bounds(epsilon, 2 * peak)]), epsilon)
+        peak = math.exp(self._log_peak)  # c_t
+        bounds_on_mean = [peak, *self._bounds(epsilon, error_factor=2 * peak)]
+        return self._log_delta(min(bounds_on_mean), epsilon)
 
     def log_lower_delta(self, epsilon: float) -> float:
         """Return log of the lower bound on delta: that formula with the other sign of Delta, and 0 in place of c_t."""
         if self.scale == 0:
             return -math.inf
         peak = math.exp(self._log_peak)
-        return self._log_of_mean(max([0.0, *self._bounds(epsilon, -2 * peak)]), epsilon)
+        bounds_on_mean = [0.0, *self._bounds(epsilon, error_factor=-2 * peak)]
+        return self._log_delta(max(bounds_on_mean), epsilon)
 
-    def _log_of_mean(self, mean: float, epsilon: float) -> float:
+    def _log_delta(self, mean: float, epsilon: float) -> float:
         """Return log delta where E_t[g] is ``mean``."""
-        return math.log(mean) + self.log_moment - self.tilt * epsilon if mean > 0 else -math.inf
+        if mean <= 0:
+            return -math.inf
+        return math.log(mean) + self.log_moment - self.tilt * epsilon
 
     @property
     def _log_peak(self) -> float:
         """Log of c_t, the maximum of g."""
         return self.tilt * math.log(self.tilt) - (1 + self.tilt) * math.log1p(self.tilt)
 
-    def _bounds(self, epsilon: float, factor: float) -> list[float]:
-        """Return both choices' bounds on E_t[g], with ``factor`` times their errors.
+    def _bounds(self, epsilon: float, *, error_factor: float) -> list[float]:
+        """Return both choices' bounds on E_t[g]: the integral of g dH, and ``error_factor`` times the error Delta.
 
         What is not a number, of an infinite error or skew, bounds nothing and is left out.
         """
         values = (
-            self._integral(epsilon, 0.0) + factor * self.normal_error,
-            self._integral(epsilon, self.skew) + factor * self.edgeworth_error,
+            self._integral(epsilon, skew=0.0) + error_factor * self.normal_error,
+            self._integral(epsilon, skew=self.skew) + error_factor * self.edgeworth_error,
         )
         return [value for value in values if not math.isnan(value)]
 

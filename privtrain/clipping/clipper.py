@@ -695,13 +695,13 @@ class PerUnitClipper:
             chosen: [units] bool.
             owners: the units' positions among the rank's.
         """
-        norms = styles.summed(squares)[0].sqrt().masked_fill(self.diagnostics.is_lost(owners), torch.inf)
+        norms = styles.summed(squares).squeeze(0).sqrt()  # [units], over all slots
+        norms[self.diagnostics.is_lost(owners)] = torch.inf  # so that they are counted as not finite
         is_clipped = (factors < 1).any(dim=0)  # in any of the groups
-        units = np.flatnonzero(chosen.numpy())
         self.diagnostics.add_units(
-            [owners[unit] for unit in units.tolist()],
-            norms.numpy()[units],
-            is_clipped.numpy()[units],
+            [owner for owner, is_chosen in zip(owners, chosen.tolist(), strict=True) if is_chosen],
+            norms[chosen].numpy(),
+            is_clipped[chosen].numpy(),
             self._clipping_norm,
         )
 

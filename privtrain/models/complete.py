@@ -42,8 +42,8 @@ def new_modules(base: PreTrainedModel, info: Mapping[str, Any], place: str, *, i
     new: set[str] = set()
     if is_classifier:
         new = {name for name in {*missing, *misshapen} if _is_head(base, name)}
-    lacking = [name for name in missing if name not in new and name not in misshapen]
     of_other_shape = sorted(name for name in misshapen if name not in new)
+    lacking = [name for name in missing if name not in new and name not in misshapen]  # each is in one list only
 
     faults = []
     if lacking:
@@ -52,7 +52,7 @@ def new_modules(base: PreTrainedModel, info: Mapping[str, Any], place: str, *, i
         shapes = _listed_shapes({name: misshapen[name] for name in of_other_shape})
         faults.append(Fault("model", f"{place} has weights of other shapes: {shapes}"))
     unread = [name for name in unexpected if _changes_a_part(base, name)]
-    if unread and not faults:
+    if unread and not faults:  # where weights are lacking, those may be them under other names; `_lack` tells of it
         problem = (
             f"{place} holds {len(unread)} weights that a {type(base).__name__} of its config.json does not read "
             f"({_listed(unread)}); the model would be another one. Mend config.json, or fetch the model again"

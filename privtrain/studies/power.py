@@ -59,18 +59,20 @@ class Design:
             return float(abs(difference) <= margin)
         degrees = self.num_seeds - 1
         standard_error = self.spread / self.num_seeds**0.5
-        # The interval's half width is (seen spread over true spread) * critical * standard error. The seen spread is
-        # independent of the mean, and (seen over true)² * degrees has a chi-squared law. So integrate over quantiles of
-        # that law, up to the one at which the half width is the margin, the chance that the mean is within the room
-        # that the half width leaves.
-        widest = margin / (_critical(degrees) * standard_error)  # seen over true spread, where nothing is left
-        last_quantile = float(stats.chi2.cdf(degrees * widest**2, degrees))
-        quantiles = last_quantile * (_NODES + 1) / 2  # the nodes of [-1, 1] moved to [0, last_quantile]
-        seen_over_true = np.sqrt(stats.chi2.ppf(quantiles, degrees) / degrees)
-        room = margin - seen_over_true * _critical(degrees) * standard_error
+        # Let r be the seen spread over the true one. The interval is mean ± r * half_width, so it is within ± margin if
+        # the mean is within ± (margin - r * half_width). r is independent of the mean, and r² * degrees has a
+        # chi-squared law: the chance is the integral, over quantiles of that law, of the mean's chance given r.
+        half_width = _critical(degrees) * standard_error
+        largest_ratio = margin / half_width  # beyond it the interval is wider than ± margin
+        last_quantile = float(stats.chi2.cdf(degrees * largest_ratio**2, degrees))
+        # Nodes and weights of [-1, 1], moved to [0, last_quantile].
+        quantiles = last_quantile * (_NODES + 1) / 2
+        weights = last_quantile / 2 * _WEIGHTS
+        ratios = np.sqrt(stats.chi2.ppf(quantiles, degrees) / degrees)  # r
+        room = margin - ratios * half_width
         below_upper = stats.norm.cdf((room - difference) / standard_error)
         below_lower = stats.norm.cdf((-room - difference) / standard_error)
-        return float(last_quantile / 2 * (_WEIGHTS @ (below_upper - below_lower)))
+        return float(weights @ (below_upper - below_lower))
 
     def detectable(self, power: float = POWER) -> float:
         """Return the least true difference that is shown with this power."""

@@ -76,10 +76,13 @@ def audit_run(
     findings = []
     for coins in sources:
         is_natural = coins.name == NATURAL
-        claim = claim_of(statement, cap if is_natural else cap_of(statement, coins), coins.unit)
+        cap_of_source = cap if is_natural else cap_of(statement, coins)
+        claim = claim_of(statement, cap_of_source, coins.unit)
+        if delta is not None:
+            claim = _at_delta(claim, statement, delta)
         finding = audit(
             coins,
-            _at_delta(claim, statement, delta),
+            claim,
             statement.delta if delta is None else delta,
             seed=seed,
             num_sources=len(sources),
@@ -192,7 +195,7 @@ def claim_of(statement: PrivacyStatement, cap: verdict.Cap, unit: str) -> Claim:
     return Claim(pair=converted, curve=None, reason="a user with one record more or less is two steps away")
 
 
-def _at_delta(claim: Claim, statement: PrivacyStatement, delta: float | None) -> Claim:
+def _at_delta(claim: Claim, statement: PrivacyStatement, delta: float) -> Claim:
     """Return the claim with its pair taken at the audit's own delta; the curve stays, as it holds at every delta.
 
     A claim's pair is the (epsilon, delta) promised in the unit of the coins; its curve is further certified points.
@@ -200,8 +203,8 @@ def _at_delta(claim: Claim, statement: PrivacyStatement, delta: float | None) ->
     Raises:
         AttackInputError: if nothing certifies an epsilon at that delta.
     """
-    if delta is None or claim.pair is None or math.isinf(claim.pair.epsilon):
-        return claim
+    if claim.pair is None or math.isinf(claim.pair.epsilon):
+        return claim  # no promise to move
     # A smaller delta takes the accountant, which knows the mechanism in the statement's unit only. A pair that was
     # converted to another unit (by group privacy, see claim_of) cannot be recomputed from it.
     is_stated = claim.pair == DpBound(statement.effective_epsilon, statement.delta)
