@@ -271,24 +271,24 @@ def _few_evaluations(judge: _Judge, find: Callable[[float], float], *, smaller_i
     the accountant's, at another size. So the aim is corrected by how far the accountant's epsilon is off, until that
     is at least 99.5 % of the target.
     """
-    target, better = judge.target, min if smaller_is_better else max
-    aim, best, spent = target, None, math.inf
-    tried: set[float] = set()
+    target = aim = judge.target
+    spent_by: dict[float, float] = {}  # value tried → the accountant's epsilon
+    spent = math.inf
     for _ in range(_MOST_EVALUATIONS):
         value = find(aim)
-        if value in tried:
+        if value in spent_by:
             break
-        tried.add(value)
-        spent = judge.spent(value)
-        if spent <= target:
-            best = value if best is None else better(best, value)
+        spent = spent_by[value] = judge.spent(value)
         if 0.995 * target <= spent <= target or spent == 0:
             break
-        # A little below the target, since what exceeds it is of no use.
-        aim *= 0.5 if math.isinf(spent) else 0.998 * target / spent
-    if best is None:
+        if math.isinf(spent):
+            aim *= 0.5
+        else:
+            aim *= 0.998 * target / spent  # a little below the target, since what exceeds it is of no use
+    allowed = [value for value, epsilon in spent_by.items() if epsilon <= target]
+    if not allowed:
         raise CalibrationError(f"target_epsilon={target} was not met; the last value tried spends {spent:.4g}")
-    return best
+    return min(allowed) if smaller_is_better else max(allowed)
 
 
 def _first_allowed(allows: Callable[[int], bool], guess: int) -> int:

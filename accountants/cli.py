@@ -231,10 +231,10 @@ class Run:
         for text in self.phases or ():
             try:
                 noise, prob, steps = text.split(":")
-                values = float(noise) * _given(self.noise), float(prob), int(steps)
+                multiplier, sampling_prob, num_steps = float(noise) * _given(self.noise), float(prob), int(steps)
             except ValueError:
                 raise ValueError(f"--phase={text} must be NOISE:PROB:STEPS, for example 1.2:0.01:500") from None
-            parts.append(_poisson_event(*values, self.records))
+            parts.append(_poisson_event(multiplier, sampling_prob, num_steps, self.records))
         return dp_accounting.ComposedDpEvent(parts)
 
 
