@@ -316,7 +316,9 @@ def _guess_format(values: dict[str, list[Any]]) -> Guess | None:
     labels = _labels_of(values[label])
     keys = {"format": "classification", "text_column": text, "label_column": label, "labels": labels}
     labels_note = "those of the first rows. The list is published: check that it is complete and no secret"
-    return Guess(keys, {"format": f"{label} holds {len(labels)} values", "labels": labels_note})
+    return Guess(
+        keys, {"format": f"{label} holds {len(labels)} values; attacks score no classifier", "labels": labels_note}
+    )
 
 
 def _labels_of(column: list[Any]) -> list[int | str]:

@@ -117,7 +117,9 @@ def learning_rate_warnings(config: Config, plan: PrivacyPlan, num_trained: int) 
 def attack_warnings(config: Config, corpus: Corpus) -> list[str]:
     """Return a warning if hardly a user has enough records for the attack job, which is told only after training."""
     data = config.data
-    if config.privacy.unit == "example" or data.attack_fraction == 0:  # each record has a coin; no attack is wanted
+    if data.is_classification or data.attack_fraction == 0:  # attacks score no classifier; none is wanted
+        return []
+    if config.privacy.unit == "example":  # each record has a coin of its own
         return []
     attackable = (None for records in corpus.records.values() if len(records) >= data.attack_min_records)
     num_attackable = sum(1 for _ in itertools.islice(attackable, _FEW_ATTACKED))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import pathlib
 import pickle
 from collections.abc import Iterator, Sequence
@@ -157,23 +158,24 @@ def _load(
     Raises:
         ConfigError: if transformers cannot load it, or it holds an adapter.
     """
-    from transformers.utils import logging
+    from transformers.utils.logging import disable_progress_bar
 
-    logging.disable_progress_bar()  # every rank would show its own
+    disable_progress_bar()  # every rank would show its own
     location = locate(model)
     if model.quantization is not None:
         options["quantization_config"] = _quantization(model.quantization, dtype)
     try:
         # Weights of other shapes do not stop the loading: new_modules below refuses them, with all their names.
-        base, info = auto_class.from_pretrained(
-            location.path,
-            dtype=dtype,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-            **NO_FOREIGN_CODE,
-            **options,
-            **location.arguments,
-        )
+        with _unreported():
+            base, info = auto_class.from_pretrained(
+                location.path,
+                dtype=dtype,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                **NO_FOREIGN_CODE,
+                **options,
+                **location.arguments,
+            )
     except (torch.OutOfMemoryError, MemoryError):  # no fault of the configuration
         raise
     except LOADING_FAILURES as error:
@@ -196,6 +198,21 @@ def _load(
     switch_cache_off(base)
     _keep_packing(base)
     return base.requires_grad_(False)
+
+
+@contextlib.contextmanager
+def _unreported() -> Iterator[None]:
+    """Keep transformers' report of missing weights off the console, which advises to train a head that is trained next.
+
+    What must not be missing is refused with its names.
+    """
+    logger = logging.getLogger("transformers.modeling_utils")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def switch_cache_off(base: PreTrainedModel) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import pathlib
 import shutil
 
@@ -473,3 +474,14 @@ def test_an_adapter_alone_is_no_base(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     (fault,) = check_model(ModelSection(name_or_path=str(tmp_path)))
     assert "has no config.json, but an adapter; merge that into its base first" in fault.problem
+
+
+def test_a_fresh_head_is_not_reported_as_missing(tmp_path, caplog):
+    """The report advises to train it, also on export, where it was."""
+    base = save_base(tmp_path / "base")
+    logger = logging.getLogger("transformers.modeling_utils")
+    level = logger.level
+    model = load_classifier(ModelSection(name_or_path=str(base)), torch.float32, labels=["a", "b"], init_seed=0)
+    assert model.privtrain_new_modules == ["score"]
+    assert "MISSING" not in caplog.text
+    assert logger.level == level

@@ -231,7 +231,9 @@ def test_prompts_of_an_editor_are_read(tmp_path):
 
 def test_answers_need_what_they_answer():
     for form in ("chat", "prompt_completion"):
-        with pytest.raises(ConfigError, match="give --prompts FILE, or --label"):
+        with pytest.raises(
+            ConfigError, match=r"give --prompts FILE, whose lines are such as \{\"prompt\": .*\}, or --label"
+        ):
             read_conditions(data_of(format=form), None, (), "{label}")
 
 

@@ -107,7 +107,10 @@ def read_conditions(
     if prompts is not None and not prompts.is_file():
         faults.append(Fault("--prompts", f"no such file: {prompts}"))
     if prompts is None and not labels and data.format != "text":
-        problem = f"data.format: {data.format} trains answers; give --prompts FILE, or --label for each label"
+        problem = (
+            f"data.format: {data.format} trains answers; give --prompts FILE, whose lines are such as "
+            '{"prompt": "Dear Ada,"}, or --label for each label'
+        )
         faults.append(Fault("--prompts", problem))
     if faults:
         raise ConfigError(faults)
