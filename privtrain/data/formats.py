@@ -162,6 +162,8 @@ def _conversation_problem(value: object) -> str:
         if not isinstance(turn.get("role"), str):
             return "a turn has no role; turns are {role, content}, not {from, value}"
         content = turn.get("content")
+        if content is None and turn.get("function_call"):
+            return "a turn has function_call, the older form of tool_calls; convert it"
         if not isinstance(content, str) and not (content is None and turn.get("tool_calls")):
             what = "no content" if content is None else f"{_kind(content)} for content"
             return f"a turn has {what}; it must be text (parts: join their texts), or absent beside tool_calls"

@@ -166,6 +166,12 @@ def test_whatever_a_row_holds_it_is_used_or_has_a_reason(tmp_path, value, kind):
             load_corpus(data)
 
 
+def test_an_older_form_of_tool_calls_is_named(tmp_path):
+    call = {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": "{}"}}
+    with pytest.raises(ConfigError, match="function_call, the older form of tool_calls; convert it"):
+        corpus_of_talks(tmp_path, [[TALK[0], call]])
+
+
 def test_tool_calls_without_content_are_kept(tmp_path):
     talks = [[TALK[0], CALL, {"role": "tool", "content": "5"}, TALK[1]], [TALK[0], CALL], TALK]
     rows = "".join(json.dumps({"user": f"u{i}", "messages": talk}) + "\n" for i, talk in enumerate(talks))
