@@ -1,32 +1,42 @@
-"""All weights trained on ranks of this machine: ``python -m tests.bench.bench_sharded [RANKS …]``, gloo, a thread each.
+"""All weights trained on ranks of this machine: ``python -m tests.bench.bench_sharded [SIZE] [RANKS …]``, gloo.
 
-For every number of ranks, records of a user and backend: rows, passes and reduce-scatters of a rank in a step, CPU
-seconds of all ranks, and their ratio to plain data-parallel training on the same rows (backward of the summed loss, one
-all-reduce). Beside it what :mod:`privtrain.commands.cluster` predicts from the same counts for a machine as fast as one
-core: its rates are measured first, by kernels that have nothing to do with training.
+SIZE is ``tiny`` (default: a core waits for Python) or ``wide`` (a core multiplies). For every number of ranks, records
+of a user and backend: rows, passes and reduce-scatters of a rank in a step, and CPU seconds of all ranks over those of
+plain data-parallel training on the same rows (backward of the summed loss, one all-reduce). All alternate in one
+process group; the ratio is the median over rounds. No noise, no optimizer.
+
+CPU seconds are user and system time of all threads of all ranks, a thread each for torch's kernels. Copies through
+sockets count; waiting does not (gloo's ranks sleep), so more ranks than cores change little.
+
+Beside it what :mod:`privtrain.commands.cluster` predicts from the same counts for a machine as fast as one core: its
+rates are measured first, by kernels that have nothing to do with training.
 """
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import io
 import pathlib
+import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from privtrain.backends import shards
+from privtrain.backends import Backend, shards
+from privtrain.backends.group import reduce_scatter_flat
 from privtrain.clipping import ShardedClipper
+from privtrain.clipping.clipper import RowLosses
 from privtrain.commands.cluster import Cluster, Gpu, Job, Utilisation, predict
 from privtrain.config.model import ModelSection
-from privtrain.data.microbatch import Packer
+from privtrain.data.microbatch import Microbatch, Packer
 from privtrain.models.losses import row_losses
 from privtrain.models.memory import LaunchLayout
 from privtrain.models.weights import BaseSource
@@ -34,26 +44,45 @@ from privtrain.models.work import Work, count_model
 from tests.privtrain import cells
 from tests.ranks import run_on_ranks
 
-NUM_USERS, LENGTH, MICROBATCH_SIZE = 8, 64, 8
-NUM_REPETITIONS = 3
-CONFIG = LlamaConfig(
-    vocab_size=512,
-    hidden_size=192,
-    intermediate_size=384,
-    num_hidden_layers=4,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    bos_token_id=0,
-    eos_token_id=0,
-    max_position_embeddings=256,
-    use_cache=False,
-)
+#: A step over a rank's microbatches.
+Step = Callable[[Sequence[Microbatch]], None]
+
+MICROBATCH_SIZE = 8
+NUM_ROUNDS = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """A Llama, and the users of a step."""
+
+    width: int
+    num_layers: int
+    length: int
+    num_users: int
+
+    @property
+    def config(self) -> LlamaConfig:
+        return LlamaConfig(
+            vocab_size=512,
+            hidden_size=self.width,
+            intermediate_size=2 * self.width,
+            num_hidden_layers=self.num_layers,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            bos_token_id=0,
+            eos_token_id=0,
+            max_position_embeddings=256,
+            use_cache=False,
+        )
+
+
+SIZES = {"tiny": Size(192, 4, 64, num_users=8), "wide": Size(512, 6, 128, num_users=16)}
 LAYOUTS = {
-    "plain": LaunchLayout(),
     "zero2": LaunchLayout(shards_optimizer=True, shards_gradients=True),
     "zero3": LaunchLayout(shards_optimizer=True, shards_gradients=True, shards_parameters=True),
     "fsdp2": LaunchLayout(shards_optimizer=True, shards_gradients=True, shards_parameters=True),
 }
+NAMES = tuple(LAYOUTS)
 #: Parts of the prediction that a step without noise, optimizer and ledger has.
 PARTS = (
     "forward and backward passes",
@@ -67,68 +96,96 @@ PARTS = (
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """Of one rank and step."""
+    """Of one rank and step; CPU seconds of each round."""
 
     num_rows: int
     num_passes: int
     num_sent: int
-    cpu_seconds: float
+    seconds: list[float]
 
 
-def measure(name: str, directory: pathlib.Path, num_records: int) -> Found:
-    """The fastest of a few steps."""
-    backend = cells.make_backend("zero1" if name == "plain" else name)
+def measure(size: Size, directory: pathlib.Path, num_records: int) -> dict[str, Found]:
+    """Return what a step takes, by the backend's name, or ``"plain"``."""
+    backend = cells.make_backend("zero1")  # weights are whole
+    batches = microbatches(size, backend, num_records)
+    counts: collections.Counter[str] = collections.Counter()
+    steps = {"plain": plain_step(backend, load(backend, directory), counts)}
+    for name in NAMES:
+        sharded = cells.make_backend(name)
+        steps[name] = private_step(sharded, load(sharded, directory), counts)
+    for step in steps.values():
+        step(batches[:1])
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    counted: dict[str, collections.Counter[str]] = {}
+    for _ in range(NUM_ROUNDS):
+        for name, step in steps.items():
+            counts.clear()
+            backend.barrier()
+            seconds[name].append(_cpu_seconds(lambda step=step: step(batches)))
+            counted[name] = counts.copy()
+    return {name: Found(of["rows"], of["passes"], of["sent"], seconds[name]) for name, of in counted.items()}
+
+
+def load(backend: Backend, directory: pathlib.Path) -> torch.nn.Module:
     with contextlib.redirect_stdout(io.StringIO()):
         model = backend.load_base(BaseSource(ModelSection(name_or_path=str(directory)), torch.float32))
-    model.requires_grad_(True).train()
+    return model.requires_grad_(True).train()
+
+
+def microbatches(size: Size, backend: Backend, num_records: int) -> list[Microbatch]:
+    """Return this rank's share of the step's rows."""
     rng = np.random.default_rng(0)
-    users = [[rng.integers(1, 500, size=LENGTH) for _ in range(num_records)] for _ in range(NUM_USERS)]
+    users = [[rng.integers(1, 500, size=size.length) for _ in range(num_records)] for _ in range(size.num_users)]
     by_share = [users[share :: backend.world_size] for share in range(backend.world_size)]
-    packer = Packer(min(MICROBATCH_SIZE, max(map(len, by_share)) * num_records), LENGTH, 0)
-    counts = {"rows": 0, "passes": 0, "sent": 0}
+    packer = Packer(min(MICROBATCH_SIZE, max(map(len, by_share)) * num_records), size.length, 0)
+    return list(packer.pack_share(by_share, backend.rank))
+
+
+def plain_step(backend: Backend, model: torch.nn.Module, counts: collections.Counter[str]) -> Step:
+    """Return a step that reduces all gradients in one piece."""
+    parameters = list(model.parameters())
+    losses = counted_losses(model, counts)
+
+    def step(batches: Sequence[Microbatch]) -> None:
+        for batch in batches:
+            (losses(batch.input_ids, batch.target_mask) * batch.row_weight).sum().backward()
+        backend.reduce(torch.cat([parameter.grad.view(-1) for parameter in parameters if parameter.grad is not None]))
+        model.zero_grad()
+
+    return step
+
+
+def private_step(backend: Backend, model: torch.nn.Module, counts: collections.Counter[str]) -> Step:
+    def counted(*arguments: Any) -> None:
+        counts["sent"] += 1
+        reduce_scatter_flat(*arguments)
+
+    shards.reduce_scatter_flat = counted
+    placement = backend.place(model)
+    assert placement.shards is not None
+    losses = counted_losses(model, counts)
+    clipper = ShardedClipper(
+        model, placement.shards, 0.3, losses, cells.CPU, "flat", "batched", any_rank=backend.any_rank
+    )
+
+    def step(batches: Sequence[Microbatch]) -> None:
+        clipper.reset()
+        for batch in batches:
+            clipper.accumulate(batch)
+        backend.reduce_total(clipper.finish())
+
+    return step
+
+
+def counted_losses(model: torch.nn.Module, counts: collections.Counter[str]) -> RowLosses:
+    """Return the losses of rows, which count rows and passes."""
 
     def losses(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         counts["rows"] += len(ids)
         counts["passes"] += 1
         return row_losses(model, ids, mask)
 
-    reduce = shards.reduce_scatter_flat
-
-    def counted(*arguments: Any) -> None:
-        counts["sent"] += 1
-        reduce(*arguments)
-
-    shards.reduce_scatter_flat = counted
-    if name == "plain":
-        parameters = list(model.parameters())
-
-        def step() -> None:
-            for batch in packer.pack_share(by_share, backend.rank):
-                (losses(batch.input_ids, batch.target_mask) * batch.row_weight).sum().backward()
-            for parameter in parameters:
-                if parameter.grad is not None:
-                    backend.reduce(parameter.grad.view(-1))
-                    parameter.grad = None
-    else:
-        placement = backend.place(model)
-        assert placement.shards is not None
-        clipper = ShardedClipper(
-            model, placement.shards, 0.3, losses, cells.CPU, "flat", "batched", any_rank=backend.any_rank
-        )
-
-        def step() -> None:
-            clipper.reset()
-            for batch in packer.pack_share(by_share, backend.rank):
-                clipper.accumulate(batch)
-            backend.reduce_total(clipper.finish())
-
-    step()
-    taken = []
-    for _ in range(NUM_REPETITIONS):
-        counts.update(rows=0, passes=0, sent=0)
-        backend.barrier()
-        taken.append(_cpu_seconds(step))
-    return Found(counts["rows"], counts["passes"], counts["sent"], min(taken))
+    return losses
 
 
 def _cpu_seconds(call: Callable[[], object]) -> float:
@@ -137,9 +194,9 @@ def _cpu_seconds(call: Callable[[], object]) -> float:
     return time.process_time() - started
 
 
-def rates() -> tuple[float, float, float]:
+def rates(size: Size) -> tuple[float, float, float]:
     """Operations and bytes a second, and seconds of a kernel on nothing, of one core."""
-    left, right = torch.randn(MICROBATCH_SIZE * LENGTH, CONFIG.hidden_size), torch.randn(CONFIG.hidden_size, 384)
+    left, right = torch.randn(MICROBATCH_SIZE * size.length, size.width), torch.randn(size.width, 2 * size.width)
     large, small = torch.zeros(1 << 20), torch.zeros(1)
 
     def fastest(call: Callable[[], object], times: int) -> float:
@@ -147,7 +204,11 @@ def rates() -> tuple[float, float, float]:
 
     product = fastest(lambda: left @ right, 50)
     copy = fastest(lambda: large.add(1.0), 10)
-    return 2.0 * left.numel() * 384 / product, 8.0 * large.numel() / copy, fastest(lambda: small.add(1.0), 2000)
+    return (
+        2.0 * left.numel() * 2 * size.width / product,
+        8.0 * large.numel() / copy,
+        fastest(lambda: small.add(1.0), 2000),
+    )
 
 
 def link(num_bytes: int) -> float:
@@ -157,54 +218,63 @@ def link(num_bytes: int) -> float:
         return float("inf")
     whole = torch.zeros(num_bytes // 8 // backend.world_size * backend.world_size, dtype=torch.int64)
     mine = torch.empty(len(whole) // backend.world_size, dtype=torch.int64)
-    shards.reduce_scatter_flat(mine, whole)
-    taken = min(_cpu_seconds(lambda: shards.reduce_scatter_flat(mine, whole)) for _ in range(5))
+    reduce_scatter_flat(mine, whole)
+    taken = min(_cpu_seconds(lambda: reduce_scatter_flat(mine, whole)) for _ in range(5))
     return 8 * len(whole) * (backend.world_size - 1) / backend.world_size / taken
 
 
-def predicted(work: Work, name: str, num_ranks: int, num_records: int, cluster: Cluster) -> float:
-    """Seconds of one rank."""
-    layout = dataclasses.replace(LAYOUTS[name], num_ranks=num_ranks)
-    size = min(MICROBATCH_SIZE, -(-NUM_USERS // num_ranks) * num_records)
-    job = Job(work, layout, NUM_USERS, num_records, size, is_full=True, checkpoints=False, is_two_pass=False)
-    found = predict(job, cluster)
-    parts = found.plain_parts if name == "plain" else found.parts
-    return sum(parts.get(part, 0.0) for part in PARTS)
+def predicted(work: Work, size: Size, name: str, num_ranks: int, num_records: int, cluster: Cluster) -> float:
+    """Return the predicted CPU time over that of plain training."""
+    rows = min(MICROBATCH_SIZE, -(-size.num_users // num_ranks) * num_records)
+
+    def seconds(layout: LaunchLayout, *, is_plain: bool) -> float:
+        layout = dataclasses.replace(layout, num_ranks=num_ranks)
+        job = Job(work, layout, size.num_users, num_records, rows, is_full=True, checkpoints=False, is_two_pass=False)
+        found = predict(job, cluster)
+        parts = found.plain_parts if is_plain else found.parts
+        return sum(parts.get(part, 0.0) for part in PARTS)
+
+    return seconds(LAYOUTS[name], is_plain=False) / seconds(LaunchLayout(), is_plain=True)
 
 
-def main(chosen: list[str]) -> None:
-    """Print the table for 1, 2 and 4 ranks, or for those named on the command line."""
+def main(arguments: list[str]) -> None:
+    """Print the table for 1, 2, 4 and 8 ranks, or for those named on the command line."""
     torch.set_num_threads(1)
+    size = SIZES[arguments.pop(0) if arguments and arguments[0] in SIZES else "tiny"]
     with torch.device("meta"):
-        work = count_model(LlamaForCausalLM(CONFIG), torch.float32, LENGTH)
-    flops, bandwidth, launch = rates()
-    print(
-        f"one core: {flops / 1e9:.0f} GFLOP/s, {bandwidth / 1e9:.1f} GB/s, {launch * 1e6:.1f} us a kernel", flush=True
-    )
+        work = count_model(LlamaForCausalLM(size.config), torch.float32, size.length)
+    flops, bandwidth, launch = rates(size)
+    print(f"a core: {flops / 1e9:.0f} GFLOP/s, {bandwidth / 1e9:.1f} GB/s, {launch * 1e6:.1f} us a kernel", flush=True)
     with tempfile.TemporaryDirectory() as place:
         directory = pathlib.Path(place)
         torch.manual_seed(0)
-        LlamaForCausalLM(CONFIG).save_pretrained(directory)
-        for num_ranks in map(int, chosen or ("1", "2", "4")):
+        LlamaForCausalLM(size.config).save_pretrained(directory)
+        for num_ranks in map(int, arguments or ("1", "2", "4", "8")):
             sent = min(run_on_ranks(num_ranks, link, 8 * work.num_trained))
             core = Gpu(flops, 64e9, bandwidth, sent, sent)
-            usage = Utilisation(1.0, 1.0, 1.0, launch, 0.0, overlap=0.0)
-            cluster = Cluster(num_ranks, core, "core", usage)
+            cluster = Cluster(num_ranks, core, "core", Utilisation(1.0, 1.0, 1.0, launch, 0.0, overlap=0.0))
             print(f"{num_ranks} ranks: {sent / 1e9:.2f} GB/s of CPU time", flush=True)
             for num_records in (1, 4):
-                plain = plain_predicted = 0.0
-                for name in LAYOUTS:
-                    found = run_on_ranks(num_ranks, measure, name, directory, num_records)
-                    seconds = sum(rank.cpu_seconds for rank in found)
-                    expected = num_ranks * predicted(work, name, num_ranks, num_records, cluster)
-                    plain, plain_predicted = plain or seconds, plain_predicted or expected
-                    rows = {(rank.num_rows, rank.num_passes, rank.num_sent) for rank in found}
-                    print(
-                        f"  k={num_records} {name:5} (rows, passes, reduce-scatters) a rank {sorted(rows)}, "
-                        f"CPU {seconds:.3f} s = {seconds / plain:.2f} x plain; "
-                        f"predicted {expected:.3f} s = {expected / plain_predicted:.2f} x",
-                        flush=True,
-                    )
+                of_ranks = run_on_ranks(num_ranks, measure, size, directory, num_records)
+                for name in NAMES:
+                    expected = predicted(work, size, name, num_ranks, num_records, cluster)
+                    figures = line(name, *([found[which] for found in of_ranks] for which in ("plain", name)))
+                    print(f"  k={num_records} {figures}; predicted {expected:.2f} x", flush=True)
+
+
+def line(name: str, plain: Sequence[Found], of_ranks: Sequence[Found]) -> str:
+    """Return one backend's figures, of all ranks."""
+    counts = sorted({(found.num_rows, found.num_passes, found.num_sent) for found in of_ranks})
+    before, after = (
+        [sum(seconds) for seconds in zip(*(found.seconds for found in ranks), strict=True)]
+        for ranks in (plain, of_ranks)
+    )
+    ratios = sorted(private / other for private, other in zip(after, before, strict=True))
+    return (
+        f"{name:5} (rows, passes, reduce-scatters) a rank {counts}, plain {statistics.median(before):.3f} s, "
+        f"private {statistics.median(after):.3f} s = {statistics.median(ratios):.2f} x "
+        f"({ratios[0]:.2f} to {ratios[-1]:.2f})"
+    )
 
 
 if __name__ == "__main__":
