@@ -76,7 +76,7 @@ class Size:
         )
 
 
-SIZES = {"tiny": Size(192, 4, 64, num_users=8), "wide": Size(512, 6, 128, num_users=16)}
+SIZES = {"tiny": Size(192, 4, 64, num_users=8), "wide": Size(512, 4, 128, num_users=16)}
 LAYOUTS = {
     "zero2": LaunchLayout(shards_optimizer=True, shards_gradients=True),
     "zero3": LaunchLayout(shards_optimizer=True, shards_gradients=True, shards_parameters=True),
