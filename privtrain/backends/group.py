@@ -34,10 +34,17 @@ def all_gather_flat(gathered: torch.Tensor, mine: torch.Tensor, group: dist.Proc
 
 
 def reduce_scatter_flat(mine: torch.Tensor, vector: torch.Tensor, group: dist.ProcessGroup | None = None) -> None:
-    """Fill ``mine`` with this rank's equal part of the SUM of ``vector`` over ranks: fp32, or int64 exactly."""
+    """Fill ``mine`` with this rank's equal part of the SUM of ``vector`` over ranks: fp32, or int64 exactly.
+
+    ``vector`` is overwritten.
+    """
     assert vector.dtype == mine.dtype
     assert vector.dtype in _SUMMED
-    _reduce_scatter(mine, vector, op=dist.ReduceOp.SUM, group=group)
+    if vector.device.type == "cpu":  # gloo's reduce-scatter is an all-reduce of a copy; this one needs no copy
+        dist.all_reduce(vector, op=dist.ReduceOp.SUM, group=group)
+        mine.copy_(vector.view(dist.get_world_size(group), -1)[dist.get_rank(group)])
+    else:
+        _reduce_scatter(mine, vector, op=dist.ReduceOp.SUM, group=group)
 
 
 class ProcessGroup(Backend):

@@ -32,6 +32,7 @@ import torch
 
 from privtrain.clipping import exact_sum
 from privtrain.clipping.factors import (
+    GRAM_TOLERANCE,
     GramCache,
     Lookup,
     Outer,
@@ -92,9 +93,9 @@ class UnitGradients:
         self._groups: list[tuple[list[str], torch.Tensor]] = []
         #: Squared norms, and what they could be without cancellation, [units] each.
         self._measured: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-        #: By the tensor's name, if its norms come from factors: whether each unit's is doubtful, [units]. Stays on the
-        #: device until it is looked at for all tensors together.
-        self._doubtful: dict[str, torch.Tensor] = {}
+        #: By the tensor's name, if its norms come from factors: how far rounding may have moved each unit's squared norm,
+        #: [units]. Stays on the device until it is looked at for all tensors together.
+        self._errors: dict[str, torch.Tensor] = {}
         self._zero = torch.zeros(self._num_units, dtype=torch.float64, device=device)
         #: Of the tensors whose norms were taken from factors: [units] squared norms of the products that were added.
         self._added: dict[str, torch.Tensor] = {}
@@ -145,7 +146,8 @@ class UnitGradients:
         """Take the norms of a tensor now, whose uses have all been added.
 
         A dense one has its units' gradients; one of factors is measured by :func:`squared_norms_of`, units of one row
-        all together and each of the others by itself.
+        all together and each of the others by itself. With all its rows in a line, a unit may be cheaper to multiply
+        out; where every unit is, the products are kept in place of the factors.
         """
         if name in self._dense:
             dense = self._dense[name]
@@ -159,16 +161,17 @@ class UnitGradients:
         outers, lookups = self._outers.get(name, []), self._lookups.get(name, [])
         if not (outers or lookups):
             return
-        is_doubtful = torch.zeros(self._num_units, dtype=torch.bool, device=self._device)
-        self._doubtful[name] = is_doubtful
+        errors = self._zero.clone()
+        self._errors[name] = errors
 
         if self._singles:
             rows = [self._firsts[unit] for unit in self._singles]
             by_row = squared_norms_of(outers, lookups, self._grams)
             squares[self._singles] = by_row.squares[rows]
             uncancelled[self._singles] = by_row.uncancelled[rows]
-            is_doubtful[self._singles] = by_row.is_doubtful[rows]
+            errors[self._singles] = by_row.errors[rows]
 
+        products: list[torch.Tensor] = []
         for unit, num_rows in enumerate(self._counts):
             if num_rows < 2:  # measured above
                 continue
@@ -176,19 +179,25 @@ class UnitGradients:
             # A unit has more tokens than each of its rows, so it may be cheaper to multiply out than a row is.
             if not lookups and len(outers) == 1 and _is_cheap(own_outers[0]):
                 product = Product(own_outers, own_lookups)
-                for block in product.blocks:
-                    squares[unit] += squared_norms(product.block(block)[None])[0]
+                blocks = [product.block(block) for block in product.blocks]
+                for block in blocks:
+                    squares[unit] += squared_norms(block[None])[0]
+                products.append(torch.cat(blocks))
             else:
                 of_unit = squared_norms_of(own_outers, own_lookups, GramCache())
                 squares[unit] = of_unit.squares[0]
                 uncancelled[unit] = of_unit.uncancelled[0]
-                is_doubtful[unit] = of_unit.is_doubtful[0]
+                errors[unit] = of_unit.errors[0]
+        if products and len(products) == self._num_units:
+            self._dense[name] = torch.stack(products)
+            del self._outers[name]
 
     def drop(self, name: str) -> None:
         """Take the norms of a tensor and drop its gradients."""
         self.measure(name)
-        if name in self._doubtful:  # without its gradients it could not be settled later
-            is_doubtful = self._doubtful.pop(name)
+        if name in self._errors:  # without its gradients it could not be settled later
+            squares, _ = self._measured[name]
+            is_doubtful = is_inexact(squares, self._errors[name])
             self._settle_tensor(name, is_doubtful.cpu().numpy())
         self._dense.pop(name, None)
         self._outers.pop(name, None)
@@ -199,17 +208,13 @@ class UnitGradients:
 
         Settles the doubtful ones, which waits for the device.
         """
-        squares, uncancelled, doubts = self.squares_and_doubts()
-        if not len(doubts):
-            return squares, uncancelled
-        self.settle(doubts.cpu().numpy())
-        return self.squares()  # no deeper than this: settling leaves no tensor in doubt
+        squares, _, errors = self.squares_and_errors()
+        self.settle(is_inexact(squares, errors).cpu().numpy())
+        squares, uncancelled, _ = self.squares_and_errors()
+        return squares, uncancelled
 
-    def squares_and_doubts(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return :meth:`squares` as fp32 gives them, and which are doubtful, for :meth:`settle`.
-
-        The third is [tensors, units] bool, of those tensors alone whose norms come from factors.
-        """
+    def squares_and_errors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return :meth:`squares` as fp32 gives them, and how far rounding may have moved each: [slots, units] all."""
         self._measure_groups()
         for slot in self._layout.slots:
             if slot.name not in self._measured:
@@ -218,19 +223,17 @@ class UnitGradients:
         measured = [self._measured[slot.name] for slot in self._layout.slots]
         squares = torch.stack([square for square, _ in measured])
         uncancelled = torch.stack([length for _, length in measured])
-        if self._doubtful:
-            return squares, uncancelled, torch.stack(list(self._doubtful.values()))
-        return squares, uncancelled, torch.zeros(0, self._num_units, dtype=torch.bool, device=self._device)
+        errors = torch.stack([self._errors.get(slot.name, self._zero) for slot in self._layout.slots])
+        return squares, uncancelled, errors
 
     def settle(self, doubts: np.ndarray) -> None:
         """Measure the doubtful norms anew, in float64.
 
         Args:
-            doubts: [tensors, units] bool on the CPU, the third result of :meth:`squares_and_doubts`.
+            doubts: [slots, units] bool on the CPU; only where :meth:`squares_and_errors` has an error.
         """
-        names, self._doubtful = list(self._doubtful), {}
-        for name, is_doubtful in zip(names, doubts, strict=True):
-            self._settle_tensor(name, is_doubtful)
+        for slot, is_doubtful in zip(self._layout.slots, doubts, strict=True):
+            self._settle_tensor(slot.name, is_doubtful)
 
     def _settle_tensor(self, name: str, is_doubtful: np.ndarray) -> None:
         """Measure one tensor's norms in float64 where ``is_doubtful``, [units] bool."""
@@ -238,6 +241,7 @@ class UnitGradients:
         for unit in np.flatnonzero(is_doubtful).tolist():
             outers, lookups = self._of_unit(name, unit)
             squares[unit] = squared_norm_float64(outers, lookups)
+            self._errors[name][unit] = 0.0
 
     def _measure_groups(self) -> None:
         """Take the norms of small dense tensors, all of one shape at once; their [rows, …] become [units, …]."""
@@ -426,6 +430,14 @@ class UnitGradients:
     def _in_a_line(self, value: torch.Tensor, unit: int) -> torch.Tensor:
         """Return the tokens of all of a unit's rows, one after another: [1, tokens, …] of [rows, tokens, …]."""
         return value[self._firsts[unit] : self._ends[unit]].flatten(0, 1)[None]
+
+
+def is_inexact(squares: torch.Tensor, errors: torch.Tensor) -> torch.Tensor:
+    """Return whether ``errors`` of squared norms are too large a share of them; also where they are not known.
+
+    Squared norms that do not come from fp32 Gram matrices have errors of zero, and are exact whatever they are.
+    """
+    return (errors != 0) & ~(errors <= GRAM_TOLERANCE * squares)
 
 
 def _is_cheap(gradient: Outer) -> bool:

@@ -28,7 +28,7 @@ import torch
 from torch import nn
 
 from privtrain.clipping import exact_sum, fallback, opacus_rules, refusals, rules, styles
-from privtrain.clipping.batched import UnitGradients, slots_by_tensor
+from privtrain.clipping.batched import UnitGradients, is_inexact, slots_by_tensor
 from privtrain.clipping.capture import Calls, captured
 from privtrain.clipping.diagnostics import ClippingDiagnostics
 from privtrain.clipping.factors import exact_fp32, squared_norms
@@ -168,6 +168,8 @@ class PerUnitClipper:
         self._rules: dict[nn.Module, rules.Rule] = {}
         self._slots: dict[nn.Module, dict[str, Slot]] = {}
         self._checkpointing = _checkpointing(model)
+        # Where gradients may be let go after the first pass, a tensor's norm is judged by itself.
+        self._judges_each_norm = route == "two_pass" or (route == "auto" and self._checkpointing == "non_reentrant")
         self._memory_budget = self._budget(model)
         if route != "one_unit":
             self._find_rules(model)
@@ -388,17 +390,35 @@ class PerUnitClipper:
     def _measured_once(self, losses: torch.Tensor, gradients: UnitGradients) -> Measured:
         """Bring losses and norms to the CPU in one transfer, so that the device is waited for once."""
         with exact_fp32(self._device):
-            on_device = [losses, *gradients.squares_and_doubts()]
+            on_device = [losses, *gradients.squares_and_errors()]
             # One vector of all of them, which is cut up again on the CPU.
             numbers = torch.cat([value.double().flatten() for value in on_device]).cpu()
             flat = numbers.split([value.numel() for value in on_device])
             on_cpu = [part.view(value.shape) for part, value in zip(flat, on_device, strict=True)]
-            losses, squares, uncancelled, doubts = on_cpu
-            if doubts.numpy().any():  # norms that fp32 leaves in doubt are taken again
-                gradients.settle(doubts.numpy())
-                settled, _ = gradients.squares()
+            losses, squares, uncancelled, errors = on_cpu
+            doubts = self._doubts(squares, errors)
+            if doubts.any():  # norms that fp32 leaves in doubt are taken again
+                gradients.settle(doubts)
+                settled, _, _ = gradients.squares_and_errors()
                 squares = settled.cpu()
         return Measured(losses.flatten().numpy().tolist(), squares, uncancelled)
+
+    def _doubts(self, squares: torch.Tensor, errors: torch.Tensor) -> np.ndarray:
+        """Return which squared norms to take again in float64: [slots, units] bool.
+
+        What counts is the norm that a unit's factor is made of, over a group of tensors. Where the errors of a group
+        add up to little of that norm, an inexact tensor is a small part of it. Where gradients may be let go before the
+        others are known, each tensor is judged by itself, whatever was kept.
+
+        Args:
+            squares: [slots, units] squared norms.
+            errors: [slots, units], how far rounding may have moved them.
+        """
+        is_doubtful = is_inexact(squares, errors)
+        if not self._judges_each_norm:
+            of_group = is_inexact(styles.group_sums(squares, self._groups), styles.group_sums(errors, self._groups))
+            is_doubtful &= of_group[self._groups]
+        return is_doubtful.numpy()
 
     def _fall_back(self, failure: Exception, batch: Microbatch) -> None:
         """Go one unit at a time, if that was left open and the same rows succeed without hooks; else raise.

@@ -35,7 +35,7 @@ _GRAM_BLOCK = 1024
 #: ‖x‖‖y‖ (the rest, measured below 1). Then what adding up their products costs, in fp32 and in pairs.
 _BIAS, _SCATTER, _SUMMING = 64.0, 1.0, 4.0
 #: Largest error of a squared norm, as a share of it, that fp32 Gram matrices may leave; beyond it they are float64.
-_GRAM_TOLERANCE = 2e-5
+GRAM_TOLERANCE = 2e-5
 #: A trace below this may have lost tokens to the end of fp32's range.
 _SMALLEST_TRACE = 1e-20
 
@@ -62,12 +62,12 @@ class UnitNorms(NamedTuple):
     Attributes:
         squares: float64 ‖Σ_t …‖², the squared norms.
         uncancelled: float64 (Σ_t of the tokens' own norms)²: what the squared norms could be if no tokens cancelled.
-        is_doubtful: whether rounding may be too large a part of the squared norm.
+        errors: float64, how far rounding may have moved the squared norms; infinite where that is not known.
     """
 
     squares: torch.Tensor
     uncancelled: torch.Tensor
-    is_doubtful: torch.Tensor
+    errors: torch.Tensor
 
 
 @contextlib.contextmanager
@@ -140,7 +140,7 @@ def grouped_squared_norms(group: torch.Tensor) -> torch.Tensor:
 
 
 def squared_norms_of(outers: Sequence[Outer], lookups: Sequence[Lookup], grams: GramCache) -> UnitNorms:
-    """Return each unit's squared norm of one tensor, what it could be without cancellation, and whether it is doubtful.
+    """Return each unit's squared norm of one tensor, what it could be without cancellation, and a bound on its error.
 
     The entries of the Gram matrices L = (⟨l_t, l_s⟩) and R = (⟨r_t, r_s⟩) are fp32 products. If rounding puts
     L_ts off by at most 2⁻²⁴ (64 |L_ts| + ‖l_t‖‖l_s‖), and R_ts likewise, then S = Σ_ts L_ts R_ts is off by at most
@@ -148,10 +148,10 @@ def squared_norms_of(outers: Sequence[Outer], lookups: Sequence[Lookup], grams: 
         E = 2⁻²⁴ Σ_ts (132 |L_ts R_ts| + ‖r_t‖‖r_s‖ |L_ts| + ‖l_t‖‖l_s‖ |R_ts|).
 
     The constants are measured, with a margin, on aligned, repeated, cancelling and random tokens; a test compares E
-    with the truth on all of these (it was 100 times too large on a real model). Units for which E is not below 2e-5 S,
-    because their tokens cancel or leave fp32's range, are doubtful: the caller takes :func:`squared_norm_float64` of
-    them instead, where products of fp32 numbers are exact and rounding is at most 1e-10 of the second value. Which they
-    are is not looked at here, so that a caller waits for the device once for many tensors.
+    with the truth on all of these (it was 100 times too large on a real model). Where tokens leave fp32's range, E is
+    infinite. Where E is too large, the caller takes :func:`squared_norm_float64` instead: products of fp32 numbers are
+    exact there, and rounding is at most 1e-10 of the second value. Whether it is, is not looked at here, so that a
+    caller waits for the device once for many tensors, and may compare E with the norm of a unit's whole gradient.
 
     Args:
         outers: every use of the tensor in a linear layer; here "rows" are units, each with all its tokens in a line.
@@ -160,11 +160,11 @@ def squared_norms_of(outers: Sequence[Outer], lookups: Sequence[Lookup], grams: 
     """
     lookup_square, lookup_length = _lookup_squares(outers, lookups)
     if not outers:  # lookups alone are summed in float64
-        return UnitNorms(lookup_square, lookup_length.square(), torch.zeros_like(lookup_square, dtype=torch.bool))
+        return UnitNorms(lookup_square, lookup_length.square(), torch.zeros_like(lookup_square))
     outer_square, outer_length, error, can_be_believed = _outer_squares(_joined(outers), grams)
     square = outer_square + lookup_square
-    is_doubtful = ~(can_be_believed & (error <= _GRAM_TOLERANCE * square))
-    return UnitNorms(square.clamp(min=0), (lookup_length + outer_length).square(), is_doubtful)
+    error = error.masked_fill(~can_be_believed, torch.inf)
+    return UnitNorms(square.clamp(min=0), (lookup_length + outer_length).square(), error)
 
 
 def squared_norm_float64(outers: Sequence[Outer], lookups: Sequence[Lookup]) -> torch.Tensor:

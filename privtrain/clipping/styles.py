@@ -108,6 +108,11 @@ def summed(squares: torch.Tensor) -> torch.Tensor:
 
 def group_norms(squares: torch.Tensor, group_of_slot: Sequence[int]) -> torch.Tensor:
     """Return [groups, units] norms from [slots, units] squared norms; ``group_of_slot`` is that of :func:`groups`."""
-    index = torch.tensor(group_of_slot, device=squares.device)
-    sums = torch.zeros(max(group_of_slot) + 1, squares.shape[1], dtype=squares.dtype, device=squares.device)
-    return sums.index_add_(0, index, squares).sqrt()
+    return group_sums(squares, group_of_slot).sqrt()
+
+
+def group_sums(values: torch.Tensor, group_of_slot: Sequence[int]) -> torch.Tensor:
+    """Return [groups, units] sums of [slots, units] values; ``group_of_slot`` is that of :func:`groups`."""
+    index = torch.tensor(group_of_slot, device=values.device)
+    sums = torch.zeros(max(group_of_slot) + 1, values.shape[1], dtype=values.dtype, device=values.device)
+    return sums.index_add_(0, index, values)
