@@ -32,7 +32,6 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from privtrain.backends import Backend, shards
-from privtrain.backends.base import Placement
 from privtrain.backends.group import reduce_scatter_flat
 from privtrain.clipping import ShardedClipper
 from privtrain.clipping.clipper import RowLosses
@@ -56,12 +55,12 @@ NUM_ROUNDS = 2
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """A Llama, and the users of a step."""
+    """A Llama, the tokens of a record, and how many users a step has where each has so many records."""
 
     width: int
     num_layers: int
     length: int
-    num_users: int
+    users: dict[int, int]
 
     @property
     def config(self) -> LlamaConfig:
@@ -79,7 +78,7 @@ class Size:
         )
 
 
-SIZES = {"tiny": Size(192, 4, 64, num_users=8), "wide": Size(512, 4, 128, num_users=16)}
+SIZES = {"tiny": Size(192, 4, 64, users={1: 8, 4: 8}), "wide": Size(512, 4, 128, users={1: 16, 4: 8})}
 LAYOUTS = {
     "zero2": LaunchLayout(shards_optimizer=True, shards_gradients=True),
     "zero3": LaunchLayout(shards_optimizer=True, shards_gradients=True, shards_parameters=True),
@@ -116,10 +115,9 @@ def measure(size: Size, directory: pathlib.Path, num_records: int) -> dict[str, 
     for name in NAMES:
         sharded = cells.make_backend(name)
         with own_linear():
-            model = load(sharded, directory)
-            placement = sharded.place(model)
-            steps[name] = with_linear(private_step(sharded, model, placement, counts))
-            steps[f"plain {name}"] = with_linear(plain_sharded_step(model, placement, counts))
+            steps[name] = with_linear(private_step(sharded, load(sharded, directory), counts))
+            # A model of its own: DeepSpeed remembers the order of modules, and a step of another kind would disturb it.
+            steps[f"plain {name}"] = with_linear(plain_sharded_step(sharded, load(sharded, directory), counts))
     for step in steps.values():
         step(batches[:1])
     seconds: dict[str, list[float]] = {name: [] for name in steps}
@@ -164,7 +162,9 @@ def load(backend: Backend, directory: pathlib.Path) -> torch.nn.Module:
 def microbatches(size: Size, backend: Backend, num_records: int) -> list[Microbatch]:
     """Return this rank's share of the step's rows."""
     rng = np.random.default_rng(0)
-    users = [[rng.integers(1, 500, size=size.length) for _ in range(num_records)] for _ in range(size.num_users)]
+    users = [
+        [rng.integers(1, 500, size=size.length) for _ in range(num_records)] for _ in range(size.users[num_records])
+    ]
     by_share = [users[share :: backend.world_size] for share in range(backend.world_size)]
     packer = Packer(min(MICROBATCH_SIZE, max(map(len, by_share)) * num_records), size.length, 0)
     return list(packer.pack_share(by_share, backend.rank))
@@ -184,14 +184,13 @@ def plain_step(backend: Backend, model: torch.nn.Module, counts: collections.Cou
     return step
 
 
-def private_step(
-    backend: Backend, model: torch.nn.Module, placement: Placement, counts: collections.Counter[str]
-) -> Step:
+def private_step(backend: Backend, model: torch.nn.Module, counts: collections.Counter[str]) -> Step:
     def counted(*arguments: Any) -> None:
         counts["sent"] += 1
         reduce_scatter_flat(*arguments)
 
     shards.reduce_scatter_flat = counted
+    placement = backend.place(model)
     assert placement.shards is not None
     losses = counted_losses(model, counts)
     clipper = ShardedClipper(
@@ -207,8 +206,9 @@ def private_step(
     return step
 
 
-def plain_sharded_step(model: torch.nn.Module, placement: Placement, counts: collections.Counter[str]) -> Step:
+def plain_sharded_step(backend: Backend, model: torch.nn.Module, counts: collections.Counter[str]) -> Step:
     """Return a step without privacy, in which the backend itself adds up gradients over ranks, in fp32."""
+    placement = backend.place(model)
     shards_of_model, layout = placement.shards, placement.clipped
     assert shards_of_model is not None
     losses, total = counted_losses(model, counts), layout.zeros(cells.CPU)
@@ -274,11 +274,12 @@ def link(num_bytes: int) -> float:
 
 def predicted(work: Work, size: Size, name: str, num_ranks: int, num_records: int, cluster: Cluster) -> float:
     """Return the predicted CPU time over that of plain training."""
-    rows = min(MICROBATCH_SIZE, -(-size.num_users // num_ranks) * num_records)
+    num_users = size.users[num_records]
+    rows = min(MICROBATCH_SIZE, -(-num_users // num_ranks) * num_records)
 
     def seconds(layout: LaunchLayout, *, is_plain: bool) -> float:
         layout = dataclasses.replace(layout, num_ranks=num_ranks)
-        job = Job(work, layout, size.num_users, num_records, rows, is_full=True, checkpoints=False, is_two_pass=False)
+        job = Job(work, layout, num_users, num_records, rows, is_full=True, checkpoints=False, is_two_pass=False)
         found = predict(job, cluster)
         parts = found.plain_parts if is_plain else found.parts
         return sum(parts.get(part, 0.0) for part in PARTS)
@@ -303,7 +304,7 @@ def main(arguments: list[str]) -> None:
             core = Gpu(flops, 64e9, bandwidth, sent, sent)
             cluster = Cluster(num_ranks, core, "core", Utilisation(1.0, 1.0, 1.0, launch, 0.0, overlap=0.0))
             print(f"{num_ranks} ranks: {sent / 1e9:.2f} GB/s of CPU time", flush=True)
-            for num_records in (1, 4):
+            for num_records in size.users:
                 of_ranks = run_on_ranks(num_ranks, measure, size, directory, num_records)
                 for name in NAMES:
                     expected = predicted(work, size, name, num_ranks, num_records, cluster)

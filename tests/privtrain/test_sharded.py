@@ -13,6 +13,7 @@ import torch
 from hypothesis import strategies as st
 
 from privtrain.backends import shards
+from privtrain.backends.group import reduce_scatter_flat
 from privtrain.clipping import PerUnitClipper, ShardedClipper, batched, factors
 from privtrain.data.microbatch import Packer
 from privtrain.errors import GuaranteeLost, UnsupportedLayer
@@ -183,7 +184,42 @@ def test_two_passes_keep_no_gradient_between_layers(monkeypatch):
     assert all(names <= tied for names in kept)
 
 
+def test_a_user_of_several_rows_is_multiplied_out_once(monkeypatch):
+    """Its product is kept in place of the factors, and adds the bits that factors do."""
+    layout = Layout({"weight": torch.nn.Parameter(torch.zeros(64, 64))})
+    generator = torch.Generator().manual_seed(0)
+    outer = factors.Outer(*(torch.randn(8, 16, 64, generator=generator) for _ in range(2)))
+    weights, made = torch.tensor([[3e4, 5e4]]), []
+    product = batched.Product
+    monkeypatch.setattr(batched, "Product", lambda *arguments: made.append(arguments) or product(*arguments))
+    kept, again = (batched.UnitGradients(layout, [4, 4], CPU) for _ in range(2))
+    kept.add("weight", outer)
+    kept.complete("weight")
+    total, expected = layout.zeros(CPU, torch.int64), torch.zeros(64, 64, dtype=torch.int64)
+    kept.add_weighted(total, weights)
+    assert len(made) == 2
+    assert not kept._outers
+    again.add_now("weight", expected, outer, weights[0])
+    assert torch.equal(total.view(64, 64), expected)
+    squares, _ = kept.squares()
+    assert squares[0].tolist() == pytest.approx([float(kept.unit(i)["weight"].double().norm()) ** 2 for i in range(2)])
+
+
 # With other ranks.
+
+
+def part_of_a_sum(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    backend = make_backend("ddp")
+    rank, size = backend.rank, backend.world_size
+    vectors = torch.arange(5 * size * size).view(size, -1) << 40
+    mine = torch.empty(5, dtype=dtype)
+    reduce_scatter_flat(mine, vectors[rank].to(dtype, copy=True))
+    return mine, vectors.sum(dim=0)[5 * rank : 5 * rank + 5].to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float32])
+def test_each_rank_gets_its_part_of_a_sum(dtype):
+    assert all(torch.equal(mine, expected) for mine, expected in run_on_ranks(3, part_of_a_sum, dtype))
 
 
 def one_step(names, directory: pathlib.Path, cell: Cell):

@@ -269,6 +269,25 @@ def test_rounding_of_gram_matrices_stays_below_its_bound(num_tokens, num_feature
             assert abs(float(square - factors._outer_squares_float64(outer))) <= float(error)
 
 
+@pytest.mark.parametrize(
+    ("route", "style", "judges_alone"),
+    [("batched", "flat", False), ("auto", "flat", False), ("batched", "per_layer", True), ("two_pass", "flat", True)],
+)
+def test_inexact_norms_are_judged_by_that_of_their_group(route, style, judges_alone):
+    """A tensor's rounding counts as a share of the norm that a factor is made of. Two passes do not know it in time."""
+    model, layout = build("llama", "full")
+    one = make_clipper(model, layout, 0.5, route=route, style=style)
+    squares = torch.ones(len(layout.slots), 4, dtype=torch.float64)
+    errors = torch.zeros_like(squares)
+    squares[0, 0], errors[0, 0] = 1e-6, 1e-8  # 1e-2 of its own square, 1e-8 of the unit's
+    errors[0, 1] = 1e-4 * len(layout.slots)  # too much of either
+    errors[0, 2] = torch.inf  # not known
+    squares[1, 3] = torch.nan  # exact, and not finite
+    doubts = one._doubts(squares, errors)
+    assert doubts[0].tolist() == [judges_alone, True, True, False]
+    assert not doubts[1:].any()
+
+
 @pytest.mark.parametrize("scale", [1e-30, 1e-12, 1.0, 1e12, 1e25])
 def test_norms_survive_the_ends_of_the_range_of_fp32(scale):
     generator = torch.Generator().manual_seed(0)
