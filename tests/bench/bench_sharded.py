@@ -18,6 +18,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import faulthandler
 import io
 import pathlib
 import statistics
@@ -108,6 +109,7 @@ class Found:
 
 def measure(size: Size, directory: pathlib.Path, num_records: int) -> dict[str, Found]:
     """Return what a step takes: ``"plain"``, each backend by its name, and ``"plain zero2"`` and so on."""
+    faulthandler.cancel_dump_traceback_later()  # longer than a test may take
     backend = cells.make_backend("zero1")  # weights are whole
     batches = microbatches(size, backend, num_records)
     counts: collections.Counter[str] = collections.Counter()
