@@ -93,8 +93,8 @@ class UnitGradients:
         self._groups: list[tuple[list[str], torch.Tensor]] = []
         #: Squared norms, and what they could be without cancellation, [units] each.
         self._measured: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-        #: By the tensor's name, if its norms come from factors: how far rounding may have moved each unit's squared norm,
-        #: [units]. Stays on the device until it is looked at for all tensors together.
+        #: By the tensor's name, if its norms come from factors: [units], how far rounding may have moved the squared
+        #: norms. Stays on the device until it is looked at for all tensors together.
         self._errors: dict[str, torch.Tensor] = {}
         self._zero = torch.zeros(self._num_units, dtype=torch.float64, device=device)
         #: Of the tensors whose norms were taken from factors: [units] squared norms of the products that were added.
