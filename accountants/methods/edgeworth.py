@@ -13,8 +13,9 @@ the settings of EW-Tune it is up to a sixth too low, and an expansion is not eve
 
 **EEAI** adds an explicit bound Delta on the expansion's error (:mod:`accountants.numerics.edgeworth_error`):
 delta <= 1 - F_Y + Delta_Y - e^eps (1 - F_X - Delta_X). It is certified, but says something only where Delta_Y + e^eps
-Delta_X < delta. At any realistic delta it is not, and then the answer is infinite and its note says ``vacuous``. For a
-bound of this family that is not vacuous see :mod:`accountants.methods.tilted_edgeworth`.
+Delta_X < delta. At any realistic delta it is not. An upper end that says nothing is infinity for epsilon and 1 for
+delta, and bears the note ``vacuous``. For a bound of this family that is not vacuous see
+:mod:`accountants.methods.tilted_edgeworth`.
 
 Both directions are computed; steps may differ; the cost does not depend on their number.
 """
@@ -214,11 +215,11 @@ class EeaiAccountant(NormalFormAccountant):
 
     @override
     def delta_bounds(self, composed: Composition, epsilon: float) -> Bounds:
-        """Return the interval of delta; one that reaches 1 bears the note ``vacuous``."""
+        """Return the interval of delta; an upper end of 1 says nothing and bears the note ``vacuous``."""
         sides = [with_error(composed, add=False), with_error(composed, add=True)]
         lower = _largest_delta(sides, epsilon, _LOWER)
         upper = _largest_delta(sides, epsilon, _UPPER)
-        note = "vacuous: the error bound exceeds 1" if upper == 1 else ""
+        note = "vacuous: the error bound exceeds 1" if upper == 1 else ""  # larger ends were cut to 1
         return Bounds(lower, upper, estimate=_largest_delta(sides, epsilon), note=note)
 
 

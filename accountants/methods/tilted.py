@@ -135,9 +135,11 @@ def _worst_epsilon(composed: Composition, delta: float, tolerance: float) -> Bou
     """
     remove = _EpsilonSearch(composed, delta, tolerance, add=False)
     add = _EpsilonSearch(composed, delta, tolerance, add=True)
-    # Remove first, since its epsilon is the larger one as a rule. Then one attempt at add is enough: it puts add's
-    # upper end below remove's, and add's lower end is not asked for. If it does not, the loop goes on with add.
+    # Remove first, since its epsilon is the larger one as a rule.
     remove.refine()
+    # Before any attempt, add's upper end is its largest possible loss. If that exceeds remove's, one attempt is made at
+    # add. As a rule it puts add's upper end below remove's: then add cannot decide the answer, and `worse_than` saves
+    # the time for its lower end. If it does not, the loop goes on with add.
     if add.upper > remove.upper:
         add.refine(worse_than=remove.upper)
     searches = (remove, add)

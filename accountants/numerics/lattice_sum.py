@@ -129,18 +129,22 @@ def _folded_law(phases: list[LatticePhase], tilt: float, length: int) -> _Folded
 
 
 def _hockey_sticks(probability: Array, points: Array, tilt: float, centre: float) -> Array:
-    """Return delta, E[(1 - e^(eps - S))_+], at every lattice point eps, as a multiple of ``exp(log_scale)``.
+    """Return delta, V(eps) = E[(1 - e^(eps - S))_+], at every eps of ``points``, over M(tilt) e^(-tilt centre).
 
-    ``probability`` is the tilted law at ``points``; e^(tilt (centre - s)) turns it back into S's own law, scaled. By
-    the recursion ``V(s_r) = e^-h V(s_(r+1)) + (1 - e^-h) P(S >= s_(r+1))``: positive terms only, where the usual
-    difference of two sums would cancel.
+    ``probability`` is the tilted law at ``points``, which ascend by h; e^(tilt (centre - s)) turns it back into S's own
+    law, over the same factor. V is 0 at the last point, and from there down
+
+        V(s_r) = e^-h V(s_(r+1)) + (1 - e^-h) P(S >= s_(r+1)):
+
+    positive terms only, where the usual difference of two sums would cancel.
     """
     spacing = points[1] - points[0]
     weight = probability * np.exp(tilt * (centre - points))
-    at_least = np.cumsum(weight[::-1])  # P(S >= point), from the last point down, as the recursion goes
-    # The filter's output i is (1 - e^-h) times its input i plus e^-h times its output i - 1.
-    values: Array = cast(Any, signal).lfilter([-math.expm1(-spacing)], [1.0, -math.exp(-spacing)], at_least)
-    return np.append(values[::-1][1:], 0.0)
+    # P(S >= s) for s from the last point down to the second: what V takes at the point below s.
+    at_least = np.cumsum(weight[:0:-1])
+    # The filter's output i is (1 - e^-h) times its input i plus e^-h times its output i - 1, at first 0.
+    descending: Array = cast(Any, signal).lfilter([-math.expm1(-spacing)], [1.0, -math.exp(-spacing)], at_least)
+    return np.append(descending[::-1], 0.0)
 
 
 def _log_above(phases: list[LatticePhase], tilt: float, log_moment: float, edge: float, window: float) -> float:

@@ -85,16 +85,20 @@ def _expected(manifest: Mapping[str, Any], key: SecretKey) -> list[DocumentKey]:
 
 
 def _wrong_references(manifest: Mapping[str, Any], key: SecretKey, scored: list[DocumentKey]) -> str:
-    """Return what is wrong with the canaries' references, in words: an owner that is no canary, or another side.
+    """Return what is wrong with the canaries' references, in words: an owner that has none, or another side than its.
 
-    References are secrets that were not planted; each belongs to its canary, or to a pool that canaries share.
+    References are secrets that were not planted, to rank a canary's secret among.
     """
     sides, canaries = _side(manifest), canaries_of(manifest)
-    owners = {attack_pseudonym(key, canary.user): sides[canary.user] for canary in canaries if canary.kind == TEMPLATE}
+    # A canary made from a template owns its references, which are its text with other digits, and they bear its side.
+    side_of_owner = {
+        attack_pseudonym(key, canary.user): sides[canary.user] for canary in canaries if canary.kind == TEMPLATE
+    }
+    # Canaries of some other kinds share a pool, which stands for one more owner; nobody trained on its texts.
     if any(canary.has_shared_references for canary in canaries):
-        owners[attack_pseudonym(key, POOL)] = HELD_OUT
-    wrong = sum(item.kind == CANARY_REFERENCE and owners.get(item.user) != item.side for item in scored)
-    return f"{wrong} references of no canary" if wrong else ""
+        side_of_owner[attack_pseudonym(key, POOL)] = HELD_OUT
+    wrong = sum(item.kind == CANARY_REFERENCE and side_of_owner.get(item.user) != item.side for item in scored)
+    return f"{wrong} references of no canary, or on another side than their owner" if wrong else ""
 
 
 def _num_usable(manifest: Mapping[str, Any], key: SecretKey, users: list[str], usable: list[int]) -> dict[str, int]:

@@ -258,11 +258,17 @@ class _Schedule:
 
 
 def _plain_schedule(job: Job, num_ranks: int) -> _Schedule:
-    """Return the schedule without privacy: the busiest rank's rows in full microbatches."""
+    """Return the schedule without privacy.
+
+    Passes are those of the busiest rank, for which the others wait, each as long as that of a full microbatch.
+    """
     rows = math.ceil(job.num_units / num_ranks) * job.records_per_unit
-    num_passes = math.ceil(rows / job.microbatch_size)
-    reduced_bytes = 0 if job.reduces_once else _FP32_BYTES
-    return _Schedule(num_passes, job.microbatch_size, job.num_units / num_ranks, reduced_bytes=reduced_bytes)
+    return _Schedule(
+        num_passes=math.ceil(rows / job.microbatch_size),
+        num_rows=job.microbatch_size,
+        num_units=job.num_units / num_ranks,  # the mean; read for private training alone
+        reduced_bytes=0 if job.reduces_once else _FP32_BYTES,  # 0: gradients are sent at the end of the step instead
+    )
 
 
 def _private_schedule(job: Job, num_ranks: int) -> _Schedule:

@@ -487,13 +487,16 @@ def _release(inputs: Inputs, ledger: Ledger, network: Network, state: dict[str, 
     """Write statement, card and weights, and publish them with the ledger's release record; rank 0 alone calls it.
 
     Raises:
-        GuaranteeLost: if more steps were charged than the plan allows, or the budget's reservation is lost.
+        GuaranteeLost: if ε would be for more steps than the plan allows, or the budget's reservation is lost.
     """
     config, plan, run, history = inputs.config, inputs.plan, inputs.run, ledger.state
-    num_accounted = plan.accounted_steps(history.intents)  # every step that ever began, also those that were abandoned
+    # Every step that ever began (the ledger's intents) is charged, also if it was abandoned. Accounted for are as many
+    # or more: where the sampling scheme has epochs, one that began counts whole.
+    num_accounted = plan.accounted_steps(history.intents)
     if num_accounted > plan.num_steps:
         raise GuaranteeLost(
-            f"{num_accounted} steps were charged, the plan allows {plan.num_steps}; nothing is released"
+            f"{num_accounted} steps have to be accounted for ({history.num_charged} began), the plan allows "
+            f"{plan.num_steps}; nothing is released"
         )
     inputs.check_release()
     epsilon = plan.epsilon_after(num_accounted)
@@ -501,10 +504,10 @@ def _release(inputs: Inputs, ledger: Ledger, network: Network, state: dict[str, 
         config,
         plan,
         watched=watched_mirrors(config, run),
-        num_model_steps=len(history.path),
+        num_model_steps=len(history.path),  # those that led to this model: none that was abandoned
         num_charged=history.num_charged,
         num_accounted=num_accounted,
-        num_commits=len(history.commits),
+        num_commits=len(history.commits),  # those that finished, also if they were abandoned later
         ledger_head=ledger.prepare_release(),
         split_commitment=history.split,
     )
@@ -512,6 +515,7 @@ def _release(inputs: Inputs, ledger: Ledger, network: Network, state: dict[str, 
 
     def write_weights(directory: pathlib.Path) -> None:
         if config.training.releases_model:
+            # The model is saved with the `use_cache` of its own config, which training had switched off.
             write_model(directory, network.model, network.tokenizer, card, state, saved_as_loaded)
         else:
             write_adapter(directory, network.model, network.tokenizer, card)

@@ -316,13 +316,17 @@ def unit_text(plan: PrivacyPlan) -> str:
 
 
 def _adaptive(plan: PrivacyPlan) -> dict[str, Any] | None:
-    """Return the settings of adaptive clipping, and what its count released in every step; ``None`` without it."""
+    """Return the settings of adaptive clipping and what its privacy rests on; ``None`` without it.
+
+    Every step releases two noised sums: the gradient, and the count of units within the clipping norm. The noise
+    multiplier of the mechanism is that of both together; each by itself has more noise.
+    """
     if plan.adaptive_clipping is None:
         return None
     return {
         **dataclasses.asdict(plan.adaptive_clipping),
         "count_sensitivity": 0.5,  # a unit adds between -1/2 (norm above the clipping norm) and 1/2 (within)
-        "gradient_noise_multiplier": plan.gradient_noise_multiplier,
+        "gradient_noise_multiplier": plan.gradient_noise_multiplier,  # the count's noise is among the settings
     }
 
 

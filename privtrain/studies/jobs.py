@@ -149,7 +149,8 @@ class Processes:
         self.environment = environment
         self.stopping = threading.Event()
         self._running: set[subprocess.Popen[bytes]] = set()
-        self._lock = threading.Lock()
+        # Re-entrant: a second signal may interrupt `stop` in the thread that holds the lock.
+        self._lock = threading.RLock()
 
     def run(self, command: Sequence[str], log: pathlib.Path) -> int:
         """Run a command to its end, with all output appended to ``log``; return its exit code.
@@ -181,9 +182,12 @@ class Processes:
                     self._running.discard(process)
 
     def stop(self) -> None:
-        """Ask every process to save itself and leave, and start no other."""
+        """Ask every process to save itself and leave, and start no other.
+
+        A signal handler may call it, in the main thread, while other threads :meth:`run` commands: these hold the lock
+        only as long as it takes to start a process or to forget one.
+        """
         self.stopping.set()
-        # A signal handler runs in the main thread, which never holds the lock for long.
         with self._lock:
             for process in self._running:
                 process.terminate()

@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import pathlib
+from collections.abc import Callable
 
 import accountants
 from accountants.answer import Direction
@@ -46,12 +47,12 @@ class Setting:
         return answer.estimate if name in ESTIMATES else answer.upper
 
     def true_epsilon(self, noise_multiplier: float) -> float:
-        """Return the least certified ε that we can give: the upper end of the tilted interval, tight to about 1e-3."""
-        return _cached(self, "true", noise_multiplier)
+        """Return the least certified ε that we can give: tilted's upper end, within about 1e-4 of its lower end."""
+        return _true_epsilon(self, noise_multiplier)
 
     def noise(self, name: str) -> float:
         """Return the noise multiplier at which the accountant ``name`` says that ``epsilon`` is met; four decimals."""
-        return _cached(self, name, 0.0)
+        return _noise(self, name)
 
 
 def _accountant(name: str) -> Accountant:
@@ -67,19 +68,26 @@ def _accountant(name: str) -> Accountant:
 
 
 @functools.cache
-def _cached(setting: Setting, name: str, noise_multiplier: float) -> float:
-    """Return a number from the cache on disk, computed and stored if it is not there.
+def _true_epsilon(setting: Setting, noise_multiplier: float) -> float:
+    """Return :meth:`Setting.true_epsilon`, from the cache on disk if it is there."""
+    return _stored(setting, {"epsilon_of": noise_multiplier}, lambda: setting.spent("tilted", noise_multiplier))
 
-    For the name ``true`` the ε that ``noise_multiplier`` really spends; for that of an accountant the noise multiplier
-    at which it says that the setting's ε is met (``noise_multiplier`` is then 0).
-    """
-    facts = {**dataclasses.asdict(setting), "accountant": name, "noise_multiplier": noise_multiplier}
+
+@functools.cache
+def _noise(setting: Setting, name: str) -> float:
+    """Return :meth:`Setting.noise`, from the cache on disk if it is there."""
+    return _stored(setting, {"noise_by": name}, lambda: _calibrated(setting, name))
+
+
+def _stored(setting: Setting, question: dict[str, float | str], compute: Callable[[], float]) -> float:
+    """Return the answer to a question about a setting from the cache on disk, computed and stored if it is not there."""
+    facts = {**dataclasses.asdict(setting), **question}
     key = hashlib.sha256(json.dumps([facts, _code_version()], sort_keys=True).encode()).hexdigest()
     cache = cache_directory() / "noise"
     path = cache / f"{key[:32]}.json"
     if path.exists():
         return json.loads(path.read_text(encoding="utf-8"))["value"]
-    value = setting.spent("tilted", noise_multiplier) if name == "true" else _calibrated(setting, name)
+    value = compute()
     cache.mkdir(parents=True, exist_ok=True)
     write_json(path, {**facts, "value": value})
     return value

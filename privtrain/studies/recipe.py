@@ -103,7 +103,13 @@ class Settle(Protocol):
     def __call__(
         self, values: Mapping[str, str], tree: Mapping[str, Any], settings: Mapping[str, Any]
     ) -> Mapping[str, Any]:
-        """Return dotted overrides."""
+        """Return dotted overrides.
+
+        Args:
+            values: axis → value of the cell.
+            tree: the cell's nested configuration so far: the base with the overrides of these values and the seed.
+            settings: of the recipe.
+        """
         ...
 
 

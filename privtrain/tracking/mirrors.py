@@ -58,7 +58,8 @@ class BlockedMirror:
         run: the run directory; ``secret/mirrored_NAME.json`` remembers the last step that was shown.
         name: of the mirror there.
         num_steps: steps of a block.
-        from_step: steps that are done as the job begins; rows of later steps will be logged again.
+        from_step: steps that are done as the job begins. Later ones, if a killed job did some, are done again, and
+            their rows are shown again.
         is_live: whether somebody may watch rows arrive; the file remembers that, too.
     """
 
@@ -72,16 +73,21 @@ class BlockedMirror:
         note = _read(self._path)
         #: Whether some job of the run showed rows as they came.
         self._was_live = is_live or note.get("live", 0) == 1
-        #: The last step that people were shown; -1 if none was.
+        #: The last step that people were shown, of those that are not done again; -1 if none was.
         self._shown = min(note.get("step", -1), from_step)
+        # What a killed job kept back. The file has no rows of steps that are done again: its writer, which is opened
+        # first, dropped them.
         self._rows = [(step, values) for step, values in rows_of(run) if step > self._shown]
         if is_live:
             self._note()
 
     def log(self, step: int, values: Values) -> None:
-        """Keep a row; if it begins a new block, show the rows of the last one first."""
-        last_shown = max(self._shown, 0)  # 0 also where none was shown: row 0 is in no block
-        if step - last_shown > self._num_steps and self._rows:
+        """Keep a row; if it begins a new block, show the rows of the last one first.
+
+        Blocks of 3 steps have the rows 0 to 3, 4 to 6, 7 to 9: row 0, of the model before its first step, comes along.
+        """
+        last_of_block = max(self._shown, 0) + self._num_steps
+        if step > last_of_block and self._rows:
             self._flush()
         self._rows.append((step, values))
 

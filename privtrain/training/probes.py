@@ -230,19 +230,21 @@ class Probe(PlantedRows):
         raise AssertionError("unreachable")
 
     def _first_difference(self, route: str) -> str:
-        """Return, in words, in which circumstance a short unit adds other bits than alone; empty if in none.
+        """Return, in words, in which circumstance a short unit adds other bits than alone, or why that cannot be seen.
 
-        Also what kept that from being seen. Every rank runs the same passes, as ranks that gather weights need, whether
-        or not it sees a difference itself.
+        Empty if it adds the same bits in all. Every rank runs the same passes, as ranks that gather weights need,
+        whether or not it sees a difference itself.
         """
         trainer, widths = self.trainer, self._widths()
         clipper = trainer.new_clipper(trainer.row_losses, route)
+        # Three batches: the short unit beside padding rows; the unit in the last row, beside loud rows whose gradients
+        # count, with another id for padding; and the same loud rows without the unit.
         last_row = trainer.packer.microbatch_size - 1
         alone = self._arranged(0, is_crowded=False)
         crowded = self._arranged(last_row, is_crowded=True, pad_id=self._other_pad)
         crowd = self._arranged(last_row, is_crowded=True, pad_id=self._other_pad, is_member=False)
         with hooks.loud_rows(trainer.model, self._loud):
-            reference = _contribution(clipper, alone)
+            reference = _contribution(clipper, alone)  # before any loud row
 
             # Loud rows whose gradients count, so that a trace of their backward pass would show too.
             for width in {widths[0], widths[-1]}:
@@ -251,7 +253,8 @@ class Probe(PlantedRows):
             # Sums are exact, so what the unit adds beside others is the sum with it less the sum of the others.
             of_others = _contribution(clipper, crowd)
 
-            # In this order: one may leave a trace for the next.
+            # What the unit adds after loud rows, then beside them, then after having been beside them. The last batch
+            # is the first one again, since the one between may leave a trace.
             difference = _contribution(clipper, alone) - reference
             if trainer.backend.any_rank(bool(difference.any())):
                 return self._explained("after a long row with huge activations", difference, reference, alone)
@@ -263,15 +266,18 @@ class Probe(PlantedRows):
                 return self._explained("after rows with gradients of their own", difference, reference, alone)
 
         if route == "one_unit":
-            return ""
-        fault = self._row_that_differs(clipper)
-        # In a pass that was split each unit ran by itself, and nothing of the others could have reached it.
-        if trainer.backend.any_rank(clipper.num_split > 0) and not fault:
+            return ""  # rows of different units never meet, and a row's place in a batch is not tried
+        fault = self._row_that_differs(clipper)  # on every rank or on none
+        if fault:
+            return fault
+        # The clipper splits a batch in which something is not finite: each unit then ran by itself, so equal bits above
+        # prove nothing.
+        if trainer.backend.any_rank(clipper.num_split > 0):
             return (
                 f"rows of huge activations are not finite (precision {self._precision}), so that what rows of a batch "
                 "do to one another cannot be seen"
             )
-        return fault
+        return ""
 
     def _explained_crowd(
         self, clipper: PerUnitClipper, difference: torch.Tensor, reference: torch.Tensor, crowded: Microbatch
