@@ -482,12 +482,20 @@ class PerUnitClipper:
         return [name for name, gradient in zip(unseen, gradients, strict=True) if gradient is not None]
 
     def _seen_by_hooks(self, batch: Microbatch) -> set[str]:
-        """Return the names of the slots whose modules a pass over the first row calls as modules."""
+        """Return the names of the trained tensors (slots) whose modules' hooks run in a pass over the first row.
+
+        Clipping sees a tensor's gradient by these hooks alone. They run only if the module is called as one, and not if
+        a fused kernel reads its weight.
+        """
         seen: set[str] = set()
-        with captured(self._modules, list(self.layout.parameters.values()), 1) as calls:
-            calls.sink = lambda module, *_: seen.update(slot.name for slot in self._slots[module].values())
+
+        def note_slots(module: nn.Module, _activation: torch.Tensor, _output_gradient: torch.Tensor) -> None:
+            seen.update(slot.name for slot in self._slots[module].values())
+
+        with captured(self._modules, list(self.layout.parameters.values()), num_rows=1) as calls:
+            calls.sink = note_slots  # called for each module that the backward pass reaches
             loss = self._row_losses(batch.input_ids[:1], batch.target_mask[:1]).sum()
-            calls.is_forward = False
+            calls.is_forward = False  # the hooks must know; gradient checkpointing calls modules in the backward pass
             loss.backward()
         return seen
 

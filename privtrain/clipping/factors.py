@@ -161,9 +161,8 @@ def squared_norms_of(outers: Sequence[Outer], lookups: Sequence[Lookup], grams: 
     lookup_square, lookup_length = _lookup_squares(outers, lookups)
     if not outers:  # lookups alone are summed in float64
         return UnitNorms(lookup_square, lookup_length.square(), torch.zeros_like(lookup_square))
-    outer_square, outer_length, error, can_be_believed = _outer_squares(_joined(outers), grams)
+    outer_square, outer_length, error = _outer_squares(_joined(outers), grams)
     square = outer_square + lookup_square
-    error = error.masked_fill(~can_be_believed, torch.inf)
     return UnitNorms(square.clamp(min=0), (lookup_length + outer_length).square(), error)
 
 
@@ -187,24 +186,32 @@ def _joined(outers: Sequence[Outer]) -> Outer:
     return Outer(left, right)
 
 
-def _outer_squares(outer: Outer, grams: GramCache) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return S, Σ_t ‖l_t‖‖r_t‖, E and whether E can be believed, [units] each; see :func:`squared_norms_of`."""
+def _outer_squares(outer: Outer, grams: GramCache) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return what fp32 Gram matrices L = (⟨l_t, l_s⟩) and R = (⟨r_t, r_s⟩) say of each unit's Σ_t l_t r_tᵀ.
+
+    Returns:
+        [units] each: its squared norm Σ_ts L_ts R_ts; Σ_t ‖l_t‖‖r_t‖, the sum of the tokens' own norms; and E of
+        :func:`squared_norms_of`, a bound on the first one's error.
+    """
     left, right = grams.gram(outer.left), grams.gram(outer.right)
     # Of each token, from the diagonal: L_tt = ‖l_t‖².
     norms_left, norms_right = (gram.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt() for gram in (left, right))
     product = left * right
-    # In fp32, where torch sums in pairs: what that rounds is part of the first term of E.
-    square = product.sum(dim=(1, 2)).double()
-    sum_of_sizes = product.abs_().sum(dim=(1, 2)).double()  # Σ_ts |L_ts R_ts|
-    scatter = _quadratic(left, norms_right) + _quadratic(right, norms_left)  # the other two terms
-    error = 2.0**-24 * ((2 * _BIAS + _SUMMING) * sum_of_sizes + _SCATTER * scatter)
+    square = product.sum(dim=(1, 2)).double()  # added up in fp32, where torch sums in pairs
     length = (norms_left.double() * norms_right).sum(dim=1)
+
+    # L_ts is off by a bias, in proportion to |L_ts|, and by a scatter, in proportion to ‖l_t‖‖l_s‖; R_ts likewise. So
+    # their product has the bias twice, and each one's scatter times the other one.
+    sum_of_sizes = product.abs_().sum(dim=(1, 2)).double()  # Σ_ts |L_ts R_ts|
+    scatter = _sum_by_norms(left, norms_right) + _sum_by_norms(right, norms_left)
+    error = 2.0**-24 * ((2 * _BIAS + _SUMMING) * sum_of_sizes + _SCATTER * scatter)
+    # A trace, Σ_t ‖l_t‖² or Σ_t ‖r_t‖², may be tiny because squares were rounded to 0: then E bounds nothing.
     trace_left, trace_right = norms_left.square().sum(dim=1), norms_right.square().sum(dim=1)
-    can_be_believed = (trace_left > _SMALLEST_TRACE) & (trace_right > _SMALLEST_TRACE)
-    return square, length, error, can_be_believed
+    is_in_range = (trace_left > _SMALLEST_TRACE) & (trace_right > _SMALLEST_TRACE)
+    return square, length, error.masked_fill(~is_in_range, torch.inf)
 
 
-def _quadratic(gram: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
+def _sum_by_norms(gram: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
     """Return [units] Σ_ts norm_t |gram_ts| norm_s."""
     norms = norms.to(gram.dtype)
     return (torch.bmm(gram.abs(), norms[:, :, None])[:, :, 0] * norms).sum(dim=1).double()

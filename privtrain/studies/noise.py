@@ -80,7 +80,7 @@ def _noise(setting: Setting, name: str) -> float:
 
 
 def _stored(setting: Setting, question: dict[str, float | str], compute: Callable[[], float]) -> float:
-    """Return the answer to a question about a setting from the cache on disk, computed and stored if it is not there."""
+    """Return the answer to a question about a setting from the cache on disk; compute and store what is not there."""
     facts = {**dataclasses.asdict(setting), **question}
     key = hashlib.sha256(json.dumps([facts, _code_version()], sort_keys=True).encode()).hexdigest()
     cache = cache_directory() / "noise"

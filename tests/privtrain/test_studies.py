@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from typing import Any
 
@@ -315,6 +316,25 @@ def test_sigterm_ends_the_jobs_and_the_same_command_goes_on(recipe, tmp_path):
     assert study.wait(30) == 75
     assert not list(tmp_path.glob("study/cells/*/done.json"))
     assert not list(tmp_path.glob("study/cells/*/failed.json"))
+
+
+def test_second_signal_during_the_first_stops_the_jobs():
+    """Ctrl-C twice: the second handler runs in the thread in which the first one holds the lock."""
+    processes, num_asked = jobs.Processes(jobs.thread_environment(1)), 0
+
+    class InterruptedProcess:
+        def terminate(self):
+            nonlocal num_asked
+            num_asked += 1
+            if num_asked == 1:
+                processes.stop()
+
+    processes._running.add(InterruptedProcess())
+    first = threading.Thread(target=processes.stop, daemon=True)
+    first.start()
+    first.join(10)
+    assert not first.is_alive(), "the second handler waits for the first one, which it interrupted"
+    assert num_asked == 2
 
 
 @pytest.mark.parametrize(
