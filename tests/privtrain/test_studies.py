@@ -329,7 +329,8 @@ def test_second_signal_during_the_first_stops_the_jobs():
             if num_asked == 1:
                 processes.stop()
 
-    processes._running.add(InterruptedProcess())
+    interrupted: Any = InterruptedProcess()
+    processes._running.add(interrupted)
     first = threading.Thread(target=processes.stop, daemon=True)
     first.start()
     first.join(10)
