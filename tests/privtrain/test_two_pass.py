@@ -11,11 +11,9 @@ from torch import nn
 
 from privtrain.clipping import batched, clipper, factors, passes
 from privtrain.clipping.factors import GramCache, Lookup, Outer
-from privtrain.config.training import PerformanceSection
 from privtrain.errors import GuaranteeLost, UnsupportedLayer
 from privtrain.models.losses import row_losses
 from privtrain.privacy.layout import Layout
-from privtrain.training import network
 from tests.privtrain.models_for_tests import (
     brute_force_sum,
     clipped_sum,
@@ -56,27 +54,6 @@ class Dropping(nn.Module):
     def losses(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         log_probs = self(ids[:, :-1]).log_softmax(-1)
         return -(log_probs.gather(2, ids[:, 1:, None])[..., 0] * mask[:, 1:]).sum(1)
-
-
-@pytest.mark.parametrize(
-    ("settings", "is_allowed"),
-    [
-        ({"clipping_route": "two_pass"}, False),
-        ({"gradient_checkpointing": True}, False),
-        ({"clipping_route": "batched", "gradient_checkpointing": True}, True),
-        ({}, True),
-    ],
-)
-def test_unordered_attention_is_off_for_two_passes(settings, is_allowed):
-    """On the CPU the setting has no effect but can be read; it was not run on CUDA."""
-    before = torch.backends.cuda.mem_efficient_sdp_enabled()
-    torch.backends.cuda.enable_mem_efficient_sdp(True)
-    try:
-        network._make_repeatable(PerformanceSection(**settings), torch.device("cpu"))
-        assert torch.backends.cuda.mem_efficient_sdp_enabled() == is_allowed
-        assert torch.backends.cuda.math_sdp_enabled()
-    finally:
-        torch.backends.cuda.enable_mem_efficient_sdp(before)
 
 
 def dropped_sum(model: Dropping, route: str, microbatch_size: int = 4) -> torch.Tensor:
