@@ -159,7 +159,8 @@ ASSUMPTIONS = (
     "The keys in secret/ stay secret: whoever has them can redraw the sample and subtract the noise.",
     "The noise is exactly a Gaussian rounded to a public grid, over sums that are exact on a grid, so the last bits of "
     "what is released tell nothing (Mironov 2012). Its digits are ChaCha20's, keyed by HMAC-SHA-256 of a key from the "
-    "operating system and the sum; both are assumed to look random.",
+    "operating system and the sum; both are assumed to look random. With dropout, so are "
+    "torch's generators, which a key seeds.",
     "The plan (sampling probability, expected batch size, clipping norm, steps, delta) and the rest of the "
     "configuration were chosen without looking at the private records, or by what may be public of them: privtrain "
     "init and configure read the rounded number of users, a bound on lengths and the names of labels.",
