@@ -178,7 +178,7 @@ def test_warm_up_that_never_ends_is_said(tree, num):
         ("rows.jsonl.gz", "gunzip"),
         ("rows.json", "jq -c"),
         ("rows.JSONL", "lower case"),
-        ("rows.tsv", "by commas"),
+        ("rows.tsv", "name it .csv"),
         ("rows.xlsx", "is not one of"),
     ],
 )
