@@ -12,7 +12,7 @@ from privtrain.config import Config, load_config
 from privtrain.config.data import DataSection
 from privtrain.config.load import sections_of
 from privtrain.config.model import ModelSection
-from privtrain.data.corpus import Corpus, check_source, load_corpus, load_evaluation
+from privtrain.data.corpus import Corpus, check_source, faults_of_first_rows, load_corpus, load_evaluation
 from privtrain.data.encode import Encoder
 from privtrain.data.formats import has_half_pair
 from privtrain.errors import ConfigError, DamagedFile, Fault
@@ -64,6 +64,8 @@ def check_inputs(config: Config) -> None:
     faults = check_model(config.model) + check_source(config.data)
     if not faults:
         faults += template_faults(config.model, config.data)
+        if faults:  # the rows are read after this; where they cannot be used either, say both at once
+            faults += faults_of_first_rows(config.data)
     for name in ("tensorboard", "mlflow", "trackio"):
         if getattr(config.tracking, name) and importlib.util.find_spec(name) is None:
             faults.append(Fault(f"tracking.{name}", f"is not installed: pip install {name}"))

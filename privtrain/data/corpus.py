@@ -12,6 +12,7 @@ import collections
 import dataclasses
 import decimal
 import glob
+import itertools
 import math
 import os
 import pathlib
@@ -50,6 +51,9 @@ _ID_REMEDIES: dict[type, str] = {
     bytes: "to text, e.g. the hexadecimal digits",
     dict: "a field of an object becomes a column of its own, e.g. by pyarrow's Table.flatten()",
 }
+
+#: Rows that are looked at where a configuration is refused before the source is read.
+_NUM_FIRST_ROWS = 1000
 
 #: How a path begins that was an address, such as ``s3://bucket``: as a path it has one slash.
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+]+:/")
@@ -348,6 +352,17 @@ def group_by_user(rows: Iterable[tuple[object, object]]) -> Corpus:
         raise ConfigError([_no_row(RowCounts(**tally))])
     ordered = {user: tuple(records[user]) for user in sorted(records)}
     return Corpus(ordered, RowCounts(**tally), _digest(ordered))
+
+
+def faults_of_first_rows(data: DataSection) -> list[Fault]:
+    """Return the faults of files none of whose first rows is usable; empty if one is. Reads no further."""
+    if not isinstance(data.source, FilesSource):
+        return []
+    try:
+        group_by_user(itertools.islice(_rows(data), _NUM_FIRST_ROWS))
+    except ConfigError as error:
+        return list(error.faults)
+    return []
 
 
 def _no_row(counts: RowCounts) -> Fault:

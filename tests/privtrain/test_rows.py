@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from privtrain import cli
+from privtrain.config import validate
 from privtrain.config.data import DataSection
 from privtrain.config.model import ModelSection
 from privtrain.data import look
@@ -18,9 +19,9 @@ from privtrain.data.corpus import load_corpus
 from privtrain.data.encode import Encoder
 from privtrain.data.formats import canonical
 from privtrain.data.look import check_rows
-from privtrain.errors import ConfigError, PlanMismatch, PrivtrainError
+from privtrain.errors import ConfigError, Fault, PlanMismatch, PrivtrainError
 from privtrain.files.writable import why_unwritable
-from privtrain.inputs import load_checked
+from privtrain.inputs import check_inputs, load_checked
 from privtrain.job.train import train
 from privtrain.models.load import load_tokenizer
 from privtrain.process.launcher import launch
@@ -363,6 +364,23 @@ def test_faulty_template_comes_with_the_other_faults(tree, tmp_path, is_whole):
     (tmp_path / "t.jinja").write_bytes(b"\xff")
     with pytest.raises(ConfigError, match=r"data\.chat_template_file: .*t\.jinja is not UTF-8"):
         load_checked(write_config(tree, tmp_path / "c.yaml"))
+
+
+def test_faulty_template_comes_with_rows_that_cannot_be_used(tree, tmp_path):
+    chats(tree, tmp_path, "{% for m in messages %}{{ m.content }{% endfor %}")
+    assert {fault.path for fault in _faults_of(tree)} == {"data.chat_template_file"}
+    part = {"role": "user", "content": [{"type": "text", "text": "x"}]}
+    rows = "".join(json.dumps({"user": f"u{i}", "messages": [part]}) + "\n" for i in range(9))
+    (tmp_path / "d.jsonl").write_text(rows)
+    template, source = _faults_of(tree)
+    assert template.path == "data.chat_template_file"
+    assert "no usable row among 9: 9 × a turn has a list for content" in source.problem
+
+
+def _faults_of(tree) -> tuple[Fault, ...]:
+    with pytest.raises(ConfigError) as caught:
+        check_inputs(validate(tree))
+    return tuple(caught.value.faults)
 
 
 def chats(tree, tmp_path, template: str):
