@@ -77,7 +77,7 @@ class _Spans:
         self.implementation = implementation
         self.in_one_kernel = in_one_kernel and implementation == "sdpa"
         self.num_calls = 0
-        self._bounds: dict[tuple[int, torch.device], torch.Tensor] = {}
+        self._bounds: dict[int, torch.Tensor] = {}  # by the number of sequences
         self._masks: dict[tuple[object, ...], torch.Tensor | None] = {}
         self.pieces = _pieces(line.records, line.num_tokens)
         self.sizes = [piece.stop - piece.first for piece in self.pieces]
@@ -85,9 +85,9 @@ class _Spans:
     def bounds(self, query: torch.Tensor) -> torch.Tensor:
         """Return where each sequence of one kernel's launch begins, padding and empty ones included."""
         num = variable_length.num_sequences(len(self.sizes), query.shape[1], query.device)
-        if (num, query.device) not in self._bounds:
-            self._bounds[num, query.device] = variable_length.bounds(self.sizes, num, query.device)
-        return self._bounds[num, query.device]
+        if num not in self._bounds:
+            self._bounds[num] = variable_length.bounds(self.sizes, num, query.device)
+        return self._bounds[num]
 
     def mask(self, num_tokens: int, window: int | None, query: torch.Tensor) -> torch.Tensor | None:
         """Return the mask that the model's own function would get for a record of ``num_tokens`` in a row of its own.

@@ -21,6 +21,8 @@ for the device; of a tensor whose gradients are dropped, before they are.
 of the microbatch decide. What is computed for all rows at once is so for all rows of the microbatch, padding included,
 whose number is a constant; a unit's rows are then added one after another. What joins the rows of a unit is computed
 for that unit alone. Which of the two it is depends on the unit's own number of rows.
+Whether a product that was formed for a norm is kept, or formed again, does depend on the others; it is the same
+:class:`~.factors.Product`, of the same bits.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ proves the bits on the real model and device; where they differ, attention goes 
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -78,10 +79,8 @@ def bounds(sizes: Sequence[int], num: int, device: torch.device) -> torch.Tensor
         num: of all sequences, at least ``len(sizes)``.
         device: where the result is.
     """
-    places = [0]
-    for size in sizes:
-        places.append(places[-1] + size)
-    places += places[-1:] * (num - len(sizes))
+    places = [0, *itertools.accumulate(sizes)]
+    places += places[-1:] * (num - len(sizes))  # of the empty ones
     return torch.tensor(places, dtype=torch.int32).to(device, non_blocking=True)
 
 

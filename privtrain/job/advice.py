@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import statistics
 
@@ -121,12 +120,14 @@ def attack_warnings(config: Config, corpus: Corpus) -> list[str]:
         return []
     if config.privacy.unit == "example":  # each record has a coin of its own
         return []
-    attackable = (None for records in corpus.records.values() if len(records) >= data.attack_min_records)
-    num_attackable = sum(1 for _ in itertools.islice(attackable, _FEW_ATTACKED))
-    if num_attackable == _FEW_ATTACKED:
-        return []
+    num_attackable, sizes = 0, []  # records of each user
+    for records in corpus.records.values():  # of ten million users on disk, most often the first few are enough
+        sizes.append(len(records))
+        num_attackable += sizes[-1] >= data.attack_min_records
+        if num_attackable == _FEW_ATTACKED:
+            return []
     found = f"{num_attackable} users have data.attack_min_records={data.attack_min_records} records or more: "
-    median = statistics.median_low(len(records) for records in corpus.records.values())
+    median = statistics.median_low(sizes)
     if median == 1 or max(2, median) >= data.attack_min_records:
         return [f"{found}the attack job will find little or nothing to score, since users have too few records"]
     return [

@@ -8,7 +8,7 @@ import pathlib
 import pytest
 import torch
 
-from privtrain.training.repeatable import prefer_repeatable
+from privtrain.training.repeatable import demand_repeatable, prefer_repeatable
 from tests.conftest import save_tiny_llama
 
 
@@ -20,8 +20,7 @@ def device() -> torch.device:
         pytest.skip("needs CUDA")
     device = torch.device(name)
     prefer_repeatable(device)
-    if device.type == "cuda":
-        torch.use_deterministic_algorithms(True)  # as a job does from its self-test on
+    demand_repeatable(device, lambda: None, print)  # as a job does from its self-test on
     return device
 
 

@@ -35,7 +35,7 @@ from privtrain.privacy.layout import Layout
 from privtrain.privacy.noise import noised
 from privtrain.privacy.secret import SecretKey
 from privtrain.privacy.sum_digest import bind
-from privtrain.training.repeatable import prefer_repeatable
+from privtrain.training.repeatable import demand_repeatable, prefer_repeatable
 
 _SHAPES = {
     "cuda": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "vocab_size": 128_256},
@@ -214,8 +214,7 @@ def main() -> None:
     options = parser.parse_args()
     device = torch.device(options.device)
     prefer_repeatable(device)
-    if device.type == "cuda":
-        torch.use_deterministic_algorithms(True)  # as in a job
+    demand_repeatable(device, lambda: None, print)  # as a job does from its self-test on
     results: dict[str, Any] = {"torch": torch.__version__, "transformers": transformers.__version__, "steps": []}
     results["device"] = torch.cuda.get_device_name() if device.type == "cuda" else device.type
     print("| case | route | tokens/s | / plain | kernels | waits | peak GiB |\n|---|---|---|---|---|---|---|")
