@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from privtrain.clipping import opacus_rules
 from privtrain.errors import UnsupportedLayer
+from privtrain.privacy.layout import Slot
 
 #: Called with a module, its input, and the gradient of its output, whenever a backward pass reaches the module.
 Sink = Callable[[nn.Module, torch.Tensor, torch.Tensor], None]
@@ -115,3 +117,25 @@ def captured(modules: Mapping[str, nn.Module], parameters: list[nn.Parameter], n
             parameter.requires_grad_(True)
         for handle in handles:
             handle.remove()
+
+
+def owning_modules(model: nn.Module, slot_of: Mapping[int, Slot]) -> dict[str, nn.Module]:
+    """Return the modules that own a trainable tensor, by name; a tied tensor has several owners.
+
+    Args:
+        model: the model.
+        slot_of: id of each trainable tensor → its place in the layout.
+
+    Raises:
+        UnsupportedLayer: if a tensor has no owner.
+    """
+    modules: dict[str, nn.Module] = {}
+    owned: set[int] = set()
+    for name, module in model.named_modules():
+        trainable = [p for p in module.parameters(recurse=False) if id(p) in slot_of]
+        if trainable and not opacus_rules.only_names(module):
+            modules[name] = module
+            owned.update(map(id, trainable))
+    if len(owned) < len(slot_of):
+        raise UnsupportedLayer(f"{len(slot_of) - len(owned)} trainable tensors belong to no module of the model")
+    return modules

@@ -21,15 +21,15 @@ import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from torch import nn
 
-from privtrain.clipping import exact_sum, fallback, opacus_rules, refusals, rules, styles
+from privtrain.clipping import exact_sum, fallback, refusals, rules, styles
 from privtrain.clipping.batched import UnitGradients, is_inexact, slots_by_tensor
-from privtrain.clipping.capture import Calls, captured
+from privtrain.clipping.capture import Calls, captured, owning_modules
 from privtrain.clipping.diagnostics import ClippingDiagnostics
 from privtrain.clipping.factors import exact_fp32, squared_norms
 from privtrain.clipping.passes import Passes, slots_of
@@ -167,7 +167,7 @@ class PerUnitClipper:
         self._modules: dict[str, nn.Module] = {}
         self._rules: dict[nn.Module, rules.Rule] = {}
         self._slots: dict[nn.Module, dict[str, Slot]] = {}
-        self._checkpointing = _checkpointing(model)
+        self._checkpointing = refusals.checkpointing(model)
         # Where gradients may be let go after the first pass, a tensor's norm is judged by itself.
         self._judges_each_norm = route == "two_pass" or (route == "auto" and self._checkpointing == "non_reentrant")
         self._memory_budget = self._budget(model)
@@ -260,7 +260,7 @@ class PerUnitClipper:
         """Find a rule for every layer with a trained tensor, or take the route ``one_unit`` if that is open."""
         try:
             refusals.refuse_batched_route(model)
-            self._modules = _owning_modules(model, self._slot_of)
+            self._modules = owning_modules(model, self._slot_of)
             self._rules = {module: self._rule_for(name, module) for name, module in self._modules.items()}
             self._slots = {module: slots_of(module, self._slot_of) for module in self._modules.values()}
         except UnsupportedLayer as refusal:
@@ -732,41 +732,3 @@ class PerUnitClipper:
             is_clipped[chosen].numpy(),
             self._clipping_norm,
         )
-
-
-def _owning_modules(model: nn.Module, slot_of: Mapping[int, Slot]) -> dict[str, nn.Module]:
-    """Return the modules that own a trainable tensor, by name; a tied tensor has several owners.
-
-    Args:
-        model: the model.
-        slot_of: id of each trainable tensor → its place in the layout.
-
-    Raises:
-        UnsupportedLayer: if a tensor has no owner.
-    """
-    modules: dict[str, nn.Module] = {}
-    owned: set[int] = set()
-    for name, module in model.named_modules():
-        trainable = [p for p in module.parameters(recurse=False) if id(p) in slot_of]
-        if trainable and not opacus_rules.only_names(module):
-            modules[name] = module
-            owned.update(map(id, trainable))
-    if len(owned) < len(slot_of):
-        raise UnsupportedLayer(f"{len(slot_of) - len(owned)} trainable tensors belong to no module of the model")
-    return modules
-
-
-def _checkpointing(model: nn.Module) -> str | None:
-    """Return how transformers checkpoints the model's layers: ``"reentrant"``, ``"non_reentrant"`` or ``None``.
-
-    It is re-entrant as soon as one layer is.
-    """
-    is_reentrant: list[bool] = []  # of each layer that is checkpointed
-    for module in model.modules():
-        if getattr(module, "gradient_checkpointing", False):
-            # A partial of torch's checkpoint, which is re-entrant unless told otherwise.
-            checkpoint = getattr(module, "_gradient_checkpointing_func", None)
-            is_reentrant.append(getattr(checkpoint, "keywords", {}).get("use_reentrant", True))
-    if not is_reentrant:
-        return None
-    return "reentrant" if any(is_reentrant) else "non_reentrant"

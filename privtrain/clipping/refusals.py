@@ -148,3 +148,19 @@ def _router(model: nn.Module) -> str:
         if "router" in type(module).__name__.lower() or name.rpartition(".")[2] in ("router", "gate"):
             return name
     return type(model).__name__
+
+
+def checkpointing(model: nn.Module) -> str | None:
+    """Return how transformers checkpoints the model's layers: ``"reentrant"``, ``"non_reentrant"`` or ``None``.
+
+    It is re-entrant as soon as one layer is.
+    """
+    is_reentrant: list[bool] = []  # of each layer that is checkpointed
+    for module in model.modules():
+        if getattr(module, "gradient_checkpointing", False):
+            # A partial of torch's checkpoint, which is re-entrant unless told otherwise.
+            checkpoint = getattr(module, "_gradient_checkpointing_func", None)
+            is_reentrant.append(getattr(checkpoint, "keywords", {}).get("use_reentrant", True))
+    if not is_reentrant:
+        return None
+    return "reentrant" if any(is_reentrant) else "non_reentrant"
